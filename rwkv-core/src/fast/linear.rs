@@ -1,0 +1,503 @@
+//! The CPU executor's linear layer. Twin: [`ops::linear`](crate::ops::linear).
+//!
+//! The weights are kept as they are stored (half the bytes of `f32` are half the time of a decode step, which does
+//! little but read them), in panels of [`PANEL`] outputs: `[panel, input, PANEL]`. A panel is widened a block of
+//! [`BLOCK`] inputs at a time into a buffer that stays in the first-level cache, and every row of the call is
+//! multiplied by it there. A lane is an output, so that no sum crosses lanes:
+//!
+//! ```text
+//! y[o] = sum over blocks ( sum over the block's inputs, in order, fused multiply-add, from zero )
+//! ```
+//!
+//! This order is the same for one row and for many, on every instruction set that has a fused multiply-add.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use half::{bf16, f16};
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use crate::model::{Compute, Wkv, WkvSegment};
+use crate::ops::linear::{Job, Linear, rows};
+use crate::ops::wkv7_chunked;
+use crate::real::Elements;
+
+/// Outputs in a panel.
+pub const PANEL: usize = 64;
+
+/// Inputs summed before the sum is added to the total: 32 KiB of widened weights.
+pub const BLOCK: usize = 128;
+
+/// Rows multiplied at a time. Six rows of four 16-lane vectors leave room in 32 registers for the weights.
+const TILE: usize = 6;
+
+/// Up to this many rows the units that are zero in all of them are worth looking for.
+const SPARSE_ROWS: usize = 4;
+
+/// A matrix in panels. Holds the weights once, in their stored type.
+#[derive(Clone, Debug)]
+pub struct Packed {
+    inputs: usize,
+    outputs: usize,
+    /// `[panels, inputs, PANEL]`; outputs beyond the last are zero.
+    panels: Elements,
+}
+
+impl Packed {
+    /// Packs a matrix of `outputs` rows of `inputs` weights. `read` is asked for ranges of rows, several at a time
+    /// from several threads, and gives their weights in row-major order, always of the same type.
+    ///
+    /// # Errors
+    ///
+    /// The first error of `read`.
+    ///
+    /// # Panics
+    ///
+    /// If there are no inputs or outputs, or `read` gives another number or type of weights.
+    pub fn pack<E: Send>(
+        inputs: usize,
+        outputs: usize,
+        kind: &Elements,
+        read: impl Fn(Range<usize>) -> Result<Elements, E> + Sync,
+    ) -> Result<Self, E> {
+        assert!(inputs > 0 && outputs > 0, "a matrix of no weights");
+        let len = outputs.div_ceil(PANEL) * inputs * PANEL;
+        let read = |panel: usize| {
+            let rows = panel * PANEL..((panel + 1) * PANEL).min(outputs);
+            let weights = read(rows.clone())?;
+            assert_eq!(weights.len(), rows.len() * inputs, "read gives another number of weights");
+            Ok(weights)
+        };
+        let panels = match kind {
+            Elements::F32(_) => Elements::F32(transpose(inputs, len, read, |e| match e {
+                Elements::F32(v) => v,
+                other => panic!("read gives {other:?}"),
+            })?),
+            Elements::F16(_) => Elements::F16(transpose(inputs, len, read, |e| match e {
+                Elements::F16(v) => v,
+                other => panic!("read gives {other:?}"),
+            })?),
+            Elements::BF16(_) => Elements::BF16(transpose(inputs, len, read, |e| match e {
+                Elements::BF16(v) => v,
+                other => panic!("read gives {other:?}"),
+            })?),
+        };
+        Ok(Self { inputs, outputs, panels })
+    }
+
+    /// Bytes of the weights.
+    #[must_use]
+    pub const fn bytes(&self) -> usize {
+        self.panels.bytes()
+    }
+
+    /// Multiplies `x` by one panel. `active` lists the inputs to sum over, or is `None` for all of them; `x` then holds
+    /// just those. `y` are the panel's outputs of each row.
+    fn panel(&self, panel: usize, x: &[f32], active: Option<&[Vec<usize>]>, y: &mut [&mut [f32]]) {
+        let at = panel * self.inputs * PANEL..(panel + 1) * self.inputs * PANEL;
+        match &self.panels {
+            Elements::F32(v) => panel_of(&v[at], x, active, y),
+            Elements::F16(v) => panel_of(&v[at], x, active, y),
+            Elements::BF16(v) => panel_of(&v[at], x, active, y),
+        }
+    }
+}
+
+fn transpose<W: Copy + Default + Send, E: Send>(
+    inputs: usize,
+    len: usize,
+    read: impl Fn(usize) -> Result<Elements, E> + Sync,
+    unwrap: impl Fn(Elements) -> Vec<W> + Sync,
+) -> Result<Vec<W>, E> {
+    let mut panels = vec![W::default(); len];
+    panels.par_chunks_exact_mut(inputs * PANEL).enumerate().try_for_each(|(panel, out)| {
+        let rows = unwrap(read(panel)?);
+        // sixteen inputs at a time, so that what is written stays in the cache between rows
+        for first in (0..inputs).step_by(16) {
+            for (lane, row) in rows.chunks_exact(inputs).enumerate() {
+                for (i, &w) in row[first..(first + 16).min(inputs)].iter().enumerate() {
+                    out[(first + i) * PANEL + lane] = w;
+                }
+            }
+        }
+        Ok(())
+    })?;
+    Ok(panels)
+}
+
+/// A stored weight and how to widen it in code that vectorises.
+trait Stored: Copy + Send + Sync {
+    fn widen(self) -> f32;
+
+    /// A row, widened into `buffer` unless it is wide already.
+    #[inline(always)]
+    fn widen_row<'a>(row: &'a [Self; PANEL], buffer: &'a mut [f32; PANEL]) -> &'a [f32; PANEL] {
+        for (out, w) in buffer.iter_mut().zip(row) {
+            *out = w.widen();
+        }
+        buffer
+    }
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn widen_row<'a>(row: &'a [Self; PANEL], _: &'a mut [f32; PANEL]) -> &'a [f32; PANEL] {
+        row
+    }
+}
+
+impl Stored for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+impl Stored for f16 {
+    /// The five bits of the exponent move into place and are re-biased from 15 to 127. A subnormal (or zero) is its
+    /// mantissa times 2^-24, which a float subtraction makes of it.
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        const REBIAS: u32 = (127 - 15) << 23;
+        const SMALLEST_NORMAL: f32 = f32::from_bits((127 - 14) << 23);
+        let bits = u32::from(self.to_bits());
+        let normal = ((bits & 0x7fff) << 13) + REBIAS;
+        let subnormal = (f32::from_bits(normal + (1 << 23)) - SMALLEST_NORMAL).to_bits();
+        let magnitude = if bits & 0x7c00 == 0 { subnormal } else { normal };
+        f32::from_bits(magnitude | ((bits & 0x8000) << 16))
+    }
+}
+
+fn panel_of<W: Stored>(weights: &[W], x: &[f32], active: Option<&[Vec<usize>]>, y: &mut [&mut [f32]]) {
+    let (weights, _) = weights.as_chunks::<PANEL>();
+    let mut block = [[0.0; PANEL]; BLOCK];
+    let mut done = 0;
+    for (i, stored) in weights.chunks(BLOCK).enumerate() {
+        let inputs = done..done + active.map_or(stored.len(), |active| active[i].len());
+        done = inputs.end;
+        match active {
+            // few rows: widened in registers, so that reading the weights never pauses
+            None if y.len() < TILE / 2 => multiply(stored, x, inputs, y),
+            None => {
+                widen(stored.iter(), &mut block);
+                multiply(&block[..inputs.len()], x, inputs, y);
+            }
+            Some(active) => {
+                widen(active[i].iter().map(|&input| &weights[input]), &mut block);
+                multiply(&block[..inputs.len()], x, inputs, y);
+            }
+        }
+    }
+}
+
+fn widen<'a, W: Stored + 'a>(rows: impl Iterator<Item = &'a [W; PANEL]>, block: &mut [[f32; PANEL]; BLOCK]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (row, out) in rows.zip(block) {
+                for (w, out) in row.iter().zip(out) {
+                    *out = w.widen();
+                }
+            }
+        },
+    );
+}
+
+/// Adds the product of a block of weights and the `inputs` of the packed rows `x` to the rows of `y`; the first block
+/// sets them.
+fn multiply<W: Stored>(weights: &[[W; PANEL]], x: &[f32], inputs: Range<usize>, y: &mut [&mut [f32]]) {
+    let stride = x.len() / y.len();
+    for (rows, x) in y.chunks_mut(TILE).zip(x.chunks(TILE * stride)) {
+        let x = &x[inputs.start * rows.len()..inputs.end * rows.len()];
+        let mut sums = [[0.0; PANEL]; TILE];
+        match rows.len() {
+            1 => tile::<W, 1>(weights, x, &mut sums),
+            2 => tile::<W, 2>(weights, x, &mut sums),
+            3 => tile::<W, 3>(weights, x, &mut sums),
+            4 => tile::<W, 4>(weights, x, &mut sums),
+            5 => tile::<W, 5>(weights, x, &mut sums),
+            _ => tile::<W, 6>(weights, x, &mut sums),
+        }
+        for (y, sums) in rows.iter_mut().zip(&sums) {
+            for (y, &sum) in y.iter_mut().zip(sums) {
+                *y = if inputs.start == 0 { sum } else { *y + sum };
+            }
+        }
+    }
+}
+
+/// `sums[m][o] = sum_i x[i][m] * weights[i][o]` for `M` rows.
+fn tile<W: Stored, const M: usize>(weights: &[[W; PANEL]], x: &[f32], sums: &mut [[f32; PANEL]; TILE]) {
+    struct Tile<'a, W, const M: usize> {
+        weights: &'a [[W; PANEL]],
+        x: &'a [[f32; M]],
+        sums: &'a mut [[f32; PANEL]; TILE],
+    }
+
+    impl<W: Stored, const M: usize> WithSimd for Tile<'_, W, M> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            // as many vectors side by side as the registers hold beside the rows' sums
+            match (S::REGISTER_COUNT, M) {
+                (32.., _) => self.vectors::<S, 4>(simd),
+                (_, 1) => self.vectors::<S, 8>(simd),
+                (_, 2 | 3) => self.vectors::<S, 4>(simd),
+                _ => self.vectors::<S, 2>(simd),
+            }
+        }
+    }
+
+    impl<W: Stored, const M: usize> Tile<'_, W, M> {
+        #[inline(always)]
+        fn vectors<S: Simd, const V: usize>(self, simd: S) {
+            for first in (0..PANEL / S::F32_LANES).step_by(V) {
+                let mut sum = [[simd.splat_f32s(0.0); V]; M];
+                for (w, x) in self.weights.iter().zip(self.x) {
+                    let mut buffer = [0.0; PANEL];
+                    let w = &S::as_simd_f32s(W::widen_row(w, &mut buffer)).0[first..first + V];
+                    for m in 0..M {
+                        let x = simd.splat_f32s(x[m]);
+                        for v in 0..V {
+                            sum[m][v] = simd.mul_add_e_f32s(x, w[v], sum[m][v]);
+                        }
+                    }
+                }
+                for m in 0..M {
+                    S::as_mut_simd_f32s(&mut self.sums[m]).0[first..first + V].copy_from_slice(&sum[m]);
+                }
+            }
+        }
+    }
+
+    Arch::new().dispatch(Tile { weights, x: x.as_chunks::<M>().0, sums });
+}
+
+/// Rows `x` `[T, inputs]` as the tiles want them: `[inputs, TILE]` for every [`TILE`] rows, and `[inputs, rest]`.
+fn interleave(inputs: usize, x: &[f32]) -> Cow<'_, [f32]> {
+    if x.len() == inputs {
+        return Cow::Borrowed(x);
+    }
+    let mut out = vec![0.0; x.len()];
+    out.par_chunks_mut(TILE * inputs).zip(x.par_chunks(TILE * inputs)).for_each(|(out, x)| {
+        let rows = x.len() / inputs;
+        for (m, row) in x.chunks_exact(inputs).enumerate() {
+            for (out, &x) in out.chunks_exact_mut(rows).zip(row) {
+                out[m] = x;
+            }
+        }
+    });
+    Cow::Owned(out)
+}
+
+/// One panel of one layer, with the part of each row's output that it computes.
+struct Task<'a> {
+    layer: &'a Packed,
+    panel: usize,
+    /// Interleaved.
+    x: &'a [f32],
+    y: Vec<&'a mut [f32]>,
+}
+
+fn tasks<'a>(layer: &'a Packed, x: &'a [f32], y: &'a mut [f32]) -> Vec<Task<'a>> {
+    let rows = y.len() / layer.outputs;
+    let mut tasks: Vec<_> = (0..layer.outputs.div_ceil(PANEL))
+        .map(|panel| Task { layer, panel, x, y: Vec::with_capacity(rows) })
+        .collect();
+    for row in y.chunks_exact_mut(layer.outputs) {
+        for (task, y) in tasks.iter_mut().zip(row.chunks_mut(PANEL)) {
+            task.y.push(y);
+        }
+    }
+    tasks
+}
+
+fn run(tasks: Vec<Task<'_>>, active: Option<&[Vec<usize>]>) {
+    tasks.into_par_iter().for_each(|mut task| {
+        if !task.y.is_empty() {
+            task.layer.panel(task.panel, task.x, active, &mut task.y);
+        }
+    });
+}
+
+impl Linear<f32> for Packed {
+    fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    fn apply(&self, x: &[f32], y: &mut [f32]) {
+        Self::apply_all(&mut [Job { layer: self, x, y }]);
+    }
+
+    fn apply_sparse(&self, x: &[f32], y: &mut [f32]) {
+        let rows = rows(self, x, y);
+        if rows == 0 || rows > SPARSE_ROWS {
+            return self.apply(x, y);
+        }
+        let nonzero = |&i: &usize| (0..rows).any(|row| x[row * self.inputs + i] != 0.0);
+        let active: Vec<Vec<usize>> = (0..self.inputs)
+            .step_by(BLOCK)
+            .map(|first| (first..(first + BLOCK).min(self.inputs)).filter(nonzero).collect())
+            .collect();
+        let x: Vec<f32> = active
+            .iter()
+            .flatten()
+            .flat_map(|&i| (0..rows).map(move |row| x[row * self.inputs + i]))
+            .collect();
+        if x.is_empty() {
+            return y.fill(0.0);
+        }
+        run(tasks(self, &x, y), Some(&active));
+    }
+
+    fn apply_all(jobs: &mut [Job<'_, Self, f32>]) {
+        for job in &*jobs {
+            rows(job.layer, job.x, job.y);
+        }
+        let x: Vec<_> = jobs.iter().map(|job| interleave(job.layer.inputs, job.x)).collect();
+        run(jobs.iter_mut().zip(&x).flat_map(|(job, x)| tasks(job.layer, x, job.y)).collect(), None);
+    }
+}
+
+impl Compute<f32> for Packed {
+    fn wkv7(form: Wkv, segments: &mut [WkvSegment<'_, f32>]) {
+        match form {
+            Wkv::Sequential => super::wkv7::wkv7(segments),
+            Wkv::Chunked(chunk) => segments
+                .par_iter_mut()
+                .for_each(|s| wkv7_chunked::wkv7_chunked(s.dims, chunk, s.inputs, s.state, s.y)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+    use proptest::prelude::*;
+
+    use super::{PANEL, Packed, Stored};
+    use crate::Elements;
+    use crate::compare::{magnitude, max_abs};
+    use crate::ops::linear::{Job, Linear, Matrix};
+    use crate::rng::SplitMix64;
+
+    #[test]
+    fn widening_is_exact() {
+        for bits in 0..=u16::MAX {
+            let (half, brain) = (f16::from_bits(bits), bf16::from_bits(bits));
+            if half.is_finite() {
+                assert_eq!(Stored::widen(half).to_bits(), half.to_f32().to_bits(), "f16 {bits:#x}");
+            }
+            if !brain.is_nan() {
+                assert_eq!(Stored::widen(brain).to_bits(), brain.to_f32().to_bits(), "bf16 {bits:#x}");
+            }
+        }
+    }
+
+    fn draw(kind: u8, inputs: usize, outputs: usize, rng: &mut SplitMix64) -> (Elements, Packed) {
+        let values: Vec<f32> = (0..inputs * outputs).map(|_| rng.normal()).collect();
+        let weights = match kind {
+            0 => Elements::F32(values),
+            1 => Elements::F16(values.into_iter().map(f16::from_f32).collect()),
+            _ => Elements::BF16(values.into_iter().map(bf16::from_f32).collect()),
+        };
+        let read = |rows: std::ops::Range<usize>| {
+            let at = rows.start * inputs..rows.end * inputs;
+            Ok::<_, ()>(match &weights {
+                Elements::F32(v) => Elements::F32(v[at].to_vec()),
+                Elements::F16(v) => Elements::F16(v[at].to_vec()),
+                Elements::BF16(v) => Elements::BF16(v[at].to_vec()),
+            })
+        };
+        let packed = Packed::pack(inputs, outputs, &weights, read).unwrap();
+        (weights, packed)
+    }
+
+    fn run(packed: &Packed, x: &[f32], sparse: bool) -> Vec<f32> {
+        let mut y = vec![f32::NAN; x.len() / packed.inputs() * packed.outputs()];
+        if sparse {
+            packed.apply_sparse(x, &mut y);
+        } else {
+            packed.apply(x, &mut y);
+        }
+        y
+    }
+
+    fn shape() -> impl Strategy<Value = (u8, usize, usize, usize, u64)> {
+        (0u8..3, 1usize..300, 1usize..(2 * PANEL + 3), 1usize..15, any::<u64>())
+    }
+
+    proptest! {
+        /// Against the definition in f64. A sum of n products in f32, each rounded once, is off by at most
+        /// n eps sum |w x|, half of it per rounding; blocks and fused products only lower that.
+        #[test]
+        fn agrees_with_the_definition((kind, inputs, outputs, rows, seed) in shape()) {
+            let mut rng = SplitMix64::new(seed);
+            let (weights, packed) = draw(kind, inputs, outputs, &mut rng);
+            let x: Vec<f32> = (0..rows * inputs).map(|_| rng.normal()).collect();
+            let wide: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+            let matrix = Matrix::new(inputs, weights.widen::<f64>());
+            let mut want = vec![f64::NAN; rows * outputs];
+            matrix.apply(&wide, &mut want);
+            let largest = magnitude(matrix.weights()) * magnitude(&wide) * inputs as f64;
+            let limit = inputs as f64 * f64::from(f32::EPSILON) / 2.0 * largest;
+            let got = run(&packed, &x, false);
+            prop_assert!(max_abs(&got, &want, limit).is_ok(), "{:?}", max_abs(&got, &want, limit));
+        }
+
+        #[test]
+        fn a_row_is_the_same_alone_and_in_a_batch((kind, inputs, outputs, rows, seed) in shape()) {
+            let mut rng = SplitMix64::new(seed);
+            let (_, packed) = draw(kind, inputs, outputs, &mut rng);
+            let x: Vec<f32> = (0..rows * inputs).map(|_| rng.normal()).collect();
+            let alone: Vec<f32> = x.chunks_exact(inputs).flat_map(|row| run(&packed, row, false)).collect();
+            prop_assert_eq!(run(&packed, &x, false), alone, "bits");
+        }
+
+        #[test]
+        fn leaving_out_zeros_changes_nothing((kind, inputs, outputs, rows, seed) in shape(), zeros in 0.0f32..1.0) {
+            let mut rng = SplitMix64::new(seed);
+            let (_, packed) = draw(kind, inputs, outputs, &mut rng);
+            let mut unit = || if rng.uniform(0.0, 1.0) < zeros { 0.0 } else { rng.normal() };
+            let x: Vec<f32> = (0..rows * inputs).map(|_| unit()).collect();
+            prop_assert_eq!(run(&packed, &x, true), run(&packed, &x, false), "values");
+        }
+    }
+
+    #[test]
+    fn several_layers_side_by_side() {
+        let mut rng = SplitMix64::new(5);
+        let layers: Vec<Packed> = [(70, 130), (3, 1), (200, 64)]
+            .map(|(inputs, outputs)| draw(1, inputs, outputs, &mut rng).1)
+            .into();
+        let x: Vec<Vec<f32>> =
+            layers.iter().map(|l| (0..3 * l.inputs()).map(|_| rng.normal()).collect()).collect();
+        let mut y: Vec<Vec<f32>> = layers.iter().map(|l| vec![f32::NAN; 3 * l.outputs()]).collect();
+        let mut jobs: Vec<_> =
+            layers.iter().zip(&x).zip(&mut y).map(|((layer, x), y)| Job { layer, x, y }).collect();
+        Packed::apply_all(&mut jobs);
+        for ((layer, x), y) in layers.iter().zip(&x).zip(&y) {
+            assert_eq!(*y, run(layer, x, false), "as alone");
+        }
+    }
+
+    #[test]
+    fn an_error_while_packing_is_returned() {
+        let read = |rows: std::ops::Range<usize>| {
+            if rows.start == 0 { Ok(Elements::F32(vec![1.0; rows.len()])) } else { Err("cut short") }
+        };
+        let packed = Packed::pack(1, PANEL + 1, &Elements::F32(vec![]), read);
+        assert_eq!(packed.map(|p| p.outputs()), Err("cut short"), "the reader's error");
+    }
+}

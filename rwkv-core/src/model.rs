@@ -1,0 +1,531 @@
+//! The v7 forward pass over [`ops`](crate::ops): packed segments, each from its own state.
+//!
+//! [`Model`] is generic in what it computes with: over [`Matrix`] it is the reference, in `f32` or `f64`; over
+//! [`Packed`](crate::fast::linear::Packed) it is the CPU executor. There is one forward pass.
+//!
+//! Invariant: a segment's result does not depend on the other segments of the call, nor on how many calls its tokens
+//! are spread over, bit for bit, as long as [`Wkv`] is sequential.
+
+use rayon::prelude::*;
+
+use crate::ops::head::head;
+use crate::ops::layer_norm::{LN_EPS, layer_norm};
+use crate::ops::linear::{Job, Linear, Matrix};
+use crate::ops::lora::{Activation, add_bias};
+use crate::ops::{channel_mix, decay, embedding, kappa, learning_rate, readout, token_shift, value_residual};
+use crate::ops::{wkv7, wkv7_chunked};
+use crate::real::Elements;
+use crate::{ModelConfig, Real, Weight};
+
+/// Rows below which an elementwise pass is not split between threads: it would be done before they meet.
+const ROWS_PER_TASK: usize = 4;
+
+/// How the state update runs over the tokens of a segment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Wkv {
+    /// One token after another.
+    #[default]
+    Sequential,
+    /// By chunks of so many tokens (at least one).
+    Chunked(usize),
+}
+
+/// What a model computes with: matrices, and the state update that goes with them.
+pub trait Compute<R: Real>: Linear<R> + Sized {
+    /// Runs the state update of every segment.
+    fn wkv7(form: Wkv, segments: &mut [WkvSegment<'_, R>]);
+}
+
+/// One segment's share of the state update.
+#[derive(Debug)]
+pub struct WkvSegment<'a, R> {
+    /// Extents.
+    pub dims: wkv7::Dims,
+    /// Operands, each `[T, H, N]`.
+    pub inputs: wkv7::Inputs<'a, R>,
+    /// State, `[H, N, N]`.
+    pub state: &'a mut [R],
+    /// Output, `[T, H, N]`.
+    pub y: &'a mut [R],
+}
+
+impl<R: Real, W: Weight> Compute<R> for Matrix<W> {
+    fn wkv7(form: Wkv, segments: &mut [WkvSegment<'_, R>]) {
+        for s in segments {
+            match form {
+                Wkv::Sequential => wkv7::wkv7(s.dims, s.inputs, s.state, s.y),
+                Wkv::Chunked(chunk) => wkv7_chunked::wkv7_chunked(s.dims, chunk, s.inputs, s.state, s.y),
+            }
+        }
+    }
+}
+
+/// Gain and bias of a norm, each `[D]`.
+#[derive(Clone, Debug)]
+pub struct Norm<R> {
+    /// Gain.
+    pub gain: Vec<R>,
+    /// Bias.
+    pub bias: Vec<R>,
+}
+
+impl<R: Real> Norm<R> {
+    /// Layer norm of each row of `x` `[T, D]` into `y` `[T, D]`.
+    fn apply(&self, x: &[R], y: &mut [R]) {
+        let width = self.gain.len();
+        y.par_chunks_exact_mut(width)
+            .zip(x.par_chunks_exact(width))
+            .with_min_len(ROWS_PER_TASK)
+            .for_each(|(y, x)| layer_norm(x, &self.gain, &self.bias, LN_EPS, y));
+    }
+}
+
+/// A low-rank adapter.
+#[derive(Clone, Debug)]
+pub struct Adapter<R, M> {
+    /// `[rank, D]`.
+    pub down: M,
+    /// `[D, rank]`.
+    pub up: M,
+    /// `[D]`, or empty.
+    pub bias: Vec<R>,
+}
+
+/// The time mix of a layer.
+#[derive(Clone, Debug)]
+pub struct TimeMix<R, M> {
+    /// Token-shift mixes in the order r, w, k, v, a, g; `[6, D]`.
+    pub mixes: Vec<R>,
+    /// Receptance projection, `[D, D]`.
+    pub receptance: M,
+    /// Key projection, `[D, D]`.
+    pub key: M,
+    /// Value projection, `[D, D]`.
+    pub value: M,
+    /// Output projection, `[D, D]`.
+    pub output: M,
+    /// Decay adapter.
+    pub w: Adapter<R, M>,
+    /// In-context learning rate adapter.
+    pub a: Adapter<R, M>,
+    /// Value residual adapter; none in layer 0.
+    pub v: Option<Adapter<R, M>>,
+    /// Gate adapter; its bias is empty.
+    pub g: Adapter<R, M>,
+    /// Scale of the removal key, `[H, N]`.
+    pub k_k: Vec<R>,
+    /// Key modulation by the learning rate, `[H, N]`.
+    pub k_a: Vec<R>,
+    /// Bonus weight, `[H, N]`.
+    pub r_k: Vec<R>,
+    /// Group norm.
+    pub norm: Norm<R>,
+}
+
+/// The channel mix of a layer.
+#[derive(Clone, Debug)]
+pub struct ChannelMix<R, M> {
+    /// Token-shift mix, `[D]`.
+    pub mix: Vec<R>,
+    /// Key projection, `[F, D]`.
+    pub key: M,
+    /// Value projection, `[D, F]`.
+    pub value: M,
+}
+
+/// A layer.
+#[derive(Clone, Debug)]
+pub struct Block<R, M> {
+    /// Norm before the time mix.
+    pub ln1: Norm<R>,
+    /// Time mix.
+    pub time_mix: TimeMix<R, M>,
+    /// Norm before the channel mix.
+    pub ln2: Norm<R>,
+    /// Channel mix.
+    pub channel_mix: ChannelMix<R, M>,
+}
+
+/// A model.
+#[derive(Clone, Debug)]
+pub struct Model<R, M> {
+    /// Extents.
+    pub config: ModelConfig,
+    /// Embedding table, `[V, D]`, as stored.
+    pub embedding: Elements,
+    /// Norm of the embedding.
+    pub ln0: Norm<R>,
+    /// Layers.
+    pub blocks: Vec<Block<R, M>>,
+    /// Norm before the head.
+    pub ln_out: Norm<R>,
+    /// Head, `[V, D]`.
+    pub head: M,
+}
+
+/// What a sequence leaves behind: all that later tokens can see of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct State<R> {
+    /// ln1's output at the last token, `[L, D]`.
+    pub att_shift: Vec<R>,
+    /// WKV matrices, `[L, H, N, N]`: value row, key column.
+    pub wkv: Vec<R>,
+    /// ln2's output at the last token, `[L, D]`.
+    pub ffn_shift: Vec<R>,
+}
+
+impl<R: Real> State<R> {
+    /// The state before the first token.
+    #[must_use]
+    pub fn new(config: &ModelConfig) -> Self {
+        let shift = vec![R::zero(); config.n_layers * config.width];
+        let wkv = vec![R::zero(); config.n_layers * config.wkv_len()];
+        Self { att_shift: shift.clone(), wkv, ffn_shift: shift }
+    }
+}
+
+/// For which of a segment's tokens the head is computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Logits {
+    /// None.
+    None,
+    /// The last one.
+    #[default]
+    Last,
+    /// All of them.
+    All,
+}
+
+impl Logits {
+    /// How many rows of logits `tokens` tokens give.
+    #[must_use]
+    pub const fn rows(self, tokens: usize) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Last => 1,
+            Self::All => tokens,
+        }
+    }
+}
+
+/// Consecutive tokens of one sequence.
+#[derive(Debug)]
+pub struct Segment<'a, R> {
+    /// The tokens, at least one.
+    pub tokens: &'a [u32],
+    /// Where the sequence stands; moved on by the call.
+    pub state: &'a mut State<R>,
+    /// Which logits are wanted.
+    pub logits: Logits,
+}
+
+/// How a forward pass runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Form of the state update.
+    pub wkv: Wkv,
+    /// Whether the channel mix may skip the weights of hidden units that are zero.
+    pub skip_zeros: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { wkv: Wkv::Sequential, skip_zeros: true }
+    }
+}
+
+/// Sees the values inside a forward pass.
+pub trait Observer<R> {
+    /// Called with each named value, `[T, ..]`, and the layer it belongs to.
+    fn see(&mut self, layer: usize, name: &'static str, values: &[R]);
+}
+
+/// Sees nothing.
+impl<R> Observer<R> for () {
+    fn see(&mut self, _: usize, _: &'static str, _: &[R]) {}
+}
+
+impl<R: Real, M: Compute<R>> Model<R, M> {
+    /// Runs the segments side by side and returns the logits asked for, `[rows, V]`, in segment order.
+    ///
+    /// # Panics
+    ///
+    /// If a segment is empty, a token is outside the vocabulary, or a state has other extents.
+    #[must_use]
+    pub fn forward(&self, segments: &mut [Segment<'_, R>], options: Options) -> Vec<R> {
+        self.forward_observed(segments, options, &mut ())
+    }
+
+    /// As [`Self::forward`], shown to an observer.
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::forward`].
+    #[must_use]
+    pub fn forward_observed(
+        &self,
+        segments: &mut [Segment<'_, R>],
+        options: Options,
+        observer: &mut (impl Observer<R> + ?Sized),
+    ) -> Vec<R> {
+        let config = &self.config;
+        let tokens: Vec<u32> = segments.iter().flat_map(|s| s.tokens).copied().collect();
+        let mut rows = Rows::new(config, tokens.len());
+        self.embed(&tokens, &mut rows.x);
+        observer.see(0, "x_embed_ln0", &rows.x);
+
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let mut see = |name, values: &[R]| observer.see(layer, name, values);
+            let shift = layer * config.width..(layer + 1) * config.width;
+            let wkv = layer * config.wkv_len()..(layer + 1) * config.wkv_len();
+
+            block.ln1.apply(&rows.x, &mut rows.normed);
+            see("ln1", &rows.normed);
+            let shifts = segments.iter_mut().map(|s| (s.tokens.len(), &mut s.state.att_shift[shift.clone()]));
+            shift_rows(shifts, &block.time_mix.mixes, &rows.normed, &mut rows.mixed);
+            block.time_mix.operands(config, layer, &mut rows);
+            for (name, values) in [("r", &rows.r), ("lw", &rows.w), ("k", &rows.k), ("v", &rows.v)] {
+                see(name, values);
+            }
+            for (name, values) in [("neg_kappa", &rows.a), ("kappa_eta", &rows.b), ("gate", &rows.g)] {
+                see(name, values);
+            }
+            let states = segments.iter_mut().map(|s| (s.tokens.len(), &mut s.state.wkv[wkv.clone()]));
+            rows.update_state::<M>(config, options.wkv, states);
+            see("wkv_y", &rows.y);
+            block.time_mix.finish(config, &mut rows);
+            see("att_out", &rows.normed);
+            add(&mut rows.x, &rows.normed);
+            see("x_after_att", &rows.x);
+
+            block.ln2.apply(&rows.x, &mut rows.normed);
+            see("ln2", &rows.normed);
+            let shifts = segments.iter_mut().map(|s| (s.tokens.len(), &mut s.state.ffn_shift[shift.clone()]));
+            shift_rows(shifts, &block.channel_mix.mix, &rows.normed, &mut rows.y);
+            block.channel_mix.key.apply(&rows.y, &mut rows.hidden);
+            rows.hidden.par_chunks_mut(config.hidden).for_each(channel_mix::squared_relu);
+            see("ffn_hidden", &rows.hidden);
+            let value = &block.channel_mix.value;
+            if options.skip_zeros {
+                value.apply_sparse(&rows.hidden, &mut rows.normed);
+            } else {
+                value.apply(&rows.hidden, &mut rows.normed);
+            }
+            add(&mut rows.x, &rows.normed);
+            see("x_after_ffn", &rows.x);
+        }
+        self.logits(segments, &rows.x)
+    }
+
+    fn embed(&self, tokens: &[u32], x: &mut [R]) {
+        let (gain, bias) = (&self.ln0.gain, &self.ln0.bias);
+        match &self.embedding {
+            Elements::F32(table) => embedding::embedding(tokens, table, gain, bias, x),
+            Elements::F16(table) => embedding::embedding(tokens, table, gain, bias, x),
+            Elements::BF16(table) => embedding::embedding(tokens, table, gain, bias, x),
+        }
+    }
+
+    fn logits(&self, segments: &[Segment<'_, R>], x: &[R]) -> Vec<R> {
+        let width = self.config.width;
+        let (mut wanted, mut end) = (Vec::new(), 0);
+        for s in segments {
+            end += s.tokens.len();
+            wanted.extend_from_slice(&x[(end - s.logits.rows(s.tokens.len())) * width..end * width]);
+        }
+        let mut logits = vec![R::zero(); wanted.len() / width * self.config.vocab];
+        head(&self.head, &self.ln_out.gain, &self.ln_out.bias, &wanted, &mut logits);
+        logits
+    }
+}
+
+/// The values of all rows of a pass, `[T, D]` where nothing else is said. Allocated once, used by every layer.
+struct Rows<R> {
+    /// Residual stream.
+    x: Vec<R>,
+    /// Output of the last norm or of the last mix.
+    normed: Vec<R>,
+    /// Token-shifted, `[6, T, D]`.
+    mixed: Vec<R>,
+    r: Vec<R>,
+    /// `wl`, then `lw`.
+    w: Vec<R>,
+    /// `k0`, then `k`.
+    k: Vec<R>,
+    v: Vec<R>,
+    /// Layer 0's `v`.
+    v_first: Vec<R>,
+    /// `al`, then `eta`, then the removal direction.
+    a: Vec<R>,
+    /// kappa, then the replacement direction.
+    b: Vec<R>,
+    g: Vec<R>,
+    /// Output of the value residual adapter, of the state update, then the shifted rows of the channel mix.
+    y: Vec<R>,
+    /// Hidden units, `[T, F]`.
+    hidden: Vec<R>,
+}
+
+impl<R: Real> Rows<R> {
+    fn new(config: &ModelConfig, tokens: usize) -> Self {
+        let rows = |width: usize| vec![R::zero(); tokens * width];
+        let d = config.width;
+        Self {
+            x: rows(d),
+            normed: rows(d),
+            mixed: rows(6 * d),
+            r: rows(d),
+            w: rows(d),
+            k: rows(d),
+            v: rows(d),
+            v_first: rows(d),
+            a: rows(d),
+            b: rows(d),
+            g: rows(d),
+            y: rows(d),
+            hidden: rows(config.hidden),
+        }
+    }
+
+    fn update_state<'a, M: Compute<R>>(
+        &'a mut self,
+        config: &ModelConfig,
+        form: Wkv,
+        states: impl Iterator<Item = (usize, &'a mut [R])>,
+    ) {
+        let (mut y, mut start) = (self.y.as_mut_slice(), 0);
+        let mut segments = Vec::new();
+        for (tokens, state) in states {
+            let (mine, rest) = y.split_at_mut(tokens * config.width);
+            let at = start..start + mine.len();
+            (y, start) = (rest, at.end);
+            let dims = wkv7::Dims { tokens, heads: config.n_heads, head_size: config.head_size };
+            let inputs = wkv7::Inputs {
+                r: &self.r[at.clone()],
+                lw: &self.w[at.clone()],
+                k: &self.k[at.clone()],
+                v: &self.v[at.clone()],
+                a: &self.a[at.clone()],
+                b: &self.b[at],
+            };
+            segments.push(WkvSegment { dims, inputs, state, y: mine });
+        }
+        M::wkv7(form, &mut segments);
+    }
+}
+
+impl<R: Real, M: Compute<R>> TimeMix<R, M> {
+    /// From the shifted rows to the operands of the state update, and the gate.
+    fn operands(&self, config: &ModelConfig, layer: usize, rows: &mut Rows<R>) {
+        let len = rows.x.len();
+        let mixed = |m: usize| &rows.mixed[m * len..][..len];
+        let [xr, xw, xk, xv, xa, xg] = [0, 1, 2, 3, 4, 5].map(mixed);
+
+        let low = |adapter: &Adapter<R, M>| vec![R::zero(); len / config.width * adapter.down.outputs()];
+        let (mut lw, mut la, mut lg) = (low(&self.w), low(&self.a), low(&self.g));
+        let mut lv = self.v.as_ref().map(low).unwrap_or_default();
+        let mut jobs = vec![
+            Job { layer: &self.receptance, x: xr, y: &mut rows.r },
+            Job { layer: &self.key, x: xk, y: &mut rows.k },
+            Job { layer: &self.value, x: xv, y: &mut rows.v },
+            Job { layer: &self.w.down, x: xw, y: &mut lw },
+            Job { layer: &self.a.down, x: xa, y: &mut la },
+            Job { layer: &self.g.down, x: xg, y: &mut lg },
+        ];
+        if let Some(v) = &self.v {
+            jobs.push(Job { layer: &v.down, x: xv, y: &mut lv });
+        }
+        M::apply_all(&mut jobs);
+
+        Activation::Tanh.apply(&mut lw);
+        Activation::Sigmoid.apply(&mut lg);
+        let mut jobs = vec![
+            Job { layer: &self.w.up, x: &lw, y: &mut rows.w },
+            Job { layer: &self.a.up, x: &la, y: &mut rows.a },
+            Job { layer: &self.g.up, x: &lg, y: &mut rows.g },
+        ];
+        if let Some(v) = &self.v {
+            jobs.push(Job { layer: &v.up, x: &lv, y: &mut rows.y });
+        }
+        M::apply_all(&mut jobs);
+
+        let Rows { w, k, v, v_first, a, b, y, .. } = rows;
+        if layer == 0 {
+            v_first.copy_from_slice(v);
+        }
+        let d = config.width;
+        let keys = (w.par_chunks_mut(d), k.par_chunks_mut(d), a.par_chunks_mut(d), b.par_chunks_mut(d));
+        let values = (v.par_chunks_mut(d), v_first.par_chunks(d), y.par_chunks_mut(d));
+        keys.into_par_iter().zip(values.into_par_iter()).with_min_len(ROWS_PER_TASK).for_each(
+            |((w, k, a, b), (v, v_first, vl))| {
+                add_bias(&self.w.bias, w);
+                decay::log_decay(w);
+                add_bias(&self.a.bias, a);
+                learning_rate::learning_rate(a);
+                if let Some(adapter) = &self.v {
+                    add_bias(&adapter.bias, vl);
+                    value_residual::value_residual(v_first, vl, v);
+                }
+                kappa::kappa(config.head_size, k, &self.k_k, b);
+                learning_rate::modulate_key(a, &self.k_a, k);
+                learning_rate::directions(a, b);
+            },
+        );
+    }
+
+    /// From the state update's output to the mix's output, in `rows.normed`.
+    fn finish(&self, config: &ModelConfig, rows: &mut Rows<R>) {
+        let d = config.width;
+        let operands =
+            (rows.y.par_chunks(d), rows.r.par_chunks(d), rows.k.par_chunks(d), rows.v.par_chunks(d));
+        let out = (rows.normed.par_chunks_mut(d), rows.g.par_chunks_mut(d));
+        operands.into_par_iter().zip(out.into_par_iter()).with_min_len(ROWS_PER_TASK).for_each(
+            |((y, r, k, v), (out, gate))| {
+                let (gain, bias, r_k) = (&self.norm.gain, &self.norm.bias, &self.r_k);
+                let x = readout::Inputs { y, r, k, v, gate, gain, bias, r_k };
+                readout::readout(config.head_size, x, out);
+            },
+        );
+        // y is done with: the gated readout takes its place, so that the projection can write to `normed`
+        std::mem::swap(&mut rows.y, &mut rows.normed);
+        self.output.apply(&rows.y, &mut rows.normed);
+    }
+}
+
+/// Token shift of packed segments: `x` `[T, D]` by each of `mixes` `[M, D]` into `out` `[M, T, D]`; each segment's kept
+/// row `[D]` is read, then replaced by its last.
+fn shift_rows<'a, R: Real>(
+    segments: impl Iterator<Item = (usize, &'a mut [R])>,
+    mixes: &[R],
+    x: &[R],
+    out: &mut [R],
+) {
+    let mut start = 0;
+    // the row before each row
+    let mut before: Vec<&[R]> = Vec::new();
+    let kept: Vec<(usize, &'a mut [R])> = segments.collect();
+    let width = kept.first().map_or(1, |(_, kept)| kept.len());
+    for (tokens, kept) in &kept {
+        before.push(kept);
+        before.extend(x[start..][..(tokens - 1) * width].chunks_exact(width));
+        start += tokens * width;
+    }
+    for (mix, out) in mixes.chunks_exact(width).zip(out.chunks_exact_mut(x.len())) {
+        out.par_chunks_exact_mut(width)
+            .zip(x.par_chunks_exact(width))
+            .zip(&before)
+            .with_min_len(ROWS_PER_TASK)
+            .for_each(|((out, x), before)| token_shift::lerp(x, before, mix, out));
+    }
+    let mut end = 0;
+    for (tokens, kept) in kept {
+        end += tokens * width;
+        kept.copy_from_slice(&x[end - width..end]);
+    }
+}
+
+fn add<R: Real>(x: &mut [R], y: &[R]) {
+    for (x, &y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}

@@ -1,0 +1,21 @@
+//! One operation per file: the formula, then plain loops.
+//!
+//! Shapes are written slowest first: `[T, H, N]` is `T` tokens of `H` heads of `N` channels. `D = H * N`.
+//! Slices that disagree with the stated extents are the caller's bug and panic.
+
+pub mod channel_mix;
+pub mod decay;
+pub mod embedding;
+pub mod head;
+pub mod kappa;
+pub mod layer_norm;
+pub mod learning_rate;
+pub mod linear;
+pub mod lora;
+pub mod readout;
+pub mod softmax;
+pub mod token_shift;
+pub mod value_residual;
+pub mod wkv4;
+pub mod wkv7;
+pub mod wkv7_chunked;

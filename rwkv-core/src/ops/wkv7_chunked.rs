@@ -1,0 +1,224 @@
+//! The RWKV-7 state update, a chunk of tokens at a time.
+//!
+//! The same operation as [`wkv7`](super::wkv7), unrolled over a chunk of `C` tokens, so that most of it becomes
+//! matrix products. With `G[t] = sum_{s<=t} lw[s]` and `P[t] = G[t-1]` per key channel, and the pair weights
+//!
+//! ```text
+//! A_ab[t][s] = sum_j a[t][j] * b[s][j] * exp(P[t][j] - G[s][j])        s <  t
+//! A_ak[t][s] = sum_j a[t][j] * k[s][j] * exp(P[t][j] - G[s][j])        s <  t
+//! A_rb[t][s] = sum_j r[t][j] * b[s][j] * exp(G[t][j] - G[s][j])        s <= t
+//! A_rk[t][s] = sum_j r[t][j] * k[s][j] * exp(G[t][j] - G[s][j])        s <= t
+//! ```
+//!
+//! the chunk that enters with state `S` is
+//!
+//! ```text
+//! q[t] = S (a[t] * exp(P[t])) + sum_{s<t} A_ak[t][s] v[s] + A_ab[t][s] q[s]       row after row
+//! y[t] = S (r[t] * exp(G[t])) + sum_{s<=t} A_rb[t][s] q[s] + A_rk[t][s] v[s]
+//! S    = S diag(exp(G[C])) + sum_s (q[s] b[s]^T + v[s] k[s]^T) diag(exp(G[C] - G[s]))
+//! ```
+//!
+//! The exponents of the pair weights are at most zero, but as products of two factors they are not: they are taken
+//! by blocks of [`BLOCK`] tokens. Inside a block both factors are relative to its middle, so that neither exceeds
+//! `exp(9 * 0.6066) = 235`, far inside `f16`. Against earlier blocks they are relative to the block's left edge,
+//! and both factors are at most 1. Masked pairs are left out, never multiplied by zero: they may be large.
+//!
+//! `q` comes from forward substitution. A doubling product of `(I - A_ab)^-1` loses all accuracy when keys repeat.
+
+pub use super::wkv7::{Dims, Inputs};
+use crate::Real;
+
+/// Tokens in a block of the pair weights.
+pub const BLOCK: usize = 16;
+
+/// Runs the recurrence by chunks of `chunk` tokens, the last one shorter: updates `state` `[H, N, N]`,
+/// writes `y` `[T, H, N]`.
+///
+/// # Panics
+///
+/// If a slice's length disagrees with `dims`, or `chunk` is zero.
+pub fn wkv7_chunked<R: Real>(dims: Dims, chunk: usize, x: Inputs<'_, R>, state: &mut [R], y: &mut [R]) {
+    dims.check(&x, state, y);
+    assert!(chunk > 0, "a chunk has at least one token");
+    let (n, width) = (dims.head_size, dims.heads * dims.head_size);
+    for start in (0..dims.tokens).step_by(chunk) {
+        let tokens = start..(start + chunk).min(dims.tokens);
+        for h in 0..dims.heads {
+            let gather = |s: &[R]| -> Vec<R> {
+                tokens.clone().flat_map(|t| &s[t * width + h * n..][..n]).copied().collect()
+            };
+            let head = Head {
+                n,
+                r: gather(x.r),
+                k: gather(x.k),
+                v: gather(x.v),
+                a: gather(x.a),
+                b: gather(x.b),
+                log: cumulative(n, &gather(x.lw)),
+            };
+            let out = head.run(&mut state[h * n * n..][..n * n]);
+            for (t, out) in tokens.clone().zip(out.chunks_exact(n)) {
+                y[t * width + h * n..][..n].copy_from_slice(out);
+            }
+        }
+    }
+}
+
+/// `P` and `G` in one: row `t` is `P[t]`, row `t + 1` is `G[t]`; `[C + 1, N]`.
+fn cumulative<R: Real>(n: usize, lw: &[R]) -> Vec<R> {
+    let mut log = vec![R::zero(); lw.len() + n];
+    for at in 0..lw.len() {
+        log[at + n] = log[at] + lw[at];
+    }
+    log
+}
+
+/// One head's share of a chunk, operands `[C, N]`.
+struct Head<R> {
+    n: usize,
+    r: Vec<R>,
+    k: Vec<R>,
+    v: Vec<R>,
+    a: Vec<R>,
+    b: Vec<R>,
+    log: Vec<R>,
+}
+
+/// The pair weights, each `[C, C]`.
+struct Pairs<R> {
+    ab: Vec<R>,
+    ak: Vec<R>,
+    rb: Vec<R>,
+    rk: Vec<R>,
+}
+
+impl<R: Real> Head<R> {
+    fn tokens(&self) -> usize {
+        self.v.len() / self.n
+    }
+
+    /// Row `t` of an operand.
+    fn row<'a>(&self, operand: &'a [R], t: usize) -> &'a [R] {
+        &operand[t * self.n..][..self.n]
+    }
+
+    /// `log` before token `t`.
+    fn before(&self, t: usize) -> &[R] {
+        self.row(&self.log, t)
+    }
+
+    /// `log` after token `t`.
+    fn after(&self, t: usize) -> &[R] {
+        self.row(&self.log, t + 1)
+    }
+
+    fn run(&self, state: &mut [R]) -> Vec<R> {
+        let (n, c) = (self.n, self.tokens());
+        let pairs = self.pairs();
+
+        let mut q: Vec<R> = Vec::with_capacity(c * n);
+        for t in 0..c {
+            let seen = scaled(self.row(&self.a, t), self.before(t));
+            let mut row = product(state, &seen);
+            for s in 0..t {
+                add_scaled(&mut row, pairs.ak[t * c + s], self.row(&self.v, s));
+                add_scaled(&mut row, pairs.ab[t * c + s], self.row(&q, s));
+            }
+            q.extend(row);
+        }
+
+        let mut y = Vec::with_capacity(c * n);
+        for t in 0..c {
+            let asked = scaled(self.row(&self.r, t), self.after(t));
+            let mut row = product(state, &asked);
+            for s in 0..=t {
+                add_scaled(&mut row, pairs.rb[t * c + s], self.row(&q, s));
+                add_scaled(&mut row, pairs.rk[t * c + s], self.row(&self.v, s));
+            }
+            y.extend(row);
+        }
+
+        let end = self.before(c);
+        for row in state.chunks_exact_mut(n) {
+            for j in 0..n {
+                row[j] *= end[j].exp();
+            }
+        }
+        for s in 0..c {
+            let remaining: Vec<R> = (0..n).map(|j| end[j] - self.after(s)[j]).collect();
+            let (b, k) = (scaled(self.row(&self.b, s), &remaining), scaled(self.row(&self.k, s), &remaining));
+            for (i, row) in state.chunks_exact_mut(n).enumerate() {
+                add_scaled(row, q[s * n + i], &b);
+                add_scaled(row, self.v[s * n + i], &k);
+            }
+        }
+        y
+    }
+
+    fn pairs(&self) -> Pairs<R> {
+        let c = self.tokens();
+        let zero = || vec![R::zero(); c * c];
+        let mut pairs = Pairs { ab: zero(), ak: zero(), rb: zero(), rk: zero() };
+        for left in (0..c).step_by(BLOCK) {
+            let block = left..(left + BLOCK).min(c);
+            let middle = self.after(left + (block.len() / 2).max(1) - 1);
+            self.pair(&mut pairs, block.clone(), block.clone(), middle);
+            self.pair(&mut pairs, block, 0..left, self.before(left));
+        }
+        pairs
+    }
+
+    /// Fills the weights of rows `ts` against columns `ss`, both factors relative to `reference` `[N]`.
+    fn pair(
+        &self,
+        pairs: &mut Pairs<R>,
+        ts: std::ops::Range<usize>,
+        ss: std::ops::Range<usize>,
+        reference: &[R],
+    ) {
+        let c = self.tokens();
+        let relative = |operand: &[R], t: usize, log: &[R], sign: R| -> Vec<R> {
+            let row = self.row(operand, t);
+            (0..self.n).map(|j| row[j] * (sign * (log[j] - reference[j])).exp()).collect()
+        };
+        let (one, minus) = (R::one(), -R::one());
+        let columns: Vec<_> = ss
+            .clone()
+            .map(|s| (relative(&self.b, s, self.after(s), minus), relative(&self.k, s, self.after(s), minus)))
+            .collect();
+        for t in ts {
+            let a = relative(&self.a, t, self.before(t), one);
+            let r = relative(&self.r, t, self.after(t), one);
+            for (s, (b, k)) in ss.clone().zip(&columns) {
+                if s < t {
+                    pairs.ab[t * c + s] = dot(&a, b);
+                    pairs.ak[t * c + s] = dot(&a, k);
+                }
+                if s <= t {
+                    pairs.rb[t * c + s] = dot(&r, b);
+                    pairs.rk[t * c + s] = dot(&r, k);
+                }
+            }
+        }
+    }
+}
+
+/// `x * exp(log)`.
+fn scaled<R: Real>(x: &[R], log: &[R]) -> Vec<R> {
+    x.iter().zip(log).map(|(&x, &log)| x * log.exp()).collect()
+}
+
+fn dot<R: Real>(a: &[R], b: &[R]) -> R {
+    a.iter().zip(b).map(|(&a, &b)| a * b).sum()
+}
+
+/// `S x`, rows of `S` `[N, N]`.
+fn product<R: Real>(state: &[R], x: &[R]) -> Vec<R> {
+    state.chunks_exact(x.len()).map(|row| dot(row, x)).collect()
+}
+
+fn add_scaled<R: Real>(sum: &mut [R], factor: R, x: &[R]) {
+    for (sum, &x) in sum.iter_mut().zip(x) {
+        *sum += factor * x;
+    }
+}

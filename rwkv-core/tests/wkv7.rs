@@ -1,0 +1,223 @@
+//! The state update in all its forms: against golden vectors, against each other, and against its own laws.
+
+use proptest::prelude::*;
+use rwkv_core::compare::{magnitude, max_abs};
+use rwkv_core::fast;
+use rwkv_core::model::WkvSegment;
+use rwkv_core::ops::wkv7::{Dims, Inputs, wkv7};
+use rwkv_core::ops::wkv7_chunked::wkv7_chunked;
+use rwkv_core::rng::SplitMix64;
+use rwkv_core::{Real, ops::decay::DECAY_SCALE};
+
+const CHUNKS: [usize; 6] = [1, 7, 16, 32, 64, 65];
+
+/// Owned operands of one call.
+#[derive(Clone)]
+struct Operands<R> {
+    dims: Dims,
+    r: Vec<R>,
+    lw: Vec<R>,
+    k: Vec<R>,
+    v: Vec<R>,
+    a: Vec<R>,
+    b: Vec<R>,
+    state: Vec<R>,
+}
+
+impl<R: Real> Operands<R> {
+    fn inputs(&self) -> Inputs<'_, R> {
+        Inputs { r: &self.r, lw: &self.lw, k: &self.k, v: &self.v, a: &self.a, b: &self.b }
+    }
+
+    /// State and output after `run`.
+    fn after(&self, run: impl Fn(Dims, Inputs<'_, R>, &mut [R], &mut [R])) -> (Vec<R>, Vec<R>) {
+        let (mut state, mut y) = (self.state.clone(), vec![R::nan(); self.dims.vector_len()]);
+        run(self.dims, self.inputs(), &mut state, &mut y);
+        (state, y)
+    }
+
+    fn wide(&self) -> Operands<f64> {
+        let wide = |v: &[R]| v.iter().map(|x| x.wide()).collect();
+        let Self { dims, r, lw, k, v, a, b, state } = self;
+        Operands {
+            dims: *dims,
+            r: wide(r),
+            lw: wide(lw),
+            k: wide(k),
+            v: wide(v),
+            a: wide(a),
+            b: wide(b),
+            state: wide(state),
+        }
+    }
+
+    /// The tokens `range` alone, from `state`.
+    fn part(&self, range: std::ops::Range<usize>, state: Vec<R>) -> Self {
+        let row = self.dims.heads * self.dims.head_size;
+        let cut = |v: &[R]| v[range.start * row..range.end * row].to_vec();
+        let Self { r, lw, k, v, a, b, .. } = self;
+        let dims = Dims { tokens: range.len(), ..self.dims };
+        Self { dims, r: cut(r), lw: cut(lw), k: cut(k), v: cut(v), a: cut(a), b: cut(b), state }
+    }
+}
+
+fn fast_wkv7(dims: Dims, inputs: Inputs<'_, f32>, state: &mut [f32], y: &mut [f32]) {
+    fast::wkv7::wkv7(&mut [WkvSegment { dims, inputs, state, y }]);
+}
+
+/// Draws from the operation's own domain: decays from fastest to none, unit kappa, learning rates in [0, 1].
+fn draw(dims: Dims, seed: u64) -> Operands<f32> {
+    let mut rng = SplitMix64::new(seed);
+    let len = dims.vector_len();
+    let mut normal = |scale: f32| (0..len).map(|_| rng.normal() * scale).collect::<Vec<f32>>();
+    let (r, k, v, mut kappa) = (normal(1.0), normal(1.0), normal(2.0), normal(1.0));
+    for head in kappa.chunks_mut(dims.head_size) {
+        let norm = head.iter().map(|x| x * x).sum::<f32>().sqrt();
+        head.iter_mut().for_each(|x| *x /= norm);
+    }
+    let slowest = 10f32.powf(rng.uniform(-7.0, 0.0));
+    #[expect(clippy::cast_possible_truncation, reason = "a bound for drawing")]
+    let lw = (0..len).map(|_| -rng.uniform(0.0, 1.0).powi(3).max(slowest) * DECAY_SCALE as f32).collect();
+    let b = kappa.iter().map(|x| x * rng.uniform(0.0, 1.0)).collect();
+    let a = kappa.iter().map(|x| -x).collect();
+    let state = (0..dims.state_len()).map(|_| rng.normal()).collect();
+    Operands { dims, r, lw, k, v, a, b, state }
+}
+
+fn dims() -> impl Strategy<Value = Dims> {
+    (1usize..70, 1usize..4, prop_oneof![Just(64usize), Just(128), Just(2), Just(12)])
+        .prop_map(|(tokens, heads, head_size)| Dims { tokens, heads, head_size })
+}
+
+/// How far an f32 run of `T` tokens may be from the exact one, relative to the largest value. Each token rounds the
+/// state a handful of times and its readout `N / 2` times at worst; the removal contracts, so that the errors of
+/// different tokens add up as a random walk.
+fn f32_limit(dims: Dims, scale: f64) -> f64 {
+    let (t, n) = (dims.tokens as f64, dims.head_size as f64);
+    f64::from(f32::EPSILON) * scale * (n / 2.0 + 4.0 * t.sqrt() + 4.0)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Bit for bit: the same operations in the same order.
+    #[test]
+    fn the_fast_form_is_the_definition(dims in dims(), seed: u64) {
+        let x = draw(dims, seed);
+        prop_assert_eq!(x.after(fast_wkv7), x.after(wkv7), "state and output");
+    }
+
+    #[test]
+    fn chunks_agree_with_the_definition(dims in dims(), seed: u64) {
+        let x = draw(dims, seed).wide();
+        let want = x.after(wkv7);
+        for chunk in CHUNKS {
+            let got = x.after(|d, i, s, y| wkv7_chunked(d, chunk, i, s, y));
+            for (name, got, want) in [("state", &got.0, &want.0), ("y", &got.1, &want.1)] {
+                // exact but for rounding: 1e-13 of the largest value leaves 450 roundings
+                let limit = 1e-13 * magnitude(want).max(1.0) * (dims.head_size as f64);
+                let found = max_abs(got, want, limit);
+                prop_assert!(found.is_ok(), "chunk {chunk}, {name}: {found:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn single_precision_stays_near_double(dims in dims(), seed: u64) {
+        let x = draw(dims, seed);
+        let want = x.wide().after(wkv7);
+        let runs = [("sequential", x.after(wkv7)), ("by 16", x.after(|d, i, s, y| wkv7_chunked(d, 16, i, s, y)))];
+        for (name, got) in runs {
+            let state = max_abs(&got.0, &want.0, f32_limit(dims, magnitude(&want.0)));
+            let y = max_abs(&got.1, &want.1, f32_limit(dims, magnitude(&want.1).max(magnitude(&want.0))));
+            prop_assert!(state.is_ok() && y.is_ok(), "{name}: {state:?} {y:?}");
+        }
+    }
+
+    /// Running T1 tokens, then T2, is running T1 + T2.
+    #[test]
+    fn states_compose(dims in dims(), cut in 0usize..70, seed: u64) {
+        let x = draw(dims, seed);
+        let cut = cut.min(dims.tokens);
+        let (state, y) = x.after(wkv7);
+        let first = x.part(0..cut, x.state.clone()).after(wkv7);
+        let second = x.part(cut..dims.tokens, first.0).after(wkv7);
+        prop_assert_eq!(second.0, state, "state");
+        prop_assert_eq!([first.1, second.1].concat(), y, "output");
+    }
+
+    /// The update is linear in (state, v) together: both twice as large give a result twice as large, exactly.
+    #[test]
+    fn linear_in_state_and_value(dims in dims(), seed: u64) {
+        let x = draw(dims, seed);
+        let twice = |v: &[f32]| v.iter().map(|x| x * 2.0).collect::<Vec<_>>();
+        let doubled = Operands { v: twice(&x.v), state: twice(&x.state), ..x.clone() };
+        let (state, y) = x.after(wkv7);
+        prop_assert_eq!(doubled.after(wkv7), (twice(&state), twice(&y)), "doubled");
+    }
+}
+
+/// Several segments in one call are as many calls.
+#[test]
+fn segments_do_not_see_each_other() {
+    let cases: Vec<Operands<f32>> = [(3, 2), (1, 2), (40, 2)]
+        .iter()
+        .zip(1..)
+        .map(|(&(tokens, heads), seed)| draw(Dims { tokens, heads, head_size: 64 }, seed))
+        .collect();
+    let mut states: Vec<Vec<f32>> = cases.iter().map(|c| c.state.clone()).collect();
+    let mut ys: Vec<Vec<f32>> = cases.iter().map(|c| vec![f32::NAN; c.dims.vector_len()]).collect();
+    let mut segments: Vec<WkvSegment<'_, f32>> = cases
+        .iter()
+        .zip(&mut states)
+        .zip(&mut ys)
+        .map(|((c, state), y)| WkvSegment { dims: c.dims, inputs: c.inputs(), state, y })
+        .collect();
+    fast::wkv7::wkv7(&mut segments);
+    for ((case, state), y) in cases.iter().zip(states).zip(ys) {
+        assert_eq!((state, y), case.after(wkv7), "as alone");
+    }
+}
+
+/// The golden cases hold f32 operands of an f64 run, whose results are rounded to f32.
+#[test]
+fn golden_vectors() {
+    for name in ["realistic", "fastest_decay", "sticky", "mixed_decay"] {
+        let path = format!("{}/tests/vectors/wkv_{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
+        let bytes = std::fs::read(&path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let get = |name: &str| -> Vec<f32> {
+            let bytes = file.tensor(name).unwrap().data();
+            bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+        };
+        let shape = file.tensor("r").unwrap().shape().to_vec();
+        let dims = Dims { tokens: shape[0], heads: shape[1], head_size: shape[2] };
+        let x = Operands {
+            dims,
+            r: get("r"),
+            lw: get("logw"),
+            k: get("k"),
+            v: get("v"),
+            a: get("a"),
+            b: get("b"),
+            state: get("S0"),
+        };
+        let (want_state, want_y) = (get("S_final"), get("y"));
+
+        // operands were rounded to f32 after the run: the results move as if each token had one more rounding
+        let rounded = f32_limit(dims, magnitude(&want_y));
+        let (state, y) = x.wide().after(wkv7);
+        max_abs(&state, &want_state, rounded).unwrap_or_else(|e| panic!("{name}, f64, state: {e}"));
+        let from_f64 = max_abs(&y, &want_y, rounded).unwrap_or_else(|e| panic!("{name}, f64, y: {e}"));
+
+        let limit = from_f64 + rounded;
+        for chunk in CHUNKS {
+            let (s, y) = x.after(|d, i, s, y| wkv7_chunked(d, chunk, i, s, y));
+            max_abs(&s, &want_state, limit).unwrap_or_else(|e| panic!("{name}, chunk {chunk}, state: {e}"));
+            max_abs(&y, &want_y, limit).unwrap_or_else(|e| panic!("{name}, chunk {chunk}, y: {e}"));
+        }
+        let (s, y) = x.after(fast_wkv7);
+        max_abs(&s, &want_state, limit).unwrap_or_else(|e| panic!("{name}, fast, state: {e}"));
+        max_abs(&y, &want_y, limit).unwrap_or_else(|e| panic!("{name}, fast, y: {e}"));
+    }
+}
