@@ -1,0 +1,6 @@
+//! One kernel per folder: `<name>.wgsl`, `mod.rs` (bindings and lowering), `tests.rs` (against the twin).
+
+pub mod wkv7;
+
+/// Workgroups of one dispatch along one dimension, at most: the default limit of WebGPU.
+const MAX_GROUPS: u32 = 65_535;

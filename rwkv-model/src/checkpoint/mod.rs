@@ -1,0 +1,384 @@
+//! Checkpoints: from a file in any of the usual formats to a model, every tensor checked.
+//!
+//! [`Checkpoint::open`] tells the container (safetensors, `.pth`) and the dialect of the names by the content alone,
+//! reads every extent from the tensors, and checks that every tensor is there in the expected shape, before a single
+//! weight is read. [`Checkpoint::load`] then reads the weights, each once, by position, into their final place.
+//!
+//! A file that is cut short while open gives an error that names the tensor (see [`source`]); once loaded, a model no
+//! longer needs its file.
+
+mod archive;
+pub mod directory;
+mod load;
+mod names;
+pub mod pickle;
+pub mod pth;
+pub mod safetensors;
+pub mod source;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+
+use rwkv_core::ModelConfig;
+use rwkv_core::config::Ranks;
+
+pub use self::directory::{Dtype, Entry, Format};
+pub use self::load::{LoadMatrix, Progress};
+pub use self::names::Dialect;
+use self::source::{FileSource, Source};
+
+/// What is wrong with a checkpoint, and which one it is.
+#[derive(Debug, thiserror::Error)]
+#[error("{file}: {fault}")]
+pub struct Error {
+    /// The file, as it was named.
+    pub file: String,
+    /// What is wrong.
+    pub fault: Fault,
+}
+
+/// What is wrong with a checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The container cannot be read.
+    #[error(transparent)]
+    Directory(#[from] directory::Error),
+    /// No tensor by which a dialect is told.
+    #[error("no RWKV-7 model: among {tensors} tensors ({}) is no embedding", first.as_deref().unwrap_or("none"))]
+    NoEmbedding {
+        /// How many tensors there are.
+        tensors: usize,
+        /// One of them.
+        first: Option<String>,
+    },
+    /// Another architecture.
+    #[error("tensor {tensor}: a model of {architecture}; only RWKV-7 is supported")]
+    Architecture {
+        /// The tensor that tells.
+        tensor: String,
+        /// What it tells.
+        architecture: &'static str,
+    },
+    /// A tensor is missing.
+    #[error("tensor {tensor} is missing, expected {expected:?}")]
+    Missing {
+        /// Its official name.
+        tensor: String,
+        /// The shape it should have; empty where any would do.
+        expected: Vec<usize>,
+    },
+    /// A tensor has another shape than the rest of the model implies.
+    #[error("tensor {tensor} has shape {found:?}, expected {expected}")]
+    Shape {
+        /// Its official name.
+        tensor: String,
+        /// The shape it has.
+        found: Vec<usize>,
+        /// The shape it should have.
+        expected: String,
+    },
+    /// A tensor has a type that no model has.
+    #[error("tensor {tensor} is of type {found}, expected F32, F16 or BF16")]
+    Dtype {
+        /// Its official name.
+        tensor: String,
+        /// The type it has.
+        found: Dtype,
+    },
+    /// A weight is infinite or no number.
+    #[error("tensor {tensor} is not finite at element {index}")]
+    NotFinite {
+        /// Its official name.
+        tensor: String,
+        /// Which element.
+        index: usize,
+    },
+    /// A tensor's bytes cannot be read.
+    #[error("reading tensor {tensor}: {error}")]
+    Io {
+        /// Its official name.
+        tensor: String,
+        /// Why.
+        error: io::Error,
+    },
+}
+
+/// Which way round the adapters' factors are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoraLayout {
+    /// `w1 [D, rank]`, `w2 [rank, D]`.
+    Official,
+    /// `w1 [rank, D]`, `w2 [D, rank]`: web-rwkv's converter, and fla.
+    Transposed,
+}
+
+/// How to read a checkpoint.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Which way round the adapters are, where their shapes do not tell because every rank equals the width. The
+    /// default there is [`LoraLayout::Official`] for official names.
+    pub lora: Option<LoraLayout>,
+}
+
+/// A checkpoint whose tensors are all known and checked, none of them read yet.
+#[derive(Debug)]
+pub struct Checkpoint {
+    file: String,
+    source: Box<dyn Source>,
+    format: Format,
+    dialect: Dialect,
+    lora: LoraLayout,
+    config: ModelConfig,
+    tensors: BTreeMap<String, Entry>,
+    ignored: Vec<String>,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint at `path`.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be read, is of no known format, or a tensor is missing or of an unexpected shape or type.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
+        Self::open_with(path, Options::default())
+    }
+
+    /// As [`Self::open`], with options.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn open_with(path: impl AsRef<Path>, options: Options) -> Result<Self, Error> {
+        let file = path.as_ref().display().to_string();
+        match FileSource::open(path) {
+            Ok(source) => Self::from_source(file, Box::new(source), options),
+            Err(error) => Err(Error { file, fault: Fault::Directory(error.into()) }),
+        }
+    }
+
+    /// Reads a checkpoint from any source; `file` is what errors call it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn from_source(
+        file: impl Into<String>,
+        source: Box<dyn Source>,
+        options: Options,
+    ) -> Result<Self, Error> {
+        let file = file.into();
+        match Self::read(&*source, options) {
+            Ok((format, dialect, lora, config, mut tensors)) => {
+                let expected: BTreeMap<_, _> = expected(&config, lora, tensors.keys()).into_iter().collect();
+                let ignored = tensors.keys().filter(|n| !expected.contains_key(*n)).cloned().collect();
+                tensors.retain(|name, _| expected.contains_key(name));
+                Ok(Self { file, source, format, dialect, lora, config, tensors, ignored })
+            }
+            Err(fault) => Err(Error { file, fault }),
+        }
+    }
+
+    #[expect(clippy::type_complexity, reason = "the fields of the checkpoint, on their way there")]
+    fn read(
+        source: &dyn Source,
+        options: Options,
+    ) -> Result<(Format, Dialect, LoraLayout, ModelConfig, BTreeMap<String, Entry>), Fault> {
+        let directory = directory::read(source)?;
+        let (dialect, tensors) = names::official(directory.tensors)?;
+        let (config, lora) = extents(&tensors, dialect, options)?;
+        for (name, shape) in expected(&config, lora, tensors.keys()) {
+            let entry = require(&tensors, &name, &shape)?;
+            if squeezed(&entry.shape) != squeezed(&shape) {
+                let expected = format!("{shape:?}");
+                return Err(Fault::Shape { tensor: name, found: entry.shape.clone(), expected });
+            }
+            if let Dtype::Other(_) = entry.dtype {
+                return Err(Fault::Dtype { tensor: name, found: entry.dtype.clone() });
+            }
+        }
+        Ok((directory.format, dialect, lora, config, tensors))
+    }
+
+    /// The model's extents.
+    #[must_use]
+    pub const fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The container.
+    #[must_use]
+    pub const fn format(&self) -> Format {
+        self.format
+    }
+
+    /// How its tensors are named.
+    #[must_use]
+    pub const fn dialect(&self) -> Dialect {
+        self.dialect
+    }
+
+    /// Which way round its adapters are.
+    #[must_use]
+    pub const fn lora(&self) -> LoraLayout {
+        self.lora
+    }
+
+    /// Bytes of the tensors that a model is made of.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.tensors.values().map(Entry::bytes).sum()
+    }
+
+    /// Tensors that the file holds and a model has no use for, such as the value residual adapter of layer 0.
+    #[must_use]
+    pub fn ignored(&self) -> &[String] {
+        &self.ignored
+    }
+
+    fn error(&self, fault: Fault) -> Error {
+        Error { file: self.file.clone(), fault }
+    }
+}
+
+fn require<'a>(
+    tensors: &'a BTreeMap<String, Entry>,
+    name: &str,
+    expected: &[usize],
+) -> Result<&'a Entry, Fault> {
+    tensors.get(name).ok_or_else(|| Fault::Missing { tensor: name.to_owned(), expected: expected.to_vec() })
+}
+
+/// A shape without its axes of one: files hold vectors as `[D]` and as `[1, 1, D]`.
+fn squeezed(shape: &[usize]) -> Vec<usize> {
+    shape.iter().copied().filter(|&extent| extent != 1).collect()
+}
+
+/// Reads every extent from the tensors that reveal it.
+fn extents(
+    tensors: &BTreeMap<String, Entry>,
+    dialect: Dialect,
+    options: Options,
+) -> Result<(ModelConfig, LoraLayout), Fault> {
+    let shape = |name: &str, expected: &str, rank: usize| -> Result<Vec<usize>, Fault> {
+        let entry = require(tensors, name, &[])?;
+        if entry.shape.len() == rank && !entry.shape.contains(&0) {
+            Ok(entry.shape.clone())
+        } else {
+            Err(Fault::Shape {
+                tensor: name.to_owned(),
+                found: entry.shape.clone(),
+                expected: expected.to_owned(),
+            })
+        }
+    };
+    let embedding = shape("emb.weight", "[vocabulary, width]", 2)?;
+    let (vocab, width) = (embedding[0], embedding[1]);
+    let bonus = shape("blocks.0.att.r_k", "[heads, head size]", 2)?;
+    let (n_heads, head_size) = (bonus[0], bonus[1]);
+    if n_heads.checked_mul(head_size) != Some(width) {
+        let expected = format!("[heads, head size] with a product of {width}");
+        return Err(Fault::Shape { tensor: "blocks.0.att.r_k".to_owned(), found: bonus, expected });
+    }
+    let hidden = shape("blocks.0.ffn.key.weight", "[hidden, width]", 2)?[0];
+    let block = |name: &str| name.strip_prefix("blocks.")?.split('.').next()?.parse::<usize>().ok();
+    let n_layers =
+        tensors.keys().filter_map(|name| block(name)).max().map_or(1, |last| last.saturating_add(1));
+    if n_layers > tensors.len() {
+        // a layer in between is missing; say which without counting to the last
+        let present = |layer: &usize| tensors.contains_key(&format!("blocks.{layer}.ln1.weight"));
+        let missing = (0..n_layers).find(|layer| !present(layer)).unwrap_or_default();
+        return Err(Fault::Missing { tensor: format!("blocks.{missing}.ln1.weight"), expected: vec![width] });
+    }
+
+    // the first factor that is not square tells which way round all are
+    let factors = tensors.iter().filter(|(name, entry)| {
+        let adapter = name.rsplit('.').next().unwrap_or_default();
+        let official_rank = entry.shape.len() == 2 && entry.shape[0] != entry.shape[1];
+        name.contains(".att.") && ["w1", "a1", "v1", "g1"].contains(&adapter) && official_rank
+    });
+    let told = factors.map(|(_, entry)| match entry.shape[1] == width {
+        true => LoraLayout::Transposed,
+        false => LoraLayout::Official,
+    });
+    let by_dialect = match dialect {
+        Dialect::Official => LoraLayout::Official,
+        Dialect::Fla => LoraLayout::Transposed,
+    };
+    let lora = told.into_iter().next().or(options.lora).unwrap_or(by_dialect);
+    let rank = |name: &str| -> Result<usize, Fault> {
+        let shape = shape(name, "[width, rank] or [rank, width]", 2)?;
+        Ok(shape[if lora == LoraLayout::Official { 1 } else { 0 }])
+    };
+    let ranks = Ranks {
+        w: rank("blocks.0.att.w1")?,
+        a: rank("blocks.0.att.a1")?,
+        v: if n_layers > 1 { rank("blocks.1.att.v1")? } else { 0 },
+        g: rank("blocks.0.att.g1")?,
+    };
+    Ok((ModelConfig { n_layers, width, n_heads, head_size, hidden, vocab, ranks }, lora))
+}
+
+/// Every tensor of a model with the shape it has in the file, by official names. Old fla files hold the six mixes of a
+/// layer as one tensor: which it is, `present` tells.
+fn expected<'a>(
+    config: &ModelConfig,
+    lora: LoraLayout,
+    present: impl Iterator<Item = &'a String>,
+) -> Vec<(String, Vec<usize>)> {
+    let (d, n) = (config.width, config.n_layers);
+    let stacked: Vec<&String> = present.filter(|name| name.ends_with(".att.x_x")).collect();
+    let mut all = Vec::new();
+    let mut push = |name: String, shape: &[usize]| all.push((name, shape.to_vec()));
+    push("emb.weight".to_owned(), &[config.vocab, d]);
+    push("head.weight".to_owned(), &[config.vocab, d]);
+    for norm in ["blocks.0.ln0".to_owned(), "ln_out".to_owned()]
+        .into_iter()
+        .chain((0..n).flat_map(|l| ["ln1", "ln2", "att.ln_x"].map(|norm| format!("blocks.{l}.{norm}"))))
+    {
+        push(format!("{norm}.weight"), &[d]);
+        push(format!("{norm}.bias"), &[d]);
+    }
+    for layer in 0..n {
+        let att = format!("blocks.{layer}.att");
+        let ffn = format!("blocks.{layer}.ffn");
+        let x_x = format!("{att}.x_x");
+        if stacked.contains(&&x_x) {
+            push(x_x, &[MIXES.len(), d]);
+        } else {
+            for mix in MIXES {
+                push(format!("{att}.{mix}"), &[d]);
+            }
+        }
+        let ranks = config.ranks;
+        let adapters =
+            [("w", ranks.w, true), ("a", ranks.a, true), ("v", ranks.v, true), ("g", ranks.g, false)];
+        for (adapter, rank, bias) in adapters {
+            if adapter == "v" && layer == 0 {
+                continue; // absent, or present and meaningless
+            }
+            let (down, up) = match lora {
+                LoraLayout::Official => ([d, rank], [rank, d]),
+                LoraLayout::Transposed => ([rank, d], [d, rank]),
+            };
+            push(format!("{att}.{adapter}1"), &down);
+            push(format!("{att}.{adapter}2"), &up);
+            if bias {
+                push(format!("{att}.{adapter}0"), &[d]);
+            }
+        }
+        push(format!("{att}.k_k"), &[d]);
+        push(format!("{att}.k_a"), &[d]);
+        push(format!("{att}.r_k"), &[config.n_heads, config.head_size]);
+        for matrix in ["receptance", "key", "value", "output"] {
+            push(format!("{att}.{matrix}.weight"), &[d, d]);
+        }
+        push(format!("{ffn}.x_k"), &[d]);
+        push(format!("{ffn}.key.weight"), &[config.hidden, d]);
+        push(format!("{ffn}.value.weight"), &[d, config.hidden]);
+    }
+    all
+}
+
+/// The token-shift mixes of the time mix, in the order of [`TimeMix::mixes`](rwkv_core::model::TimeMix::mixes).
+const MIXES: [&str; 6] = ["x_r", "x_w", "x_k", "x_v", "x_a", "x_g"];

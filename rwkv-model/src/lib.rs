@@ -1,0 +1,46 @@
+//! RWKV-7 models: checkpoints, an engine, sessions, sampling.
+//!
+//! ```no_run
+//! use rwkv_model::{Engine, Sampler};
+//!
+//! # fn main() -> Result<(), rwkv_model::Error> {
+//! let engine = Engine::open("model.safetensors")?; // the content tells the format
+//! let mut session = engine.session();
+//! session.prefill(&engine.tokenizer()?.encode("The Eiffel Tower"))?;
+//! let mut branch = session.fork(); // goes its own way from here
+//! for token in session.generate(Sampler::default()).take(100) {
+//!     println!("{}", token?);
+//! }
+//! branch.step(42)?;
+//! engine.step(&mut [(&mut session, &[1, 2, 3]), (&mut branch, &[4])])?; // side by side
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`checkpoint`] | files of several formats and dialects, every tensor checked, to a model |
+//! | [`engine`] | [`Engine`]: a model, ready to run any number of sessions |
+//! | [`session`] | [`Session`]: one sequence and what it remembers |
+//! | [`text`] | a session's tokens as text, up to a stop sequence |
+//! | [`sample`] | [`Sampler`]: from logits to the next token |
+//! | [`tokenizer`] | text to tokens and back |
+//!
+//! Invariant: the same call gives the same bits, and a session's results do not depend on the sessions beside it, on how
+//! its tokens were split over calls, nor on the number of threads.
+//!
+//! Invariant: what a caller or a file gets wrong is a typed error, and leaves every session as it was.
+
+pub mod checkpoint;
+pub mod engine;
+pub mod sample;
+pub mod session;
+pub mod text;
+pub mod tokenizer;
+
+pub use checkpoint::Checkpoint;
+pub use engine::{Engine, EngineOptions, Error};
+pub use sample::Sampler;
+pub use session::{Session, Snapshot};
+pub use text::{FinishReason, TextOptions};
+pub use tokenizer::Tokenizer;

@@ -1,0 +1,18 @@
+//! `cargo xtask ci`: what a change must pass, the quickest check first, up to the first that fails.
+
+use crate::{Outcome, cargo, spawn, test, tidy};
+
+pub(crate) fn run() -> Outcome {
+    step("format", || spawn(&mut cargo(&["fmt", "--all", "--check"])))?;
+    step("tidy", tidy::run)?;
+    step("clippy", || {
+        spawn(&mut cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+    })?;
+    step("doc", || spawn(cargo(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings")))?;
+    step("test", || test::run(&[]))
+}
+
+fn step(name: &str, run: impl FnOnce() -> Outcome) -> Outcome {
+    println!("== {name}");
+    run().map_err(|e| format!("{name}: {e}"))
+}
