@@ -1,2 +1,50 @@
-//! Bench.
-fn main() {}
+//! What the engine reaches on this machine, beside what the machine gives.
+//!
+//! Every case is checked against the reference before it is timed; every figure stands beside the limit it is measured
+//! against, taken in the same run.
+
+mod machine;
+mod quality;
+mod random_model;
+mod speed;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Measures the engine.
+#[derive(Parser)]
+struct Args {
+    /// Where the random model is written, and deleted again: 0.9 GB.
+    #[arg(long, default_value = "target/bench")]
+    scratch: PathBuf,
+    /// Times each case so often.
+    #[arg(long, default_value_t = 15)]
+    repeats: usize,
+    /// The bundled model and its held-out text.
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../rwkv-model/assets/books-10m"))]
+    assets: PathBuf,
+    /// Leave out the quality figures over the whole text, which take minutes.
+    #[arg(long)]
+    quick: bool,
+}
+
+#[expect(clippy::print_stdout, reason = "the report")]
+fn run(args: &Args) -> anyhow::Result<()> {
+    println!("{}\n", machine::describe());
+    speed::report(&args.scratch, args.repeats.max(1))?;
+    println!();
+    quality::report(&args.assets, args.quick)
+}
+
+#[expect(clippy::print_stderr, reason = "one sentence, not a backtrace")]
+fn main() -> ExitCode {
+    run(&Args::parse()).map_or_else(
+        |error| {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        },
+        |()| ExitCode::SUCCESS,
+    )
+}

@@ -14,7 +14,7 @@ use rwkv_core::ops::linear::Matrix;
 use rwkv_core::{ModelConfig, Real};
 use rwkv_model::Engine;
 use rwkv_model::checkpoint::{Checkpoint, LoadMatrix};
-use support::{BUNDLED, Tensor, get, read, tokens, vectors};
+use support::{BUNDLED, Tensor, get, open, read, safetensors, tokens, vectors};
 
 const FACTOR: f64 = 4.0;
 
@@ -218,11 +218,7 @@ fn layer_0_adapter_is_ignored() {
     with.push(junk("blocks.0.att.v0", &[1, 1, 128]));
     with.push(junk("blocks.0.att.v1", &[128, 8]));
     with.push(junk("blocks.0.att.v2", &[8, 128]));
-    let open = |tensors: &[Tensor]| {
-        let source = rwkv_model::checkpoint::source::MemorySource(support::safetensors(tensors));
-        Checkpoint::from_source("memory", Box::new(source), Default::default()).unwrap()
-    };
-    let (without, with) = (open(&model), open(&with));
+    let (without, with) = (open(safetensors(&model), None).unwrap(), open(safetensors(&with), None).unwrap());
     assert_eq!(with.ignored(), ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"], "listed");
     assert_eq!(without.config(), with.config(), "extents");
     let logits = |checkpoint: &Checkpoint| {

@@ -2,6 +2,10 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 use half::{bf16, f16};
+use rwkv_core::rng::SplitMix64;
+use rwkv_model::checkpoint::source::MemorySource;
+use rwkv_model::checkpoint::{self, Checkpoint, LoraLayout};
+use rwkv_model::{Engine, EngineOptions};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
@@ -90,6 +94,61 @@ pub(crate) fn get(tensors: &[Tensor], name: &str) -> Vec<f32> {
 pub(crate) fn tokens(tensors: &[Tensor]) -> Vec<u32> {
     let tokens = tensors.iter().find(|t| t.name == "tokens").unwrap();
     tokens.bytes.as_chunks::<4>().0.iter().map(|&b| u32::from_le_bytes(b)).collect()
+}
+
+/// A small random model by official names: sizes are `[layers, heads, head size, hidden, vocabulary, rank]`.
+pub(crate) fn random_model(sizes: [usize; 6], seed: u64) -> Vec<Tensor> {
+    let [layers, heads, head_size, hidden, vocab, rank] = sizes;
+    let (d, mut rng, mut model) = (heads * head_size, SplitMix64::new(seed), Vec::new());
+    let mut push = |name: String, shape: &[usize], mean: f32, deviation: f32| {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| mean + deviation * rng.normal()).collect();
+        model.push(Tensor::new(&name, shape, &values));
+    };
+    push("emb.weight".to_owned(), &[vocab, d], 0.0, 0.5);
+    push("head.weight".to_owned(), &[vocab, d], 0.0, 0.5);
+    push("blocks.0.ln0.weight".to_owned(), &[d], 1.0, 0.1);
+    push("blocks.0.ln0.bias".to_owned(), &[d], 0.0, 0.1);
+    push("ln_out.weight".to_owned(), &[d], 1.0, 0.1);
+    push("ln_out.bias".to_owned(), &[d], 0.0, 0.1);
+    for layer in 0..layers {
+        let mut push =
+            |name: &str, shape: &[usize], mean| push(format!("blocks.{layer}.{name}"), shape, mean, 0.2);
+        for norm in ["ln1", "ln2", "att.ln_x"] {
+            push(&format!("{norm}.weight"), &[d], 1.0);
+            push(&format!("{norm}.bias"), &[d], 0.0);
+        }
+        for mix in ["x_r", "x_w", "x_k", "x_v", "x_a", "x_g"] {
+            push(&format!("att.{mix}"), &[1, 1, d], 0.5);
+        }
+        for adapter in ["w", "a", "v", "g"].into_iter().filter(|&a| layer > 0 || a != "v") {
+            push(&format!("att.{adapter}1"), &[d, rank], 0.0);
+            push(&format!("att.{adapter}2"), &[rank, d], 0.0);
+            if adapter != "g" {
+                push(&format!("att.{adapter}0"), &[1, 1, d], 0.0);
+            }
+        }
+        for vector in ["k_k", "k_a"] {
+            push(&format!("att.{vector}"), &[1, 1, d], 1.0);
+        }
+        push("att.r_k", &[heads, head_size], 0.0);
+        for matrix in ["receptance", "key", "value", "output"] {
+            push(&format!("att.{matrix}.weight"), &[d, d], 0.0);
+        }
+        push("ffn.x_k", &[1, 1, d], 0.5);
+        push("ffn.key.weight", &[hidden, d], 0.0);
+        push("ffn.value.weight", &[d, hidden], 0.0);
+    }
+    model
+}
+
+/// Opens a checkpoint in memory.
+pub(crate) fn open(bytes: Vec<u8>, lora: Option<LoraLayout>) -> Result<Checkpoint, checkpoint::Error> {
+    Checkpoint::from_source("memory", Box::new(MemorySource(bytes)), checkpoint::Options { lora })
+}
+
+/// An engine over a checkpoint in memory.
+pub(crate) fn engine(bytes: Vec<u8>, options: EngineOptions) -> Engine {
+    Engine::new(&open(bytes, options.lora).unwrap(), options, &|_| {}).unwrap()
 }
 
 /// Writes a safetensors file.

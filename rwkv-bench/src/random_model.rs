@@ -1,0 +1,104 @@
+//! A checkpoint of random F16 weights at a released model's shape: for speed, never for quality.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use half::f16;
+use rayon::prelude::*;
+use rwkv_core::rng::SplitMix64;
+use safetensors::{Dtype, View};
+
+/// The shape of the released 0.4B model.
+pub(crate) const SHAPE_0_4B: Shape =
+    Shape { layers: 24, width: 1024, vocab: 65536, ranks: [("w", 64), ("a", 64), ("v", 32), ("g", 128)] };
+
+/// Elements generated from one seed.
+const STRETCH: usize = 1 << 16;
+
+pub(crate) struct Shape {
+    layers: usize,
+    width: usize,
+    vocab: usize,
+    ranks: [(&'static str, usize); 4],
+}
+
+/// A tensor that is made when it is written. Values are uniform, of the deviation and around the mean given.
+struct Random {
+    shape: Vec<usize>,
+    mean: f32,
+    deviation: f32,
+    seed: u64,
+}
+
+impl View for &Random {
+    fn dtype(&self) -> Dtype {
+        Dtype::F16
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let mut bytes = vec![0; self.data_len()];
+        let reach = self.deviation * 3f32.sqrt();
+        bytes.par_chunks_mut(2 * STRETCH).enumerate().for_each(|(stretch, bytes)| {
+            let mut rng = SplitMix64::new(self.seed ^ ((stretch as u64) << 20));
+            for out in bytes.as_chunks_mut::<2>().0 {
+                *out = f16::from_f32(self.mean + rng.uniform(-reach, reach)).to_le_bytes();
+            }
+        });
+        Cow::Owned(bytes)
+    }
+
+    fn data_len(&self) -> usize {
+        2 * self.shape.iter().product::<usize>()
+    }
+}
+
+/// Writes a model of the given shape.
+pub(crate) fn write(shape: &Shape, path: &Path) -> anyhow::Result<()> {
+    let (d, mut tensors) = (shape.width, Vec::new());
+    let mut push = |name: String, extents: &[usize], mean: f32, deviation: f32| {
+        let seed = (tensors.len() as u64) << 44;
+        tensors.push((name, Random { shape: extents.to_vec(), mean, deviation, seed }));
+    };
+    // a row of n weights of deviation n^-1/2 keeps the size of what it multiplies
+    let fan = |inputs: usize| (inputs as f32).sqrt().recip();
+    push("emb.weight".to_owned(), &[shape.vocab, d], 0.0, 0.5);
+    push("head.weight".to_owned(), &[shape.vocab, d], 0.0, fan(d));
+    push("blocks.0.ln0.weight".to_owned(), &[d], 1.0, 0.1);
+    push("blocks.0.ln0.bias".to_owned(), &[d], 0.0, 0.02);
+    push("ln_out.weight".to_owned(), &[d], 1.0, 0.1);
+    push("ln_out.bias".to_owned(), &[d], 0.0, 0.02);
+    for layer in 0..shape.layers {
+        let mut push = |name: &str, extents: &[usize], mean, deviation| {
+            push(format!("blocks.{layer}.{name}"), extents, mean, deviation);
+        };
+        for norm in ["ln1", "ln2", "att.ln_x"] {
+            push(&format!("{norm}.weight"), &[d], 1.0, 0.1);
+            push(&format!("{norm}.bias"), &[d], 0.0, 0.02);
+        }
+        for mix in ["x_r", "x_w", "x_k", "x_v", "x_a", "x_g"] {
+            push(&format!("att.{mix}"), &[1, 1, d], 0.5, 0.3);
+        }
+        for (adapter, rank) in shape.ranks {
+            push(&format!("att.{adapter}1"), &[d, rank], 0.0, fan(d));
+            push(&format!("att.{adapter}2"), &[rank, d], 0.0, fan(rank));
+        }
+        push("att.w0", &[1, 1, d], -2.5, 2.0);
+        push("att.a0", &[1, 1, d], 0.0, 0.5);
+        push("att.v0", &[1, 1, d], 0.0, 0.5);
+        push("att.k_k", &[1, 1, d], 0.75, 0.15);
+        push("att.k_a", &[1, 1, d], 0.5, 0.3);
+        push("att.r_k", &[d / 64, 64], 0.0, 0.1);
+        for matrix in ["receptance", "key", "value", "output"] {
+            push(&format!("att.{matrix}.weight"), &[d, d], 0.0, fan(d));
+        }
+        push("ffn.x_k", &[1, 1, d], 0.5, 0.3);
+        push("ffn.key.weight", &[4 * d, d], 0.0, fan(d));
+        push("ffn.value.weight", &[d, 4 * d], 0.0, fan(4 * d));
+    }
+    safetensors::serialize_to_file(tensors.iter().map(|(name, tensor)| (name, tensor)), None, path)?;
+    Ok(())
+}

@@ -1,0 +1,277 @@
+//! The numerics contract, and that a caller's mistake harms nothing.
+//!
+//! On the CPU it holds to the bit: a session's results are its own, whatever runs beside it, however its tokens are
+//! split over calls and passes, on any number of threads.
+
+mod support;
+
+use proptest::prelude::*;
+use rwkv_core::rng::SplitMix64;
+use rwkv_model::{Engine, EngineOptions, Error, FinishReason, Sampler, Session, TextOptions, Tokenizer};
+use support::{BUNDLED, engine, random_model, safetensors};
+
+const VOCAB: usize = 50;
+
+fn options() -> EngineOptions {
+    EngineOptions { pass_tokens: 16, ..EngineOptions::default() }
+}
+
+fn small(options: EngineOptions) -> Engine {
+    engine(safetensors(&random_model([2, 2, 64, 100, VOCAB, 6], 7)), options)
+}
+
+/// Prompts of the given lengths.
+fn prompts(lengths: &[usize], seed: u64) -> Vec<Vec<u32>> {
+    let mut rng = SplitMix64::new(seed);
+    let token = |rng: &mut SplitMix64| u32::try_from(rng.next_u64() % VOCAB as u64).unwrap();
+    lengths.iter().map(|&n| (0..n).map(|_| token(&mut rng)).collect()).collect()
+}
+
+/// All that a session shows.
+fn shown(session: &Session) -> (Vec<f32>, Vec<f32>, u64) {
+    (session.state(), session.logits().map(<[f32]>::to_vec).unwrap_or_default(), session.position())
+}
+
+fn alone(engine: &Engine, prompt: &[u32]) -> Session {
+    let mut session = engine.session();
+    session.prefill(prompt).unwrap();
+    session
+}
+
+/// Feeds each session its prompt in one call.
+fn together(engine: &Engine, prompts: &[Vec<u32>]) -> Vec<Session> {
+    let mut sessions: Vec<Session> = prompts.iter().map(|_| engine.session()).collect();
+    let mut batch: Vec<_> = sessions.iter_mut().zip(prompts).map(|(s, p)| (s, p.as_slice())).collect();
+    engine.step(&mut batch).unwrap();
+    sessions
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn sessions_side_by_side_are_as_alone(lengths in prop::collection::vec(1usize..40, 1..9), seed: u64) {
+        let engine = small(options());
+        let prompts = prompts(&lengths, seed);
+        for (session, prompt) in together(&engine, &prompts).iter().zip(&prompts) {
+            prop_assert_eq!(shown(session), shown(&alone(&engine, prompt)), "bits");
+        }
+    }
+
+    #[test]
+    fn order_does_not_matter(lengths in prop::collection::vec(1usize..20, 2..7), turn in 1usize..6, seed: u64) {
+        let engine = small(options());
+        let mut prompts = prompts(&lengths, seed);
+        let mut first: Vec<_> = together(&engine, &prompts).iter().map(shown).collect();
+        let turn = turn % prompts.len();
+        prompts.rotate_left(turn);
+        first.rotate_left(turn);
+        let second: Vec<_> = together(&engine, &prompts).iter().map(shown).collect();
+        prop_assert_eq!(first, second, "turned by {}", turn);
+    }
+
+    /// However the tokens are split over calls, and the calls over passes.
+    #[test]
+    fn splits_do_not_matter(length in 1usize..60, cuts in prop::collection::vec(1usize..60, 0..5), pass in 1usize..70) {
+        let whole = alone(&small(options()), &prompts(&[length], 1)[0]);
+        let engine = small(EngineOptions { pass_tokens: pass, ..options() });
+        let mut session = engine.session();
+        let mut rest = prompts(&[length], 1).remove(0);
+        for cut in cuts {
+            let later = rest.split_off(cut.min(rest.len()));
+            if !rest.is_empty() {
+                session.prefill(&rest).unwrap();
+            }
+            rest = later;
+        }
+        if !rest.is_empty() {
+            session.prefill(&rest).unwrap();
+        }
+        prop_assert_eq!(shown(&session), shown(&whole), "bits");
+    }
+}
+
+#[test]
+fn threads_and_skipped_zeros_do_not_matter() {
+    let prompt = &prompts(&[45], 3)[0];
+    let want = shown(&alone(&small(options()), prompt));
+    for threads in [1, 2, 3, 7] {
+        let engine = small(EngineOptions { threads: Some(threads), ..options() });
+        assert_eq!(shown(&alone(&engine, prompt)), want, "{threads} threads");
+    }
+    for pass_tokens in [1, 2, 512] {
+        let engine = small(EngineOptions { skip_zeros: false, pass_tokens, ..options() });
+        assert_eq!(shown(&alone(&engine, prompt)), want, "zeros multiplied, passes of {pass_tokens}");
+    }
+}
+
+/// 300 sessions in a step, decoding and reading prompts in any mix.
+#[test]
+fn many_sessions() {
+    let engine = small(EngineOptions { pass_tokens: 100, ..options() });
+    let lengths: Vec<usize> = (0..300).map(|i| if i % 10 == 0 { 21 } else { 1 }).collect();
+    let prompts = prompts(&lengths, 9);
+    for (index, (session, prompt)) in together(&engine, &prompts).iter().zip(&prompts).enumerate() {
+        if index % 37 == 0 || prompt.len() > 1 && index % 50 == 0 {
+            assert_eq!(shown(session), shown(&alone(&engine, prompt)), "session {index}");
+        }
+    }
+}
+
+#[test]
+fn logits_of_every_position_are_those_of_every_step() {
+    let engine = small(options());
+    let prompt = &prompts(&[40], 4)[0];
+    let (mut steps, mut whole) = (engine.session(), engine.session());
+    let one_by_one: Vec<f32> = prompt.iter().flat_map(|&t| steps.step(t).unwrap().to_vec()).collect();
+    assert_eq!(whole.logits_of(prompt).unwrap(), one_by_one, "bits");
+    assert_eq!(shown(&whole), shown(&steps), "and the session stands where it should");
+    // scores follow from them, in an empty session and in one that has read something
+    let scores = engine.session().score(prompt).unwrap();
+    assert_eq!(scores.len(), 39, "the first token follows nothing");
+    let mut later = alone(&engine, &prompt[..10]);
+    assert_eq!(later.score(&prompt[10..]).unwrap(), scores[9..], "from the middle");
+}
+
+#[test]
+fn forks_and_snapshots_go_on_bit_equal() {
+    let engine = small(options());
+    let prompts = prompts(&[30, 12], 5);
+    let mut session = alone(&engine, &prompts[0]);
+    let snapshot = session.snapshot();
+    let mut fork = session.fork();
+    let sampler = Sampler { presence_penalty: 0.5, frequency_penalty: 0.2, top_p: 1.0, ..Sampler::default() };
+    let first: Vec<u32> = session.generate(sampler).take(20).map(Result::unwrap).collect();
+    let end = shown(&session);
+    let forked: Vec<u32> = fork.generate(sampler).take(20).map(Result::unwrap).collect();
+    assert_eq!((&forked, shown(&fork)), (&first, end.clone()), "fork");
+
+    session.prefill(&prompts[1]).unwrap();
+    session.restore(&snapshot).unwrap();
+    let again: Vec<u32> = session.generate(sampler).take(20).map(Result::unwrap).collect();
+    assert_eq!((again, shown(&session)), (first, end), "restored, with its penalties and its noise");
+
+    // a state alone: the same future, but nothing is known of the past
+    let mut state = engine.session();
+    state.start_from(&snapshot_state(&engine, &prompts[0])).unwrap();
+    assert_eq!((state.position(), state.logits().is_err()), (0, true), "no past");
+    let mut whole = alone(&engine, &prompts[0]);
+    assert_eq!(state.step(1).unwrap(), whole.step(1).unwrap(), "the same future");
+}
+
+fn snapshot_state(engine: &Engine, prompt: &[u32]) -> Vec<f32> {
+    alone(engine, prompt).state()
+}
+
+/// What a caller gets wrong is a typed error; no session changes, and the engine works on.
+#[test]
+fn mistakes_harm_nothing() {
+    let engine = small(options());
+    let prompt = &prompts(&[9], 6)[0];
+    let mut session = alone(&engine, prompt);
+    let before = shown(&session);
+
+    let outside = session.prefill(&[1, 2, 50]).unwrap_err();
+    assert!(matches!(outside, Error::Token { token: 50, index: 2, vocab: 50 }), "{outside}");
+    assert!(matches!(session.step(u32::MAX), Err(Error::Token { token: u32::MAX, .. })), "far outside");
+    assert!(matches!(session.prefill(&[]), Err(Error::NoTokens)), "no tokens");
+    assert!(matches!(session.score(&[]), Err(Error::NoTokens)), "no tokens");
+    assert!(matches!(session.logits_of(&[99]), Err(Error::Token { .. })), "outside");
+    assert!(matches!(session.accept(77), Err(Error::Token { .. })), "outside");
+    assert!(matches!(session.start_from(&[0.0; 3]), Err(Error::State(_))), "another state");
+    let mut other = small(options()).session();
+    assert!(matches!(other.restore(&session.snapshot()), Err(Error::ForeignSnapshot)), "another engine");
+    let mut fresh = engine.session();
+    assert!(matches!(fresh.logits(), Err(Error::NoLogits)), "nothing read");
+    assert!(matches!(fresh.generate(Sampler::default()).next(), Some(Err(Error::NoLogits))), "nothing read");
+    let hot = Sampler { temperature: f32::NAN, ..Sampler::default() };
+    let tokens: Vec<_> = session.generate(hot).take(5).collect();
+    assert!(matches!(tokens[..], [Err(Error::Sample(_))]), "one error, then none");
+    assert!(
+        matches!(session.text(TextOptions::default()), Err(Error::NoTokenizer { vocab: 50 })),
+        "no vocabulary"
+    );
+
+    // one bad request among good ones
+    let mut neighbour = engine.session();
+    let mut batch = [(&mut session, &[1, 2][..]), (&mut neighbour, &[3, 50])];
+    assert!(matches!(engine.step(&mut batch), Err(Error::Token { .. })), "the second is bad");
+    let mut batch = [(&mut session, &[1, 2][..]), (&mut other, &[3])];
+    assert!(matches!(engine.step(&mut batch), Err(Error::ForeignSession { index: 1 })), "of another engine");
+    let mut batch = [(&mut session, &[1, 2][..]), (&mut neighbour, &[])];
+    assert!(matches!(engine.step(&mut batch), Err(Error::NoTokens)), "nothing to read");
+    engine.step(&mut []).unwrap();
+
+    assert_eq!((shown(&session), neighbour.position()), (before, 0), "as before");
+    session.step(4).unwrap();
+    let mut want = alone(&engine, prompt);
+    want.step(4).unwrap();
+    assert_eq!(shown(&session), shown(&want), "and works on");
+}
+
+#[test]
+fn options_that_do_not_go_with_the_model() {
+    let model = safetensors(&random_model([1, 1, 8, 16, 50, 4], 7));
+    let checkpoint = support::open(model, None).unwrap();
+    let with = EngineOptions { tokenizer: Some(Tokenizer::Bytes), ..options() };
+    let error = Engine::new(&checkpoint, with, &|_| {}).unwrap_err();
+    assert!(matches!(error, Error::TokenizerTooLarge { tokenizer: 256, model: 50 }), "{error}");
+}
+
+#[test]
+fn loading_tells_how_far_it_is() {
+    let checkpoint = support::open(safetensors(&random_model([2, 1, 16, 16, 50, 4], 7)), None).unwrap();
+    let seen = std::sync::Mutex::new(Vec::new());
+    let engine = Engine::new(&checkpoint, options(), &|progress| seen.lock().unwrap().push(progress));
+    assert!(engine.is_ok(), "loads");
+    let seen = seen.into_inner().unwrap();
+    assert!(seen.iter().all(|p| p.done <= p.total && p.total == checkpoint.bytes()), "{seen:?}");
+    assert_eq!(seen.iter().map(|p| p.done).max(), Some(checkpoint.bytes()), "every byte, once");
+}
+
+fn text(engine: &Engine, prompt: &str, options: TextOptions) -> (String, FinishReason, usize) {
+    let mut session = alone(engine, &engine.tokenizer().unwrap().encode(prompt));
+    let mut text = session.text(options).unwrap();
+    let whole: String = text.by_ref().map(Result::unwrap).collect();
+    let (reason, tokens) = (text.finish_reason().unwrap(), text.tokens());
+    assert_eq!(session.position(), (prompt.len() + tokens) as u64, "every token was read");
+    (whole, reason, tokens)
+}
+
+/// The bundled model continues a text in its own tongue, the same way each time, and stops where it is told.
+#[test]
+fn the_bundled_model_writes() {
+    let engine = Engine::open(BUNDLED).unwrap();
+    let greedy = |max_tokens, stop: &[&str]| TextOptions {
+        sampler: Sampler::greedy(),
+        max_tokens,
+        stop: stop.iter().map(|&s| s.to_owned()).collect(),
+    };
+    let (whole, reason, tokens) = text(&engine, "It was", greedy(60, &[]));
+    assert_eq!((reason, tokens, whole.len()), (FinishReason::Length, 60, 60), "{whole:?}");
+    assert!(whole.bytes().all(|b| b.is_ascii_alphanumeric() || b" .,;:'\"!?-\n".contains(&b)), "{whole:?}");
+    assert!(whole.contains(" the "), "English: {whole:?}");
+    let (stopped, reason, tokens) = text(&engine, "It was", greedy(60, &["zebra", " the "]));
+    assert_eq!(reason, FinishReason::Stop(1), "{stopped:?}");
+    assert_eq!(whole.find(" the "), Some(stopped.len()), "all before the stop, and nothing of it");
+    assert_eq!(tokens, stopped.len() + " the ".len(), "the stop was generated");
+    assert!(whole.starts_with(&stopped), "the same text");
+    let (empty, reason, _) = text(&engine, "It was", greedy(0, &[]));
+    assert_eq!((empty.as_str(), reason), ("", FinishReason::Length), "no tokens");
+    let mut session = alone(&engine, &[65]);
+    assert!(matches!(session.text(greedy(5, &[""])), Err(Error::Tokenizer(_))), "an empty stop sequence");
+}
+
+/// Bytes that are no UTF-8 are tokens like others, and a character split over tokens comes out once, whole.
+#[test]
+fn bytes_that_are_no_text() {
+    let engine = Engine::open(BUNDLED).unwrap();
+    let bytes: Vec<u8> = (0..=255).chain([0xff, 0xfe, 0xc3]).collect();
+    let session = alone(&engine, &engine.tokenizer().unwrap().encode(&bytes));
+    assert!(session.logits().unwrap().iter().all(|l| l.is_finite()), "read all the same");
+    let mut decoder = rwkv_model::tokenizer::Decoder::new(engine.tokenizer().unwrap());
+    let pieces: Vec<String> =
+        "na\u{ef}ve \u{1f999}".bytes().map(|b| decoder.push(u32::from(b)).unwrap().to_owned()).collect();
+    let spoken: Vec<&str> = pieces.iter().map(String::as_str).filter(|p| !p.is_empty()).collect();
+    assert_eq!(spoken, ["n", "a", "\u{ef}", "v", "e", " ", "\u{1f999}"], "whole characters");
+}
