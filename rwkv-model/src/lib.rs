@@ -44,3 +44,8 @@ pub use sample::Sampler;
 pub use session::{Session, Snapshot};
 pub use text::{FinishReason, TextOptions};
 pub use tokenizer::Tokenizer;
+
+/// The code in the README compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -196,7 +196,11 @@ mod tests {
     fn another_length_is_an_error() {
         let layout = StateLayout::new(&config(2, 1, 4));
         let error = layout.unflatten(&[0.0; 47]).unwrap_err();
-        assert_eq!(error.to_string(), "a state of 47 elements, expected 48: 2 layers of 1 heads of 4", "facts");
+        assert_eq!(
+            error.to_string(),
+            "a state of 47 elements, expected 48: 2 layers of 1 heads of 4",
+            "facts"
+        );
         let other = State::new(&config(2, 1, 5));
         assert!(layout.flatten(&other).is_err(), "another head size");
     }

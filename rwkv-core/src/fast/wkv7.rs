@@ -46,8 +46,14 @@ pub fn wkv7(segments: &mut [WkvSegment<'_, f32>]) {
         }
     }
     heads.into_par_iter().for_each(|head| match head.dims.head_size {
-        64 => Arch::new().dispatch(|| head.run::<64>()),
-        128 => Arch::new().dispatch(|| head.run::<128>()),
+        64 => Arch::new().dispatch(
+            #[inline(always)]
+            || head.run::<64>(),
+        ),
+        128 => Arch::new().dispatch(
+            #[inline(always)]
+            || head.run::<128>(),
+        ),
         _ => head.plain(),
     });
 }
