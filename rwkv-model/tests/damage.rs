@@ -1,6 +1,7 @@
 //! Damaged and hostile files: a typed error or a model that runs, never a panic, never more memory than a file warrants.
 //!
 //! The files are small; the allocator of this test refuses more than [`LIMIT`] bytes in all, which ends the test.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod support;
 

@@ -1,5 +1,9 @@
 //! What the tests share: tensors read from the golden files, and models written in every format and dialect.
-#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(
+    clippy::allow_attributes,
+    dead_code,
+    reason = "each test binary uses its part, and none may use all"
+)]
 
 use half::{bf16, f16};
 use rwkv_core::rng::SplitMix64;
