@@ -1,4 +1,4 @@
-//! The CPU executor's state update. Twin: [`ops::wkv7`](crate::ops::wkv7), bit for bit.
+//! The CPU executor's state update. Twin: [`ops::wkv7`], bit for bit.
 //!
 //! Each head of each segment is a task. The head's state is turned to `[key, value]` for the length of the segment, so
 //! that the value rows, which never interact, are lanes and every sum over keys stays inside its lane, in the order of
