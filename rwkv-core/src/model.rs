@@ -250,7 +250,8 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
     ///
     /// # Panics
     ///
-    /// If a segment is empty, a token is outside the vocabulary, or a state has other extents.
+    /// If a segment is empty, a token is outside the vocabulary, or a state or one of the model's own vectors and
+    /// matrices has other extents than [`Self::config`] says.
     #[must_use]
     pub fn forward(&self, segments: &mut [Segment<'_, R>], options: Options) -> Vec<R> {
         self.forward_observed(segments, options, &mut ())
@@ -269,7 +270,18 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
         observer: &mut (impl Observer<R> + ?Sized),
     ) -> Vec<R> {
         let config = &self.config;
+        for s in &*segments {
+            assert!(!s.tokens.is_empty(), "an empty segment");
+            assert_eq!(s.state.wkv.len(), config.n_layers * config.wkv_len(), "wkv is not [L, H, N, N]");
+            for shift in [&s.state.att_shift, &s.state.ffn_shift] {
+                assert_eq!(shift.len(), config.n_layers * config.width, "shift is not [L, D]");
+            }
+        }
         let tokens: Vec<u32> = segments.iter().flat_map(|s| s.tokens).copied().collect();
+        if tokens.is_empty() {
+            return Vec::new();
+        }
+        assert_eq!(self.blocks.len(), config.n_layers, "blocks are not [L]");
         let mut rows = Rows::new(config, tokens.len());
         self.embed(&tokens, &mut rows.x);
         observer.see(0, "x_embed_ln0", &rows.x);
@@ -295,7 +307,7 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
             see("wkv_y", &rows.y);
             block.time_mix.finish(config, &mut rows);
             see("att_out", &rows.normed);
-            add(&mut rows.x, &rows.normed);
+            add(config, &mut rows.x, &rows.normed);
             see("x_after_att", &rows.x);
 
             block.ln2.apply(&rows.x, &mut rows.normed);
@@ -303,7 +315,10 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
             let shifts = segments.iter_mut().map(|s| (s.tokens.len(), &mut s.state.ffn_shift[shift.clone()]));
             shift_rows(shifts, &block.channel_mix.mix, &rows.normed, &mut rows.y);
             block.channel_mix.key.apply(&rows.y, &mut rows.hidden);
-            rows.hidden.par_chunks_mut(config.hidden).for_each(channel_mix::squared_relu);
+            rows.hidden
+                .par_chunks_mut(config.hidden)
+                .with_min_len(ROWS_PER_TASK)
+                .for_each(channel_mix::squared_relu);
             see("ffn_hidden", &rows.hidden);
             let value = &block.channel_mix.value;
             if options.skip_zeros {
@@ -311,7 +326,7 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
             } else {
                 value.apply(&rows.hidden, &mut rows.normed);
             }
-            add(&mut rows.x, &rows.normed);
+            add(config, &mut rows.x, &rows.normed);
             see("x_after_ffn", &rows.x);
         }
         self.logits(segments, &rows.x)
@@ -437,8 +452,12 @@ impl<R: Real, M: Compute<R>> TimeMix<R, M> {
         }
         M::apply_all(&mut jobs);
 
-        Activation::Tanh.apply(&mut lw);
-        Activation::Sigmoid.apply(&mut lg);
+        let activate = |activation: Activation, low: &mut [R], adapter: &Adapter<R, M>| {
+            let rows = low.par_chunks_mut(adapter.down.outputs()).with_min_len(ROWS_PER_TASK);
+            rows.for_each(|row| activation.apply(row));
+        };
+        activate(Activation::Tanh, &mut lw, &self.w);
+        activate(Activation::Sigmoid, &mut lg, &self.g);
         let mut jobs = vec![
             Job { layer: &self.w.up, x: &lw, y: &mut rows.w },
             Job { layer: &self.a.up, x: &la, y: &mut rows.a },
@@ -524,8 +543,7 @@ fn shift_rows<'a, R: Real>(
     }
 }
 
-fn add<R: Real>(x: &mut [R], y: &[R]) {
-    for (x, &y) in x.iter_mut().zip(y) {
-        *x += y;
-    }
+fn add<R: Real>(config: &ModelConfig, x: &mut [R], y: &[R]) {
+    let rows = x.par_chunks_mut(config.width).zip(y.par_chunks(config.width)).with_min_len(ROWS_PER_TASK);
+    rows.for_each(|(x, y)| x.iter_mut().zip(y).for_each(|(x, &y)| *x += y));
 }

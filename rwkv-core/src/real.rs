@@ -94,7 +94,28 @@ pub enum Elements {
     BF16(Vec<bf16>),
 }
 
+/// Which of the types of [`Elements`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ElementType {
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+    /// Brain float.
+    BF16,
+}
+
 impl Elements {
+    /// Their type.
+    #[must_use]
+    pub const fn element_type(&self) -> ElementType {
+        match self {
+            Self::F32(_) => ElementType::F32,
+            Self::F16(_) => ElementType::F16,
+            Self::BF16(_) => ElementType::BF16,
+        }
+    }
+
     /// How many there are.
     #[must_use]
     pub const fn len(&self) -> usize {

@@ -1,5 +1,6 @@
 //! A model, ready to run any number of sessions.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -89,14 +90,25 @@ pub struct EngineOptions {
     pub pass_tokens: usize,
     /// Whether the channel mix skips the weights of hidden units that are zero. The results are the same.
     pub skip_zeros: bool,
-    /// Threads; by default as many as the machine has.
-    pub threads: Option<usize>,
+    /// Threads, for loading and running; by default as many as the machine has.
+    pub threads: Option<NonZeroUsize>,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
         Self { tokenizer: None, lora: None, pass_tokens: 512, skip_zeros: true, threads: None }
     }
+}
+
+/// More threads than this are a mistake, and enough to exhaust a machine.
+const MAX_THREADS: usize = 1024;
+
+fn pool(threads: usize) -> Result<rayon::ThreadPool, Error> {
+    let refuse = |reason: String| Error::Threads { threads, reason };
+    if threads > MAX_THREADS {
+        return Err(refuse(format!("at most {MAX_THREADS}")));
+    }
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|error| refuse(error.to_string()))
 }
 
 /// A model, ready to run. Clones share it.
@@ -107,6 +119,8 @@ pub struct Engine(Arc<Inner>);
 struct Inner {
     model: Model<f32, Packed>,
     tokenizer: Option<Tokenizer>,
+    /// Tokens that the model has and the tokenizer has not.
+    mute: Vec<u32>,
     pass_tokens: usize,
     forward: Options,
     threads: Option<rayon::ThreadPool>,
@@ -152,13 +166,19 @@ impl Engine {
         if let Some(tokenizer) = tokenizer.as_ref().map(Tokenizer::vocab_len).filter(|&len| len > model) {
             return Err(Error::TokenizerTooLarge { tokenizer, model });
         }
-        let pool = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-            pool.map_err(|e| Error::Threads { threads, reason: e.to_string() })
+        let threads = options.threads.map(|threads| pool(threads.get())).transpose()?;
+        let load = || checkpoint.load(progress);
+        let model: Model<f32, Packed> = match &threads {
+            Some(pool) => pool.install(load),
+            None => load(),
+        }?;
+        let vocab = u32::try_from(model.config.vocab).unwrap_or(u32::MAX);
+        let without_bytes = |tokenizer: &Tokenizer| {
+            (0..vocab).filter(|&token| tokenizer.token_bytes(token).is_err()).collect()
         };
-        let threads = options.threads.map(pool).transpose()?;
         Ok(Self(Arc::new(Inner {
-            model: checkpoint.load(progress)?,
+            mute: tokenizer.as_ref().map(without_bytes).unwrap_or_default(),
+            model,
             tokenizer,
             pass_tokens: options.pass_tokens.max(1),
             forward: Options { wkv: Wkv::Sequential, skip_zeros: options.skip_zeros },
@@ -237,6 +257,11 @@ impl Engine {
     /// Whether two are the same.
     pub(crate) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Tokens that the model has and the tokenizer has not: released models are padded to a round vocabulary.
+    pub(crate) fn mute(&self) -> &[u32] {
+        &self.0.mute
     }
 
     pub(crate) fn pass_tokens(&self) -> usize {

@@ -45,6 +45,9 @@ pub use session::{Session, Snapshot};
 pub use text::{FinishReason, TextOptions};
 pub use tokenizer::Tokenizer;
 
+pub use rwkv_core::ModelConfig;
+pub use rwkv_state::StateLayout;
+
 /// The code in the README compiles.
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]

@@ -25,7 +25,7 @@ use rwkv_core::rng::philox4x32;
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
     /// A setting is out of its range.
-    #[error("{name} is {value}, which is not {range}")]
+    #[error("{name} is {value}, it must be {range}")]
     Setting {
         /// The field of [`Sampler`].
         name: &'static str,
@@ -63,7 +63,7 @@ pub struct Sampler {
     pub presence_penalty: f32,
     /// Taken off the logit of a token for each time that it was generated before.
     pub frequency_penalty: f32,
-    /// Names the noise.
+    /// The same seed gives the same draws.
     pub seed: u64,
 }
 
@@ -204,7 +204,13 @@ impl Sampler {
         if self.top_p < 1.0 {
             let weight = |c: &Candidate| self.tempered(best, c).exp();
             let goal = self.top_p * candidates.iter().map(weight).sum::<f32>();
-            let last = reach(&mut candidates.clone(), goal, weight);
+            // weights below this floor make up less than half of what may be left out, so that the goal is reached
+            // without them, whatever the rounding
+            let floor = 0.5 * (1.0 - self.top_p) / candidates.len() as f32;
+            let mut likely: Vec<Candidate> =
+                candidates.iter().copied().filter(|c| weight(c) >= floor).collect();
+            let last =
+                reach(&mut likely, goal, weight).or_else(|| reach(&mut candidates.clone(), goal, weight));
             candidates.retain(|c| last.is_none_or(|last| c.order(&last).is_le()));
         }
     }

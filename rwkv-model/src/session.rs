@@ -1,7 +1,9 @@
 //! One sequence and what it remembers.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
+use rayon::prelude::*;
 use rwkv_core::model::{Logits, Segment, State};
 use rwkv_core::ops::softmax::log_probability;
 
@@ -93,7 +95,7 @@ impl Session {
     /// If there are no tokens or one is outside the vocabulary.
     pub fn logits_of(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Error> {
         let mut all = Vec::new();
-        self.each_logits(tokens, |_, logits| all.extend_from_slice(logits))?;
+        self.each_pass(tokens, |_, logits| all.extend_from_slice(logits))?;
         Ok(all)
     }
 
@@ -107,25 +109,27 @@ impl Session {
         self.engine.check(tokens)?;
         let before = self.logits().ok().map(|logits| log_probability(logits, tokens[0]));
         let mut scores: Vec<f64> = before.into_iter().collect();
-        self.each_logits(tokens, |index, logits| {
-            scores.extend(tokens.get(index + 1).map(|&next| log_probability(logits, next)));
+        let vocab = self.engine.config().vocab;
+        self.each_pass(tokens, |start, logits| {
+            let next = &tokens[start + 1..];
+            scores.par_extend(
+                logits.par_chunks_exact(vocab).zip(next).map(|(row, &next)| log_probability(row, next)),
+            );
         })?;
         Ok(scores)
     }
 
-    fn each_logits(&mut self, tokens: &[u32], mut each: impl FnMut(usize, &[f32])) -> Result<(), Error> {
+    /// Reads tokens, as many at a time as is sensible, and shows each time the index of the first and the logits
+    /// `[T, V]`.
+    fn each_pass(&mut self, tokens: &[u32], mut each: impl FnMut(usize, &[f32])) -> Result<(), Error> {
         self.engine.check(tokens)?;
         let vocab = self.engine.config().vocab;
         let at_once = (LOGITS_AT_ONCE / vocab).clamp(1, self.engine.pass_tokens());
-        let mut index = 0;
-        for tokens in tokens.chunks(at_once) {
+        for (tokens, start) in tokens.chunks(at_once).zip((0..).step_by(at_once)) {
             let state = &mut self.sequence.state;
             let logits = self.engine.forward(&mut [Segment { tokens, state, logits: Logits::All }]);
             self.sequence.position += tokens.len() as u64;
-            for row in logits.chunks_exact(vocab) {
-                each(index, row);
-                index += 1;
-            }
+            each(start, &logits);
             logits[logits.len() - vocab..].clone_into(&mut self.sequence.logits);
         }
         Ok(())
@@ -137,7 +141,17 @@ impl Session {
     ///
     /// If no token was read yet, or none can be chosen.
     pub fn sample(&self, sampler: &Sampler) -> Result<u32, Error> {
-        Ok(sampler.sample(self.logits()?, &self.sequence.counts, self.sequence.position)?)
+        self.sample_except(&[], sampler)
+    }
+
+    /// As [`Self::sample`], but none of the `masked` tokens.
+    pub(crate) fn sample_except(&self, masked: &[u32], sampler: &Sampler) -> Result<u32, Error> {
+        let mut logits = Cow::Borrowed(self.logits()?);
+        if !masked.is_empty() {
+            let logits = logits.to_mut();
+            masked.iter().for_each(|&token| logits[token as usize] = f32::NEG_INFINITY);
+        }
+        Ok(sampler.sample(&logits, &self.sequence.counts, self.sequence.position)?)
     }
 
     /// Reads a token that was chosen: as [`Self::step`], and the penalties know of it.

@@ -37,6 +37,19 @@ pub enum FinishReason {
 
 /// Text as it is generated: pieces that join to the whole. A character that is split over tokens comes in one piece, and
 /// what may become a stop sequence is held back until it is known.
+///
+/// ```no_run
+/// # use rwkv_model::{Engine, Error, TextOptions};
+/// # fn main() -> Result<(), Error> {
+/// # let mut session = Engine::open("model.safetensors")?.session();
+/// let mut text = session.text(TextOptions { stop: vec!["\n".to_owned()], ..TextOptions::default() })?;
+/// for piece in &mut text {
+///     print!("{}", piece?);
+/// }
+/// println!("({:?} after {} tokens)", text.finish_reason(), text.tokens());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Text<'a> {
     session: &'a mut Session,
@@ -51,10 +64,12 @@ pub struct Text<'a> {
 
 impl Session {
     /// Generates text. The session reads every token generated, those of the stop sequence too, but no end of text.
+    /// Tokens that the model has and the tokenizer has not are never chosen.
     ///
     /// # Errors
     ///
-    /// If the engine has no tokenizer, the session has read nothing, or a stop sequence is empty.
+    /// If the engine has no tokenizer, the session has read nothing, a setting of the sampler is out of its range, or a
+    /// stop sequence is empty.
     pub fn text(&mut self, options: TextOptions) -> Result<Text<'_>, Error> {
         self.engine().tokenizer()?;
         self.logits()?;
@@ -91,7 +106,7 @@ impl Text<'_> {
             self.finished = Some(FinishReason::Length);
             return Ok(String::new());
         }
-        let token = self.session.sample(&self.sampler)?;
+        let token = self.session.sample_except(self.session.engine().mute(), &self.sampler)?;
         let tokenizer = self.session.engine().tokenizer()?;
         if tokenizer.end_of_text() == Some(token) {
             self.finished = Some(FinishReason::EndOfText);
@@ -124,7 +139,7 @@ impl Iterator for Text<'_> {
                 Ok(piece) if piece.is_empty() => {}
                 Ok(piece) => return Some(Ok(piece)),
                 Err(error) => {
-                    self.finished = Some(FinishReason::Error);
+                    (self.finished, self.drained) = (Some(FinishReason::Error), true);
                     return Some(Err(error));
                 }
             }

@@ -6,6 +6,8 @@
 
 mod support;
 
+use std::num::NonZeroUsize;
+
 use proptest::prelude::*;
 use rwkv_core::rng::SplitMix64;
 use rwkv_model::{Engine, EngineOptions, Error, FinishReason, Sampler, Session, TextOptions, Tokenizer};
@@ -96,9 +98,9 @@ proptest! {
 fn threads_and_skipped_zeros_do_not_matter() {
     let prompt = &prompts(&[45], 3)[0];
     let want = shown(&alone(&small(options()), prompt));
-    for threads in [1, 2, 3, 7] {
-        let engine = small(EngineOptions { threads: Some(threads), ..options() });
-        assert_eq!(shown(&alone(&engine, prompt)), want, "{threads} threads");
+    for threads in [1, 2, 3, 7].map(NonZeroUsize::new) {
+        let engine = small(EngineOptions { threads, ..options() });
+        assert_eq!(shown(&alone(&engine, prompt)), want, "{threads:?} threads");
     }
     for pass_tokens in [1, 2, 512] {
         let engine = small(EngineOptions { skip_zeros: false, pass_tokens, ..options() });
@@ -217,6 +219,9 @@ fn options_that_do_not_go_with_the_model() {
     let with = EngineOptions { tokenizer: Some(Tokenizer::Bytes), ..options() };
     let error = Engine::new(&checkpoint, with, &|_| {}).unwrap_err();
     assert!(matches!(error, Error::TokenizerTooLarge { tokenizer: 256, model: 50 }), "{error}");
+    let with = EngineOptions { threads: NonZeroUsize::new(100_000), ..options() };
+    let error = Engine::new(&checkpoint, with, &|_| {}).unwrap_err();
+    assert!(matches!(error, Error::Threads { threads: 100_000, .. }), "{error}");
 }
 
 #[test]
@@ -261,6 +266,20 @@ fn the_bundled_model_writes() {
     assert_eq!((empty.as_str(), reason), ("", FinishReason::Length), "no tokens");
     let mut session = alone(&engine, &[65]);
     assert!(matches!(session.text(greedy(5, &[""])), Err(Error::Tokenizer(_))), "an empty stop sequence");
+}
+
+/// Released models have more tokens than their tokenizer, to a round number: text never has those.
+#[test]
+fn tokens_without_bytes_are_never_chosen() {
+    let model = safetensors(&random_model([1, 1, 8, 16, 400, 4], 7));
+    let engine = engine(model, EngineOptions { tokenizer: Some(Tokenizer::Bytes), ..options() });
+    let hot = Sampler { temperature: 50.0, top_p: 1.0, ..Sampler::default() };
+    let mut session = alone(&engine, &[1]);
+    let beyond = session.fork().generate(hot).take(200).filter(|t| *t.as_ref().unwrap() > 255).count();
+    assert!(beyond > 20, "of 200 tokens, only {beyond} have no bytes: this tests nothing");
+    let mut text = session.text(TextOptions { sampler: hot, max_tokens: 200, stop: vec![] }).unwrap();
+    text.by_ref().for_each(|piece| assert!(piece.is_ok(), "{piece:?}"));
+    assert_eq!((text.finish_reason(), text.tokens()), (Some(FinishReason::Length), 200), "to the end");
 }
 
 /// Bytes that are no UTF-8 are tokens like others, and a character split over tokens comes out once, whole.

@@ -151,6 +151,41 @@ fn overlapping_tensors() {
     assert!(error.contains("spans bytes"), "{error}");
 }
 
+/// Files that claim much more than they hold: many layers that share one storage, many tensors of no length.
+#[test]
+fn claims_beyond_the_file() {
+    use support::pth_writer::{View, state_dict, zip};
+    let one = model();
+    let views: Vec<View> = one
+        .iter()
+        .flat_map(|t| {
+            let layers = if t.name.starts_with("blocks.1.") { 1..200 } else { 0..1 };
+            layers.map(|layer| View {
+                name: t.name.replace("blocks.1.", &format!("blocks.{layer}.")),
+                class: "HalfStorage",
+                key: "0".to_owned(),
+                start: 0,
+                shape: t.shape.iter().map(|&n| i64::try_from(n).unwrap()).collect(),
+                stride: (0..t.shape.len())
+                    .map(|axis| i64::try_from(t.shape[axis + 1..].iter().product::<usize>()).unwrap())
+                    .collect(),
+            })
+        })
+        .collect();
+    let storage = vec![0; one.iter().map(|t| t.bytes.len()).max().unwrap()];
+    let entries =
+        [("m/data.pkl", state_dict(&views)), ("m/byteorder", b"little".to_vec()), ("m/data/0", storage)];
+    let shared = zip(&entries.map(|(name, bytes)| (name.to_owned(), bytes)));
+    // the pickle is most of this file, so what is shared fits into twice its length; a storage of megabytes would not
+    let _ = survive(shared);
+
+    let empty = |name: String| Tensor { name, dtype: "F16", shape: vec![0], bytes: vec![] };
+    let mut many: Vec<Tensor> = (0..20_000).map(|i| empty(format!("blocks.{i}.att.x_x"))).collect();
+    many.extend(model());
+    let error = survive(safetensors(&many)).unwrap_err().to_string();
+    assert!(error.contains("blocks.0.att.x_x") || error.contains("blocks.2."), "{error}");
+}
+
 /// A good engine is not disturbed by bad files opened beside it.
 #[test]
 fn a_good_engine_works_on() {

@@ -133,7 +133,7 @@ fn faults_name_the_tensor_and_the_shapes() {
     let missing = fault(|m| m.retain(|t| t.name != "blocks.1.att.w2"));
     assert_eq!(missing, "memory: tensor blocks.1.att.w2 is missing, expected [4, 16]", "missing");
     let missing = fault(|m| m.retain(|t| !t.name.starts_with("blocks.0")));
-    assert_eq!(missing, "memory: tensor blocks.0.att.r_k is missing, expected []", "a layer");
+    assert_eq!(missing, "memory: tensor blocks.0.att.r_k is missing, expected [heads, head size]", "a layer");
     let shape = fault(|m| find(m, "blocks.1.ffn.value.weight").shape = vec![24, 16]);
     let want = "memory: tensor blocks.1.ffn.value.weight has shape [24, 16], expected [16, 24]";
     assert_eq!(shape, want, "the wrong way round");
@@ -171,9 +171,12 @@ fn other_models_are_refused_by_name() {
     assert_eq!(foreign("blocks.0.ffn.s_emb.weight"), want, "7a");
     assert!(foreign("blocks.0.att.time_decay").contains("RWKV-4, 5 or 6"), "older");
     let none = fault(|m| *m = vec![Tensor::new("transformer.wte.weight", &[4, 4], &[0.0; 16])]);
+    let want = "memory: no RWKV-7 model: none of its 1 tensors (transformer.wte.weight, ..) is emb.weight or model.embeddings.weight";
+    assert_eq!(none, want, "another");
+    let twice = fault(|m| m.push(Tensor::new("EMB.weight", &[20, 16], &[0.0; 320])));
     assert_eq!(
-        none, "memory: no RWKV-7 model: among 1 tensors (transformer.wte.weight) is no embedding",
-        "another"
+        twice, "memory: tensor emb.weight is there twice, the second time as emb.weight",
+        "letters aside"
     );
     let double = open(
         {
@@ -197,6 +200,35 @@ fn other_models_are_refused_by_name() {
 fn a_file_that_is_not_there() {
     let error = Checkpoint::open("no/such/file").unwrap_err().to_string();
     assert!(error.starts_with("no/such/file: "), "{error}");
+}
+
+/// Axes of one beside a matrix, or a matrix that is a vector: refused, where a vector may have them.
+#[test]
+fn matrices_have_two_axes() {
+    for (tensor, shape, rank) in [
+        ("blocks.1.att.w1", vec![1, 16, 4], 4),
+        ("blocks.0.att.w2", vec![1, 4, 16], 4),
+        ("blocks.0.att.w2", vec![16], 1),
+        ("blocks.0.att.w2", vec![16, 1], 1),
+        ("blocks.1.att.w1", vec![1, 16], 1),
+        ("blocks.1.ffn.key.weight", vec![24, 1, 16], 4),
+    ] {
+        let mut model = random_model([2, 2, 8, 24, 20, rank], 1);
+        find(&mut model, tensor).shape.clone_from(&shape);
+        let error = open(safetensors(&model), None).unwrap_err().to_string();
+        assert!(error.contains(&format!("tensor {tensor} has shape {shape:?}")), "{error}");
+    }
+}
+
+/// For structures other than the model's: the tensors by official name.
+#[test]
+fn tensors_one_by_one() {
+    let model = random_model([2, 2, 8, 24, 20, 4], 1);
+    let checkpoint = open(safetensors(&as_fla(&model)), None).unwrap();
+    assert_eq!(checkpoint.tensors().count(), model.len(), "all of them");
+    let key = checkpoint.tensor("blocks.1.ffn.key.weight").unwrap();
+    assert_eq!(key.widen::<f32>(), find(&mut model.clone(), "blocks.1.ffn.key.weight").values(), "values");
+    assert!(checkpoint.tensor("blocks.7.ffn.key.weight").is_err(), "no such tensor");
 }
 
 /// A file that is cut short after it was opened: an error that names the tensor, and no harm done.

@@ -10,7 +10,7 @@ mod support;
 
 use rwkv_core::compare::{magnitude, max_abs};
 use rwkv_core::fast::linear::Packed;
-use rwkv_core::model::{Logits, Model, Observer, Options, Segment, State, Wkv};
+use rwkv_core::model::{Compute, Logits, Model, Observer, Options, Segment, State, Wkv};
 use rwkv_core::ops::linear::Matrix;
 use rwkv_core::{ModelConfig, Real};
 use rwkv_model::Engine;
@@ -24,7 +24,7 @@ fn stored(want: &[f32]) -> f64 {
     magnitude(want) * f64::from(f32::EPSILON) / 2.0 + 1e-12
 }
 
-fn load<R: Real, M: LoadMatrix<R>>(path: &str) -> Model<R, M> {
+fn load<R: Real, M: LoadMatrix>(path: &str) -> Model<R, M> {
     Checkpoint::open(path).unwrap().load(&|_| {}).unwrap()
 }
 
@@ -40,7 +40,12 @@ impl<R: Real> Run<R> {
 }
 
 /// Runs tokens in calls of `length` tokens each, the state update in the given form.
-fn run<R: Real, M: LoadMatrix<R>>(model: &Model<R, M>, tokens: &[u32], length: usize, wkv: Wkv) -> Run<R> {
+fn run<R: Real, M: Compute<R> + LoadMatrix>(
+    model: &Model<R, M>,
+    tokens: &[u32],
+    length: usize,
+    wkv: Wkv,
+) -> Run<R> {
     let mut state = State::new(&model.config);
     let options = Options { wkv, ..Options::default() };
     let mut logits = Vec::new();
@@ -141,7 +146,7 @@ impl<R: Real> Observer<R> for Trace<R> {
     }
 }
 
-fn trace<R: Real, M: LoadMatrix<R>>(path: &str, tokens: &[u32]) -> Trace<R> {
+fn trace<R: Real, M: Compute<R> + LoadMatrix>(path: &str, tokens: &[u32]) -> Trace<R> {
     let model = load::<R, M>(path);
     let (mut state, mut trace) = (State::new(&model.config), Trace(Vec::new()));
     let segment = Segment { tokens, state: &mut state, logits: Logits::None };

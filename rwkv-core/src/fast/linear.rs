@@ -1,8 +1,8 @@
 //! The CPU executor's linear layer. Twin: [`ops::linear`](crate::ops::linear).
 //!
 //! The weights are kept as they are stored (half the bytes of `f32` are half the time of a decode step, which does
-//! little but read them), in panels of [`PANEL`] outputs: `[panel, input, PANEL]`. A panel is widened a block of
-//! [`BLOCK`] inputs at a time into a buffer that stays in the first-level cache, and every row of the call is
+//! little but read them), in panels of 64 outputs: `[panel, input, 64]`. A panel is widened a block of
+//! 128 inputs at a time into a buffer that stays in the first-level cache, and every row of the call is
 //! multiplied by it there. A lane is an output, so that no sum crosses lanes:
 //!
 //! ```text
@@ -21,19 +21,20 @@ use rayon::prelude::*;
 use crate::model::{Compute, Wkv, WkvSegment};
 use crate::ops::linear::{Job, Linear, rows};
 use crate::ops::wkv7_chunked;
-use crate::real::Elements;
+use crate::real::{ElementType, Elements};
 
 /// Outputs in a panel.
-pub const PANEL: usize = 64;
+const PANEL: usize = 64;
 
 /// Inputs summed before the sum is added to the total: 32 KiB of widened weights.
-pub const BLOCK: usize = 128;
+const BLOCK: usize = 128;
 
 /// Rows multiplied at a time. Six rows of four 16-lane vectors leave room in 32 registers for the weights.
 const TILE: usize = 6;
 
 /// Up to this many rows the inputs that are zero in all of them are worth looking for.
 const SPARSE_ROWS: usize = 4;
+const _: () = assert!(SPARSE_ROWS <= TILE, "sparse rows are interleaved as one tile");
 
 /// At most one input in so many may be left for the rest to be worth skipping: scattered weights wait for the memory,
 /// where a stream of all of them is fetched ahead. Of a 0.4B model's decode step, skipping costs what it saves when 15 %
@@ -63,7 +64,7 @@ impl Packed {
     pub fn pack<E: Send>(
         inputs: usize,
         outputs: usize,
-        kind: &Elements,
+        kind: ElementType,
         read: impl Fn(Range<usize>) -> Result<Elements, E> + Sync,
     ) -> Result<Self, E> {
         assert!(inputs > 0 && outputs > 0, "a matrix of no weights");
@@ -75,15 +76,15 @@ impl Packed {
             Ok(weights)
         };
         let panels = match kind {
-            Elements::F32(_) => Elements::F32(transpose(inputs, len, read, |e| match e {
+            ElementType::F32 => Elements::F32(transpose(inputs, len, read, |e| match e {
                 Elements::F32(v) => v,
                 other => panic!("read gives {other:?}"),
             })?),
-            Elements::F16(_) => Elements::F16(transpose(inputs, len, read, |e| match e {
+            ElementType::F16 => Elements::F16(transpose(inputs, len, read, |e| match e {
                 Elements::F16(v) => v,
                 other => panic!("read gives {other:?}"),
             })?),
-            Elements::BF16(_) => Elements::BF16(transpose(inputs, len, read, |e| match e {
+            ElementType::BF16 => Elements::BF16(transpose(inputs, len, read, |e| match e {
                 Elements::BF16(v) => v,
                 other => panic!("read gives {other:?}"),
             })?),
@@ -409,10 +410,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{PANEL, Packed, Stored};
-    use crate::Elements;
     use crate::compare::{magnitude, max_abs};
     use crate::ops::linear::{Job, Linear, Matrix};
     use crate::rng::SplitMix64;
+    use crate::{ElementType, Elements};
 
     #[test]
     fn widening_is_exact() {
@@ -442,7 +443,7 @@ mod tests {
                 Elements::BF16(v) => Elements::BF16(v[at].to_vec()),
             })
         };
-        let packed = Packed::pack(inputs, outputs, &weights, read).unwrap();
+        let packed = Packed::pack(inputs, outputs, weights.element_type(), read).unwrap();
         (weights, packed)
     }
 
@@ -519,7 +520,7 @@ mod tests {
         let read = |rows: std::ops::Range<usize>| {
             if rows.start == 0 { Ok(Elements::F32(vec![1.0; rows.len()])) } else { Err("cut short") }
         };
-        let packed = Packed::pack(1, PANEL + 1, &Elements::F32(vec![]), read);
+        let packed = Packed::pack(1, PANEL + 1, ElementType::F32, read);
         assert_eq!(packed.map(|p| p.outputs()), Err("cut short"), "the reader's error");
     }
 }

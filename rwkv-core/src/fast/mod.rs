@@ -1,4 +1,4 @@
-//! The operations that take the time, for the CPU executor: vectorised, threaded, tested against [`ops`](crate::ops).
+//! The operations that take most of the time, for the CPU executor: vectorised, threaded, tested against [`ops`](crate::ops).
 //!
 //! Vectors come from the `pulp` library, which picks the instruction set at run time; threads from `rayon`.
 //!

@@ -1,4 +1,5 @@
-//! The exponential average of RWKV-4, an operation of its own (no v7 model uses it).
+//! The exponential average of RWKV-4, an operation of its own: no v7 model uses it, but it is the ancestor of the state
+//! update and what engines for earlier versions need.
 //!
 //! Per channel, with decay `w >= 0` and bonus `u`:
 //!

@@ -19,7 +19,7 @@
 //! ```
 //!
 //! The exponents of the pair weights are at most zero, but as products of two factors they are not: they are taken
-//! by blocks of [`BLOCK`] tokens. Inside a block both factors are relative to its middle, so that neither exceeds
+//! by blocks of 16 tokens. Inside a block both factors are relative to its middle, so that neither exceeds
 //! `exp(9 * 0.6066) = 235`, far inside `f16`. Against earlier blocks they are relative to the block's left edge,
 //! and both factors are at most 1. Masked pairs are left out, never multiplied by zero: they may be large.
 //!
@@ -29,7 +29,7 @@ pub use super::wkv7::{Dims, Inputs};
 use crate::Real;
 
 /// Tokens in a block of the pair weights.
-pub const BLOCK: usize = 16;
+const BLOCK: usize = 16;
 
 /// Runs the recurrence by chunks of `chunk` tokens, the last one shorter: updates `state` `[H, N, N]`,
 /// writes `y` `[T, H, N]`.

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytemuck::Pod;
 use half::{bf16, f16};
 use rwkv_core::fast::linear::Packed;
-use rwkv_core::model::{Adapter, Block, ChannelMix, Compute, Model, Norm, TimeMix};
+use rwkv_core::model::{Adapter, Block, ChannelMix, Model, Norm, TimeMix};
 use rwkv_core::ops::linear::Matrix;
-use rwkv_core::{Elements, Real};
+use rwkv_core::{ElementType, Elements, Real};
 
 use super::directory::{Dtype, Entry};
 use super::{Checkpoint, Error, Fault, LoraLayout, MIXES};
@@ -26,8 +26,8 @@ pub struct Progress {
 const STRETCH: usize = 1 << 20;
 
 /// A matrix that can be made from rows of stored weights.
-pub trait LoadMatrix<R: Real>: Compute<R> {
-    /// Makes a matrix of `outputs` rows of `inputs` weights of the type of `kind`. `read` gives ranges of rows, several
+pub trait LoadMatrix: Sized {
+    /// Makes a matrix of `outputs` rows of `inputs` weights of type `kind`. `read` gives ranges of rows, several
     /// at a time if asked from several threads.
     ///
     /// # Errors
@@ -36,16 +36,16 @@ pub trait LoadMatrix<R: Real>: Compute<R> {
     fn load<E: Send>(
         inputs: usize,
         outputs: usize,
-        kind: &Elements,
+        kind: ElementType,
         read: impl Fn(Range<usize>) -> Result<Elements, E> + Sync,
     ) -> Result<Self, E>;
 }
 
-impl LoadMatrix<f32> for Packed {
+impl LoadMatrix for Packed {
     fn load<E: Send>(
         inputs: usize,
         outputs: usize,
-        kind: &Elements,
+        kind: ElementType,
         read: impl Fn(Range<usize>) -> Result<Elements, E> + Sync,
     ) -> Result<Self, E> {
         Self::pack(inputs, outputs, kind, read)
@@ -53,11 +53,11 @@ impl LoadMatrix<f32> for Packed {
 }
 
 /// The reference keeps its weights widened, which is exact.
-impl<R: Real> LoadMatrix<R> for Matrix<f32> {
+impl LoadMatrix for Matrix<f32> {
     fn load<E: Send>(
         inputs: usize,
         outputs: usize,
-        _: &Elements,
+        _: ElementType,
         read: impl Fn(Range<usize>) -> Result<Elements, E> + Sync,
     ) -> Result<Self, E> {
         Ok(Self::new(inputs, read(0..outputs)?.widen()))
@@ -70,12 +70,23 @@ impl Checkpoint {
     /// # Errors
     ///
     /// If a tensor cannot be read or holds a value that is not finite.
-    pub fn load<R: Real, M: LoadMatrix<R>>(
+    pub fn load<R: Real, M: LoadMatrix>(
         &self,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Model<R, M>, Error> {
         let reader = Reader { checkpoint: self, progress, done: AtomicU64::new(0), total: self.bytes() };
         reader.model().map_err(|fault| self.error(fault))
+    }
+
+    /// Reads one of its [tensors](Self::tensors), for structures other than [`Model`].
+    ///
+    /// # Errors
+    ///
+    /// If there is no such tensor, it cannot be read, or holds a value that is not finite.
+    pub fn tensor(&self, name: &str) -> Result<Elements, Error> {
+        let reader =
+            Reader { checkpoint: self, progress: &|_| {}, done: AtomicU64::new(0), total: self.bytes() };
+        reader.whole(name).map_err(|fault| self.error(fault))
     }
 }
 
@@ -87,7 +98,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn model<R: Real, M: LoadMatrix<R>>(&self) -> Result<Model<R, M>, Fault> {
+    fn model<R: Real, M: LoadMatrix>(&self) -> Result<Model<R, M>, Fault> {
         let config = self.checkpoint.config;
         Ok(Model {
             config,
@@ -99,9 +110,10 @@ impl Reader<'_> {
         })
     }
 
-    fn block<R: Real, M: LoadMatrix<R>>(&self, layer: usize) -> Result<Block<R, M>, Fault> {
+    fn block<R: Real, M: LoadMatrix>(&self, layer: usize) -> Result<Block<R, M>, Fault> {
         let (block, d, f) =
             (format!("blocks.{layer}"), self.checkpoint.config.width, self.checkpoint.config.hidden);
+        let ranks = self.checkpoint.config.ranks;
         let att = |name: &str| format!("{block}.att.{name}");
         let projection = |name: &str| self.matrix(&att(name), d, d);
         Ok(Block {
@@ -112,10 +124,10 @@ impl Reader<'_> {
                 key: projection("key.weight")?,
                 value: projection("value.weight")?,
                 output: projection("output.weight")?,
-                w: self.adapter(&att("w"), true)?,
-                a: self.adapter(&att("a"), true)?,
-                v: (layer > 0).then(|| self.adapter(&att("v"), true)).transpose()?,
-                g: self.adapter(&att("g"), false)?,
+                w: self.adapter(&att("w"), ranks.w, true)?,
+                a: self.adapter(&att("a"), ranks.a, true)?,
+                v: (layer > 0).then(|| self.adapter(&att("v"), ranks.v, true)).transpose()?,
+                g: self.adapter(&att("g"), ranks.g, false)?,
                 k_k: self.vector(&att("k_k"))?,
                 k_a: self.vector(&att("k_a"))?,
                 r_k: self.vector(&att("r_k"))?,
@@ -147,24 +159,28 @@ impl Reader<'_> {
         Ok(mixes.concat())
     }
 
-    fn adapter<R: Real, M: LoadMatrix<R>>(&self, name: &str, bias: bool) -> Result<Adapter<R, M>, Fault> {
+    fn adapter<R: Real, M: LoadMatrix>(
+        &self,
+        name: &str,
+        rank: usize,
+        bias: bool,
+    ) -> Result<Adapter<R, M>, Fault> {
+        let width = self.checkpoint.config.width;
         Ok(Adapter {
-            down: self.factor(&format!("{name}1"))?,
-            up: self.factor(&format!("{name}2"))?,
+            down: self.factor(&format!("{name}1"), rank, width)?,
+            up: self.factor(&format!("{name}2"), width, rank)?,
             bias: if bias { self.vector(&format!("{name}0"))? } else { Vec::new() },
         })
     }
 
     /// A factor of an adapter as a matrix `[outputs, inputs]`. Official files hold it the other way round: it is read
     /// whole and turned (it is small).
-    fn factor<R: Real, M: LoadMatrix<R>>(&self, name: &str) -> Result<M, Fault> {
-        let shape = &self.entry(name)?.shape;
+    fn factor<M: LoadMatrix>(&self, name: &str, outputs: usize, inputs: usize) -> Result<M, Fault> {
         if self.checkpoint.lora == LoraLayout::Transposed {
-            return self.matrix(name, shape[0], shape[1]);
+            return self.matrix(name, outputs, inputs);
         }
-        let (inputs, outputs) = (shape[0], shape[1]);
         let stored = self.whole(name)?;
-        M::load(inputs, outputs, &stored, |rows| {
+        M::load(inputs, outputs, stored.element_type(), |rows| {
             Ok(match &stored {
                 Elements::F32(v) => Elements::F32(columns(v, outputs, rows)),
                 Elements::F16(v) => Elements::F16(columns(v, outputs, rows)),
@@ -173,14 +189,9 @@ impl Reader<'_> {
         })
     }
 
-    fn matrix<R: Real, M: LoadMatrix<R>>(
-        &self,
-        name: &str,
-        outputs: usize,
-        inputs: usize,
-    ) -> Result<M, Fault> {
-        let kind = self.elements(name, 0..0)?;
-        M::load(inputs, outputs, &kind, |rows| self.elements(name, rows.start * inputs..rows.end * inputs))
+    fn matrix<M: LoadMatrix>(&self, name: &str, outputs: usize, inputs: usize) -> Result<M, Fault> {
+        let kind = self.elements(name, 0..0)?.element_type();
+        M::load(inputs, outputs, kind, |rows| self.elements(name, rows.start * inputs..rows.end * inputs))
     }
 
     fn vector<R: Real>(&self, name: &str) -> Result<Vec<R>, Fault> {
@@ -192,7 +203,7 @@ impl Reader<'_> {
     }
 
     fn entry(&self, name: &str) -> Result<&Entry, Fault> {
-        super::require(&self.checkpoint.tensors, name, &[])
+        super::require(&self.checkpoint.tensors, name, String::new)
     }
 
     /// The elements `range` of a tensor.

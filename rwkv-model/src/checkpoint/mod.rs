@@ -7,7 +7,7 @@
 //! A file that is cut short while open gives an error that names the tensor (see [`source`]); once loaded, a model no
 //! longer needs its file.
 
-mod archive;
+pub mod archive;
 pub mod directory;
 mod load;
 mod names;
@@ -45,7 +45,10 @@ pub enum Fault {
     #[error(transparent)]
     Directory(#[from] directory::Error),
     /// No tensor by which a dialect is told.
-    #[error("no RWKV-7 model: among {tensors} tensors ({}) is no embedding", first.as_deref().unwrap_or("none"))]
+    #[error(
+        "no RWKV-7 model: none of its {tensors} tensors ({}, ..) is emb.weight or model.embeddings.weight",
+        first.as_deref().unwrap_or("none")
+    )]
     NoEmbedding {
         /// How many tensors there are.
         tensors: usize,
@@ -61,12 +64,28 @@ pub enum Fault {
         architecture: &'static str,
     },
     /// A tensor is missing.
-    #[error("tensor {tensor} is missing, expected {expected:?}")]
+    #[error("tensor {tensor} is missing, expected {expected}")]
     Missing {
         /// Its official name.
         tensor: String,
-        /// The shape it should have; empty where any would do.
-        expected: Vec<usize>,
+        /// The shape it should have.
+        expected: String,
+    },
+    /// Two tensors of one name, the case of letters and the dialect aside.
+    #[error("tensor {tensor} is there twice, the second time as {name}")]
+    Duplicate {
+        /// The official name.
+        tensor: String,
+        /// The name in the file of the second.
+        name: String,
+    },
+    /// Tensors that share their bytes, so that a model would take far more memory than its file.
+    #[error("the tensors have {tensors} bytes, the file only {file}")]
+    Shared {
+        /// Bytes of the tensors.
+        tensors: u64,
+        /// Bytes of the file.
+        file: u64,
     },
     /// A tensor has another shape than the rest of the model implies.
     #[error("tensor {tensor} has shape {found:?}, expected {expected}")]
@@ -130,7 +149,9 @@ pub struct Checkpoint {
     dialect: Dialect,
     lora: LoraLayout,
     config: ModelConfig,
+    /// Those that a model is made of, by official names.
     tensors: BTreeMap<String, Entry>,
+    metadata: BTreeMap<String, String>,
     ignored: Vec<String>,
 }
 
@@ -168,36 +189,44 @@ impl Checkpoint {
         options: Options,
     ) -> Result<Self, Error> {
         let file = file.into();
-        match Self::read(&*source, options) {
-            Ok((format, dialect, lora, config, mut tensors)) => {
-                let expected: BTreeMap<_, _> = expected(&config, lora, tensors.keys()).into_iter().collect();
-                let ignored = tensors.keys().filter(|n| !expected.contains_key(*n)).cloned().collect();
-                tensors.retain(|name, _| expected.contains_key(name));
-                Ok(Self { file, source, format, dialect, lora, config, tensors, ignored })
-            }
+        match Self::read(file.clone(), source, options) {
+            Ok(checkpoint) => Ok(checkpoint),
             Err(fault) => Err(Error { file, fault }),
         }
     }
 
-    #[expect(clippy::type_complexity, reason = "the fields of the checkpoint, on their way there")]
-    fn read(
-        source: &dyn Source,
-        options: Options,
-    ) -> Result<(Format, Dialect, LoraLayout, ModelConfig, BTreeMap<String, Entry>), Fault> {
-        let directory = directory::read(source)?;
-        let (dialect, tensors) = names::official(directory.tensors)?;
+    fn read(file: String, source: Box<dyn Source>, options: Options) -> Result<Self, Fault> {
+        let directory = directory::read(&*source)?;
+        let (dialect, mut tensors) = names::official(directory.tensors)?;
         let (config, lora) = extents(&tensors, dialect, options)?;
-        for (name, shape) in expected(&config, lora, tensors.keys()) {
-            let entry = require(&tensors, &name, &shape)?;
-            if squeezed(&entry.shape) != squeezed(&shape) {
+        let mut used = BTreeMap::new();
+        for (name, shape) in expected(&config, lora, |name| tensors.contains_key(name)) {
+            let entry = require(&tensors, &name, || format!("{shape:?}"))?;
+            // files hold vectors as [D] and as [1, 1, D]; matrices have no more axes than two
+            let same = match shape.len() {
+                1 => squeezed(&entry.shape) == squeezed(&shape),
+                _ => {
+                    entry.shape == shape
+                        || name.ends_with(".x_x") && squeezed(&entry.shape) == squeezed(&shape)
+                }
+            };
+            if !same {
                 let expected = format!("{shape:?}");
                 return Err(Fault::Shape { tensor: name, found: entry.shape.clone(), expected });
             }
             if let Dtype::Other(_) = entry.dtype {
                 return Err(Fault::Dtype { tensor: name, found: entry.dtype.clone() });
             }
+            used.insert(name, entry.clone());
         }
-        Ok((directory.format, dialect, lora, config, tensors))
+        tensors.retain(|name, _| !used.contains_key(name));
+        let ignored = tensors.into_keys().collect();
+        let (format, metadata) = (directory.format, directory.metadata);
+        let checkpoint =
+            Self { file, source, format, dialect, lora, config, tensors: used, metadata, ignored };
+        // embedding and head may be one, but no more than that
+        let (tensors, file) = (checkpoint.bytes(), checkpoint.source.len());
+        if tensors > file.saturating_mul(2) { Err(Fault::Shared { tensors, file }) } else { Ok(checkpoint) }
     }
 
     /// The model's extents.
@@ -236,6 +265,17 @@ impl Checkpoint {
         &self.ignored
     }
 
+    /// What a model is made of: every tensor by its official name, in the shape and order of the file (see [`Self::lora`]).
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &Entry)> {
+        self.tensors.iter().map(|(name, entry)| (name.as_str(), entry))
+    }
+
+    /// What the writer noted beside the tensors.
+    #[must_use]
+    pub const fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
     fn error(&self, fault: Fault) -> Error {
         Error { file: self.file.clone(), fault }
     }
@@ -244,12 +284,12 @@ impl Checkpoint {
 fn require<'a>(
     tensors: &'a BTreeMap<String, Entry>,
     name: &str,
-    expected: &[usize],
+    expected: impl FnOnce() -> String,
 ) -> Result<&'a Entry, Fault> {
-    tensors.get(name).ok_or_else(|| Fault::Missing { tensor: name.to_owned(), expected: expected.to_vec() })
+    tensors.get(name).ok_or_else(|| Fault::Missing { tensor: name.to_owned(), expected: expected() })
 }
 
-/// A shape without its axes of one: files hold vectors as `[D]` and as `[1, 1, D]`.
+/// A shape without its axes of one.
 fn squeezed(shape: &[usize]) -> Vec<usize> {
     shape.iter().copied().filter(|&extent| extent != 1).collect()
 }
@@ -261,7 +301,7 @@ fn extents(
     options: Options,
 ) -> Result<(ModelConfig, LoraLayout), Fault> {
     let shape = |name: &str, expected: &str, rank: usize| -> Result<Vec<usize>, Fault> {
-        let entry = require(tensors, name, &[])?;
+        let entry = require(tensors, name, || expected.to_owned())?;
         if entry.shape.len() == rank && !entry.shape.contains(&0) {
             Ok(entry.shape.clone())
         } else {
@@ -286,9 +326,9 @@ fn extents(
         tensors.keys().filter_map(|name| block(name)).max().map_or(1, |last| last.saturating_add(1));
     if n_layers > tensors.len() {
         // a layer in between is missing; say which without counting to the last
-        let present = |layer: &usize| tensors.contains_key(&format!("blocks.{layer}.ln1.weight"));
-        let missing = (0..n_layers).find(|layer| !present(layer)).unwrap_or_default();
-        return Err(Fault::Missing { tensor: format!("blocks.{missing}.ln1.weight"), expected: vec![width] });
+        let name = |layer: usize| format!("blocks.{layer}.ln1.weight");
+        let missing = (0..n_layers).map(name).find(|name| !tensors.contains_key(name)).unwrap_or_default();
+        return Err(Fault::Missing { tensor: missing, expected: format!("{:?}", [width]) });
     }
 
     // the first factor that is not square tells which way round all are
@@ -319,64 +359,66 @@ fn extents(
     Ok((ModelConfig { n_layers, width, n_heads, head_size, hidden, vocab, ranks }, lora))
 }
 
-/// Every tensor of a model with the shape it has in the file, by official names. Old fla files hold the six mixes of a
-/// layer as one tensor: which it is, `present` tells.
-fn expected<'a>(
+/// Every tensor of a model with the shape it has in the file, by official names, one layer after another and no more at a
+/// time than asked for. Old fla files hold the six mixes of a layer as one tensor: which it is, `present` tells.
+fn expected(
     config: &ModelConfig,
     lora: LoraLayout,
-    present: impl Iterator<Item = &'a String>,
-) -> Vec<(String, Vec<usize>)> {
-    let (d, n) = (config.width, config.n_layers);
-    let stacked: Vec<&String> = present.filter(|name| name.ends_with(".att.x_x")).collect();
-    let mut all = Vec::new();
-    let mut push = |name: String, shape: &[usize]| all.push((name, shape.to_vec()));
-    push("emb.weight".to_owned(), &[config.vocab, d]);
-    push("head.weight".to_owned(), &[config.vocab, d]);
-    for norm in ["blocks.0.ln0".to_owned(), "ln_out".to_owned()]
+    present: impl Fn(&str) -> bool,
+) -> impl Iterator<Item = (String, Vec<usize>)> {
+    let (d, vocab) = (config.width, config.vocab);
+    let whole = [("emb.weight", vec![vocab, d]), ("head.weight", vec![vocab, d])]
         .into_iter()
-        .chain((0..n).flat_map(|l| ["ln1", "ln2", "att.ln_x"].map(|norm| format!("blocks.{l}.{norm}"))))
+        .chain(
+            ["blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias"]
+                .map(|name| (name, vec![d])),
+        )
+        .map(|(name, shape)| (name.to_owned(), shape));
+    whole.chain((0..config.n_layers).flat_map(move |layer| expected_of_layer(config, lora, layer, &present)))
+}
+
+fn expected_of_layer(
+    config: &ModelConfig,
+    lora: LoraLayout,
+    layer: usize,
+    present: &impl Fn(&str) -> bool,
+) -> Vec<(String, Vec<usize>)> {
+    let (d, ranks, mut all) = (config.width, config.ranks, Vec::new());
+    let mut push = |name: &str, shape: &[usize]| all.push((format!("blocks.{layer}.{name}"), shape.to_vec()));
+    for norm in ["ln1", "ln2", "att.ln_x"] {
+        push(&format!("{norm}.weight"), &[d]);
+        push(&format!("{norm}.bias"), &[d]);
+    }
+    if present(&format!("blocks.{layer}.att.x_x")) {
+        push("att.x_x", &[MIXES.len(), d]);
+    } else {
+        MIXES.iter().for_each(|mix| push(&format!("att.{mix}"), &[d]));
+    }
+    for (adapter, rank, bias) in
+        [("w", ranks.w, true), ("a", ranks.a, true), ("v", ranks.v, true), ("g", ranks.g, false)]
     {
-        push(format!("{norm}.weight"), &[d]);
-        push(format!("{norm}.bias"), &[d]);
+        if adapter == "v" && layer == 0 {
+            continue; // absent, or present and meaningless
+        }
+        let (down, up) = match lora {
+            LoraLayout::Official => ([d, rank], [rank, d]),
+            LoraLayout::Transposed => ([rank, d], [d, rank]),
+        };
+        push(&format!("att.{adapter}1"), &down);
+        push(&format!("att.{adapter}2"), &up);
+        if bias {
+            push(&format!("att.{adapter}0"), &[d]);
+        }
     }
-    for layer in 0..n {
-        let att = format!("blocks.{layer}.att");
-        let ffn = format!("blocks.{layer}.ffn");
-        let x_x = format!("{att}.x_x");
-        if stacked.contains(&&x_x) {
-            push(x_x, &[MIXES.len(), d]);
-        } else {
-            for mix in MIXES {
-                push(format!("{att}.{mix}"), &[d]);
-            }
-        }
-        let ranks = config.ranks;
-        let adapters =
-            [("w", ranks.w, true), ("a", ranks.a, true), ("v", ranks.v, true), ("g", ranks.g, false)];
-        for (adapter, rank, bias) in adapters {
-            if adapter == "v" && layer == 0 {
-                continue; // absent, or present and meaningless
-            }
-            let (down, up) = match lora {
-                LoraLayout::Official => ([d, rank], [rank, d]),
-                LoraLayout::Transposed => ([rank, d], [d, rank]),
-            };
-            push(format!("{att}.{adapter}1"), &down);
-            push(format!("{att}.{adapter}2"), &up);
-            if bias {
-                push(format!("{att}.{adapter}0"), &[d]);
-            }
-        }
-        push(format!("{att}.k_k"), &[d]);
-        push(format!("{att}.k_a"), &[d]);
-        push(format!("{att}.r_k"), &[config.n_heads, config.head_size]);
-        for matrix in ["receptance", "key", "value", "output"] {
-            push(format!("{att}.{matrix}.weight"), &[d, d]);
-        }
-        push(format!("{ffn}.x_k"), &[d]);
-        push(format!("{ffn}.key.weight"), &[config.hidden, d]);
-        push(format!("{ffn}.value.weight"), &[d, config.hidden]);
+    push("att.k_k", &[d]);
+    push("att.k_a", &[d]);
+    push("att.r_k", &[config.n_heads, config.head_size]);
+    for matrix in ["receptance", "key", "value", "output"] {
+        push(&format!("att.{matrix}.weight"), &[d, d]);
     }
+    push("ffn.x_k", &[d]);
+    push("ffn.key.weight", &[config.hidden, d]);
+    push("ffn.value.weight", &[d, config.hidden]);
     all
 }
 

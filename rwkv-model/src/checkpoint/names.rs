@@ -33,7 +33,7 @@ const FOREIGN: [(&str, &str); 5] = [
 pub(super) fn official(
     tensors: BTreeMap<String, Entry>,
 ) -> Result<(Dialect, BTreeMap<String, Entry>), Fault> {
-    let lower: BTreeMap<String, Entry> = tensors.into_iter().map(|(n, e)| (n.to_lowercase(), e)).collect();
+    let lower = rename(tensors, str::to_lowercase)?;
     for name in lower.keys() {
         if let Some((_, architecture)) = FOREIGN.iter().find(|(part, _)| name.contains(part)) {
             return Err(Fault::Architecture { tensor: name.clone(), architecture });
@@ -45,7 +45,22 @@ pub(super) fn official(
     if !lower.contains_key("model.embeddings.weight") {
         return Err(Fault::NoEmbedding { tensors: lower.len(), first: lower.into_keys().next() });
     }
-    Ok((Dialect::Fla, lower.into_iter().map(|(name, entry)| (from_fla(&name), entry)).collect()))
+    Ok((Dialect::Fla, rename(lower, from_fla)?))
+}
+
+/// Renames every tensor; two that come to the same name are a fault.
+fn rename(
+    tensors: BTreeMap<String, Entry>,
+    to: impl Fn(&str) -> String,
+) -> Result<BTreeMap<String, Entry>, Fault> {
+    let mut renamed = BTreeMap::new();
+    for (name, entry) in tensors {
+        let tensor = to(&name);
+        if renamed.insert(tensor.clone(), entry).is_some() {
+            return Err(Fault::Duplicate { tensor, name });
+        }
+    }
+    Ok(renamed)
 }
 
 /// The official name of an fla tensor; names that mean nothing here stay as they are.
