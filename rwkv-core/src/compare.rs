@@ -95,7 +95,7 @@ pub fn magnitude<R: Real>(values: &[R]) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{Mismatch, max_abs, nmse};
+    use super::{Mismatch, magnitude, max_abs, nmse};
 
     #[test]
     fn a_nan_never_passes() {
@@ -113,5 +113,16 @@ mod tests {
         assert!(nmse(&[1e-9f32], &[0.0f64], 1e30).is_err(), "something where nothing is");
         assert!(max_abs(&[1.5f32], &[1.0f32], 0.5).is_ok(), "at the limit");
         assert!(nmse(&[1.0f32], &[1.0f32, 2.0], 1.0).is_err(), "lengths");
+    }
+
+    #[test]
+    fn the_sign_of_a_difference_does_not_matter() {
+        for (got, want) in [(1.0f32, 2.0f32), (2.0, 1.0), (-1.0, 0.0), (0.0, -1.0)] {
+            assert_eq!(max_abs(&[got], &[want], 1.0), Ok(1.0), "{got} {want}");
+            assert!(max_abs(&[got], &[want], 0.5).is_err(), "{got} {want}");
+        }
+        assert_eq!(magnitude(&[-3.0f32, 2.0]), 3.0, "of the negative one");
+        assert_eq!(nmse(&[0.0f32], &[2.0f32], 1.0), Ok(1.0), "measured by what is wanted");
+        assert_eq!(nmse(&[0.0f32], &[0.0f32], 0.0), Ok(0.0), "nothing where nothing is");
     }
 }

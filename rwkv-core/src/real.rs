@@ -152,3 +152,17 @@ impl Elements {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Real, sigmoid};
+
+    #[test]
+    fn sigmoid_keeps_its_tail() {
+        for x in [-90.0f32, -30.0, -1.0] {
+            let want = f32::of(f64::from(x).exp() / (1.0 + f64::from(x).exp()));
+            assert!((sigmoid(x) - want).abs() <= want * 1e-6 && want > 0.0, "{x}: {} {want}", sigmoid(x));
+        }
+        assert_eq!((sigmoid(200f32), sigmoid(-200f32)), (1.0, 0.0), "no overflow");
+    }
+}

@@ -60,7 +60,7 @@ const fn mul_hi_lo(a: u32, b: u32) -> (u32, u32) {
 
 #[cfg(test)]
 mod tests {
-    use super::philox4x32;
+    use super::{SplitMix64, philox4x32};
 
     /// The known answers of the authors' Random123 library (`kat_vectors`).
     #[test]
@@ -80,5 +80,26 @@ mod tests {
             [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1],
             "digits of pi"
         );
+    }
+
+    /// The first outputs of the authors' `splitmix64.c` from a state of zero.
+    #[test]
+    fn splitmix_known_answers() {
+        let mut rng = SplitMix64::new(0);
+        let want = [0xe220_a839_7b1d_cdaf, 0x6e78_9e6a_a1b9_65f4, 0x06c4_5d18_8009_454f];
+        assert_eq!([0; 3].map(|_| rng.next_u64()), want, "from zero");
+    }
+
+    #[test]
+    fn draws_have_their_range_and_moments() {
+        let mut rng = SplitMix64::new(1);
+        let uniform: Vec<f32> = (0..10_000).map(|_| rng.uniform(-2.0, 6.0)).collect();
+        let (least, most) = uniform.iter().fold((6f32, -2f32), |(a, b), &v| (a.min(v), b.max(v)));
+        assert!((-2.0..-1.98).contains(&least) && (5.98..6.0).contains(&most), "{least} {most}");
+        let normal: Vec<f32> = (0..10_000).map(|_| rng.normal()).collect();
+        let mean = normal.iter().sum::<f32>() / 1e4;
+        let variance = normal.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / 1e4;
+        // five deviations of the mean, and of the variance
+        assert!(mean.abs() < 0.05 && (variance - 1.0).abs() < 0.07, "{mean} {variance}");
     }
 }

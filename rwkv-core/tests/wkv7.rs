@@ -3,7 +3,9 @@
 use proptest::prelude::*;
 use rwkv_core::compare::{magnitude, max_abs};
 use rwkv_core::fast;
-use rwkv_core::model::WkvSegment;
+use rwkv_core::fast::linear::Packed;
+use rwkv_core::model::{Compute, Wkv, WkvSegment};
+use rwkv_core::ops::linear::Matrix;
 use rwkv_core::ops::wkv7::{Dims, Inputs, wkv7};
 use rwkv_core::ops::wkv7_chunked::wkv7_chunked;
 use rwkv_core::rng::SplitMix64;
@@ -220,4 +222,62 @@ fn golden_vectors() {
         max_abs(&s, &want_state, limit).unwrap_or_else(|e| panic!("{name}, fast, state: {e}"));
         max_abs(&y, &want_y, limit).unwrap_or_else(|e| panic!("{name}, fast, y: {e}"));
     }
+}
+
+/// The form asked for is the form that runs, in chunks of the length asked for: their bits differ.
+#[test]
+fn the_form_asked_for_runs() {
+    let x = draw(Dims { tokens: 60, heads: 2, head_size: 64 }, 3);
+    let sequential = x.after(wkv7);
+    for chunk in [7, 16, 32] {
+        let want = x.after(|d, i, s, y| wkv7_chunked(d, chunk, i, s, y));
+        assert_ne!(want, sequential, "rounded otherwise");
+        let through = |run: fn(Wkv, &mut [WkvSegment<'_, f32>])| {
+            x.after(|dims, inputs, state, y| {
+                run(Wkv::Chunked(chunk), &mut [WkvSegment { dims, inputs, state, y }])
+            })
+        };
+        assert_eq!(through(<Matrix<f32> as Compute<f32>>::wkv7), want, "reference, chunks of {chunk}");
+        assert_eq!(through(<Packed as Compute<f32>>::wkv7), want, "executor, chunks of {chunk}");
+    }
+}
+
+/// What `expm1` is for: a decay below the spacing of `f32` near 1 still decays.
+#[test]
+fn the_slowest_decays_are_not_rounded_away() {
+    for head_size in [2, 64] {
+        let dims = Dims { tokens: 1, heads: 1, head_size };
+        let zero = vec![0.0f32; head_size];
+        let x = Operands {
+            dims,
+            r: zero.clone(),
+            lw: vec![-1e-7; head_size],
+            k: zero.clone(),
+            v: zero.clone(),
+            a: zero.clone(),
+            b: zero,
+            state: vec![1.5; head_size * head_size],
+        };
+        let want = vec![1.5f32 - 1.5e-7; head_size * head_size];
+        assert_eq!(x.after(wkv7).0, want, "the definition");
+        assert_eq!(x.after(fast_wkv7).0, want, "the fast form");
+    }
+}
+
+fn refused(run: impl Fn(Dims, Inputs<'_, f32>, &mut [f32], &mut [f32])) {
+    let mut x = draw(Dims { tokens: 2, heads: 2, head_size: 64 }, 1);
+    x.state.extend_from_within(..64 * 64); // a head too many
+    x.after(run);
+}
+
+#[test]
+#[should_panic(expected = "state is not [H, N, N]")]
+fn a_state_of_another_length_is_refused() {
+    refused(wkv7);
+}
+
+#[test]
+#[should_panic(expected = "state is not [H, N, N]")]
+fn a_state_of_another_length_is_refused_by_the_fast_form() {
+    refused(fast_wkv7);
 }

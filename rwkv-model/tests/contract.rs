@@ -295,3 +295,157 @@ fn bytes_that_are_no_text() {
     let spoken: Vec<&str> = pieces.iter().map(String::as_str).filter(|p| !p.is_empty()).collect();
     assert_eq!(spoken, ["n", "a", "\u{ef}", "v", "e", " ", "\u{1f999}"], "whole characters");
 }
+
+/// A state alone brings nothing of what the session did before.
+#[test]
+fn a_state_replaces_all_that_was() {
+    let engine = small(options());
+    let state = snapshot_state(&engine, &prompts(&[30], 5)[0]);
+    let sampler = Sampler { presence_penalty: 3.0, frequency_penalty: 1.0, top_p: 1.0, ..Sampler::default() };
+    let mut used = alone(&engine, &prompts(&[12], 6)[0]);
+    assert_eq!(used.generate(sampler).take(40).filter(Result::is_ok).count(), 40, "generates");
+    let mut fresh = engine.session();
+    for session in [&mut used, &mut fresh] {
+        session.start_from(&state).unwrap();
+        assert_eq!((session.position(), session.logits().is_err()), (0, true), "no past");
+        session.step(1).unwrap();
+    }
+    let mut rest =
+        |session: &mut Session| session.generate(sampler).take(20).map(Result::unwrap).collect::<Vec<_>>();
+    assert_eq!(rest(&mut used), rest(&mut fresh), "nor penalties for it");
+}
+
+/// A session samples by its own logits and position, and by how often it generated each token.
+#[test]
+fn sampling_knows_position_and_counts() {
+    let engine = small(options());
+    let mut session = alone(&engine, &prompts(&[8], 2)[0]);
+    let sampler = Sampler { presence_penalty: 1.0, frequency_penalty: 0.5, top_p: 1.0, ..Sampler::default() };
+    let mut counts = rwkv_model::sample::Counts::default();
+    for _ in 0..30 {
+        let want = sampler.sample(session.logits().unwrap(), &counts, session.position()).unwrap();
+        assert_eq!(session.sample(&sampler).unwrap(), want, "at {}", session.position());
+        session.accept(want).unwrap();
+        counts.add(want);
+    }
+    // what was read and not generated does not count
+    session.step(3).unwrap();
+    let want = sampler.sample(session.logits().unwrap(), &counts, session.position()).unwrap();
+    assert_eq!(session.sample(&sampler).unwrap(), want, "after a token that was read");
+}
+
+#[test]
+fn passes_of_no_tokens_are_passes_of_one() {
+    let prompt = &prompts(&[5], 3)[0];
+    let none = small(EngineOptions { pass_tokens: 0, ..options() });
+    assert_eq!(shown(&alone(&none, prompt)), shown(&alone(&small(options()), prompt)), "bits");
+}
+
+#[test]
+fn only_256_tokens_are_bytes() {
+    for vocab in [255, 257] {
+        let engine = engine(safetensors(&random_model([1, 1, 8, 16, vocab, 4], 7)), options());
+        assert!(matches!(engine.tokenizer(), Err(Error::NoTokenizer { vocab: v }) if v == vocab), "{vocab}");
+    }
+}
+
+/// A model that only ever says the tokens given, the first a little rather than the next, whatever it reads.
+fn parrot(vocab: usize, tokens: &[usize]) -> Vec<support::Tensor> {
+    let mut model = random_model([1, 1, 8, 16, vocab, 4], 1);
+    let mut head = vec![0.0; vocab * 8];
+    for (&token, weight) in tokens.iter().zip([1.0, 0.875]) {
+        head[token * 8..][..8].fill(weight); // logits of 8 and 7, all others 0
+    }
+    for t in &mut model {
+        let values = match t.name.as_str() {
+            "ln_out.weight" => vec![0.0; 8],
+            "ln_out.bias" => vec![1.0; 8],
+            "head.weight" => head.clone(),
+            _ => continue,
+        };
+        *t = support::Tensor::new(&t.name.clone(), &t.shape.clone(), &values);
+    }
+    model
+}
+
+fn greedy(max_tokens: usize, stop: &str) -> TextOptions {
+    TextOptions { sampler: Sampler::greedy(), max_tokens, stop: vec![stop.to_owned()] }
+}
+
+/// What might have become a stop sequence is given out in the end, and so is a character that never ended.
+#[test]
+fn what_was_held_back_comes_in_the_end() {
+    let a = engine(safetensors(&parrot(256, &[97])), options());
+    assert_eq!(text(&a, "x", greedy(3, "aaaaa")), ("aaa".to_owned(), FinishReason::Length, 3), "no stop");
+    let broken = engine(safetensors(&parrot(256, &[0xc3])), options());
+    let want = ("\u{fffd}".to_owned(), FinishReason::Length, 1);
+    assert_eq!(text(&broken, "x", greedy(1, "zz")), want, "half a character");
+}
+
+#[test]
+fn text_knows_its_penalties() {
+    let engine = engine(safetensors(&parrot(256, &[97, 98])), options());
+    let sampler = Sampler { frequency_penalty: 2.0, ..Sampler::greedy() };
+    let options = TextOptions { sampler, max_tokens: 6, stop: Vec::new() };
+    assert_eq!(text(&engine, "x", options).0, "ababab", "8, 7, 6, 5, 4, 3");
+}
+
+#[test]
+fn text_ends_where_the_model_ends_it() {
+    let lines: String = (0..256).map(|b| format!("{} b'\\x{b:02x}' 1\n", b + 1)).collect();
+    let world = Tokenizer::World(rwkv_model::tokenizer::World::parse(&lines).unwrap());
+    let says = |token| {
+        let options = EngineOptions { tokenizer: Some(world.clone()), ..options() };
+        engine(safetensors(&parrot(260, &[token])), options)
+    };
+    let mut session = alone(&says(0), &[5]);
+    let mut text = session.text(greedy(5, "zz")).unwrap();
+    assert!(text.next().is_none(), "nothing");
+    assert_eq!((text.finish_reason(), text.tokens()), (Some(FinishReason::EndOfText), 0), "at once");
+    assert_eq!(session.position(), 1, "the end of text is not read");
+    // logits that are none: weights so great that their sum overflows
+    let mut model = parrot(256, &[97]);
+    let head = model.iter_mut().find(|t| t.name == "head.weight").unwrap();
+    *head = support::Tensor::new("head.weight", &[256, 8], &[3e38; 256 * 8]);
+    let mut session = alone(&engine(safetensors(&model), options()), &[5]);
+    let mut text = session.text(greedy(5, "zz")).unwrap();
+    assert!(matches!(text.next(), Some(Err(Error::Sample(_)))), "infinite logits");
+    assert!(text.next().is_none(), "and no more");
+    assert_eq!((text.finish_reason(), text.tokens()), (Some(FinishReason::Error), 0), "an error");
+    assert_eq!(session.position(), 1, "as it was");
+}
+
+#[test]
+fn text_is_refused_before_it_begins() {
+    let engine = Engine::open(BUNDLED).unwrap();
+    assert!(matches!(engine.session().text(TextOptions::default()), Err(Error::NoLogits)), "nothing read");
+    let sampler = Sampler { temperature: f32::NAN, ..Sampler::default() };
+    let mut session = alone(&engine, &[65]);
+    assert!(
+        matches!(session.text(TextOptions { sampler, ..greedy(5, "zz") }), Err(Error::Sample(_))),
+        "no setting"
+    );
+}
+
+/// A file may write an extent of one where another file has none: no shape that is accepted may end in a panic.
+#[test]
+fn axes_of_one_in_adapters() {
+    let shapes: [(usize, &str, &[usize]); 5] = [
+        (4, "blocks.1.att.w1", &[1, 16, 4]),
+        (4, "blocks.0.att.w2", &[1, 4, 16]),
+        (1, "blocks.1.att.w1", &[16]),
+        (1, "blocks.1.att.g2", &[16]),
+        (1, "blocks.1.att.w1", &[1, 16]),
+    ];
+    for (rank, name, shape) in shapes {
+        let mut model = random_model([2, 2, 8, 24, 20, rank], 1);
+        let want = {
+            let e = engine(safetensors(&model), options());
+            e.session().logits_of(&[1, 2]).unwrap()
+        };
+        model.iter_mut().find(|t| t.name == name).unwrap().shape = shape.to_vec();
+        let Ok(checkpoint) = support::open(safetensors(&model), None) else { continue };
+        let Ok(engine) = Engine::new(&checkpoint, options(), &|_| {}) else { continue };
+        assert_eq!(engine.session().logits_of(&[1, 2]).unwrap(), want, "{name} {shape:?}, rank {rank}");
+    }
+}

@@ -246,3 +246,136 @@ fn cut_short_while_open() {
         "{error}"
     );
 }
+
+/// Names differ in case between files (`r_k`, `R_K`).
+#[test]
+fn case_does_not_matter() {
+    let model = random_model([2, 2, 8, 24, 20, 4], 1);
+    let upper: Vec<Tensor> =
+        model.iter().map(|t| Tensor { name: t.name.to_uppercase(), ..t.clone() }).collect();
+    assert_eq!(logits(safetensors(&upper), None), logits(safetensors(&model), None), "bits");
+}
+
+#[test]
+fn every_other_architecture_is_refused() {
+    for (name, architecture) in [
+        ("blocks.0.ffn.s0", "RWKV-7a or 7b (DeepEmbed)"),
+        ("blocks.0.att.time_mix_k", "RWKV-4 or 5"),
+        ("blocks.0.att.time_maa_x", "RWKV-6"),
+    ] {
+        let fault = fault(|m| m.push(Tensor::new(name, &[16], &[1.0; 16])));
+        let want = format!("memory: tensor {name}: a model of {architecture}; only RWKV-7 is supported");
+        assert_eq!(fault, want, "{name}");
+    }
+}
+
+#[test]
+fn infinity_is_found_in_every_type() {
+    for (dtype, infinity) in [("F16", 0x7c00u16), ("BF16", 0x7f80)] {
+        let fault = fault(|m| {
+            let key = find(m, "blocks.1.att.key.weight");
+            *key = key.to(dtype);
+            key.bytes[2 * 77..][..2].copy_from_slice(&infinity.to_le_bytes());
+        });
+        assert_eq!(fault, "memory: tensor blocks.1.att.key.weight is not finite at element 77", "{dtype}");
+    }
+}
+
+/// A tensor of more elements than are read at a time, faulty behind the first of them.
+#[test]
+fn tensors_read_in_stretches() {
+    let mut model = random_model([1, 1, 16, 16, 70_000, 4], 1);
+    let at = 1_100_000; // of 1,120,000; a stretch is 1,048,576
+    find(&mut model, "emb.weight").bytes[4 * at..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    let checkpoint = open(safetensors(&model), None).unwrap();
+    let error = checkpoint.load::<f32, rwkv_core::fast::linear::Packed>(&|_| {}).map(|_| ()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "memory: tensor emb.weight is not finite at element 1100000",
+        "where it is"
+    );
+}
+
+#[test]
+fn a_path_opens_with_its_options_and_progress() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model");
+    let model = random_model([2, 1, 16, 16, 11, 16], 3);
+    std::fs::write(&path, safetensors(&as_web_rwkv(&model))).unwrap();
+    let done = std::sync::atomic::AtomicU64::new(0);
+    let options = EngineOptions { lora: Some(LoraLayout::Transposed), ..EngineOptions::default() };
+    let engine = rwkv_model::Engine::open_with(&path, options, &|progress| {
+        done.fetch_max(progress.done, std::sync::atomic::Ordering::Relaxed);
+    })
+    .unwrap();
+    assert_eq!(engine.session().logits_of(&TOKENS).unwrap(), logits(safetensors(&model), None), "told");
+    assert_eq!(done.into_inner(), Checkpoint::open(&path).unwrap().bytes(), "every byte was told of");
+}
+
+/// What the model has no use for is not counted.
+#[test]
+fn bytes_are_those_of_the_model() {
+    let model = random_model([1, 1, 8, 16, 12, 4], 2);
+    let mut with = model.clone();
+    with.push(Tensor::new("blocks.0.att.v0", &[1, 1, 8], &[0.0; 8]));
+    let bytes = |model: &[Tensor]| open(safetensors(model), None).unwrap().bytes();
+    assert_eq!(bytes(&with), bytes(&model), "the adapter of layer 0 is not read");
+    assert_eq!(bytes(&model), model.iter().map(|t| t.bytes.len() as u64).sum::<u64>(), "all others are");
+}
+
+#[test]
+fn streamed_parameters_are_those_of_the_file() {
+    let model = random_model([3, 2, 8, 24, 20, 4], 1);
+    let streamed = model.iter().filter(|t| t.name != "emb.weight" && !t.name.contains("ln0"));
+    let want: usize = streamed.map(|t| t.shape.iter().product::<usize>()).sum();
+    assert_eq!(open(safetensors(&model), None).unwrap().config().streamed_params(), want, "of every tensor");
+}
+
+/// Gives the factors of one adapter another rank, in every layer.
+fn with_rank(model: &mut [Tensor], adapter: &str, rank: usize) {
+    for t in model {
+        let values: Vec<f32> = (0u16..).map(|i| f32::from(i % 7) / 10.0 - 0.3).take(16 * rank).collect();
+        if t.name.ends_with(&format!(".att.{adapter}1")) {
+            *t = Tensor::new(&t.name, &[16, rank], &values);
+        } else if t.name.ends_with(&format!(".att.{adapter}2")) {
+            *t = Tensor::new(&t.name, &[rank, 16], &values);
+        }
+    }
+}
+
+#[test]
+fn adapters_have_ranks_of_their_own() {
+    let mut model = random_model([2, 2, 8, 24, 20, 4], 1);
+    for (adapter, rank) in [("w", 3), ("a", 5), ("v", 2), ("g", 7)] {
+        with_rank(&mut model, adapter, rank);
+    }
+    let ranks = open(safetensors(&model), None).unwrap().config().ranks;
+    assert_eq!([ranks.w, ranks.a, ranks.v, ranks.g], [3, 5, 2, 7], "each its own");
+    let want = logits(safetensors(&model), None);
+    assert_eq!(logits(safetensors(&as_web_rwkv(&model)), None), want, "web-rwkv");
+    assert_eq!(logits(pth(&as_fla(&model)), None), want, "fla");
+}
+
+#[test]
+fn extents_of_zero_are_refused() {
+    let rank = fault(|m| with_rank(m, "w", 0));
+    let want = "memory: tensor blocks.0.att.w1 has shape [16, 0], expected [width, rank] or [rank, width]";
+    assert_eq!(rank, want, "rank");
+    let hidden = fault(|m| {
+        for t in m {
+            match t.name.split_once(".ffn.").map(|(_, name)| name.to_owned()).as_deref() {
+                Some("key.weight") => *t = Tensor::new(&t.name, &[0, 16], &[]),
+                Some("value.weight") => *t = Tensor::new(&t.name, &[16, 0], &[]),
+                _ => {}
+            }
+        }
+    });
+    let want = "memory: tensor blocks.0.ffn.key.weight has shape [0, 16], expected [hidden, width]";
+    assert_eq!(hidden, want, "hidden units");
+    let vocab = fault(|m| {
+        for name in ["emb.weight", "head.weight"] {
+            *find(m, name) = Tensor::new(name, &[0, 16], &[]);
+        }
+    });
+    assert_eq!(vocab, "memory: tensor emb.weight has shape [0, 16], expected [vocabulary, width]", "tokens");
+}

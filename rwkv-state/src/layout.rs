@@ -204,4 +204,28 @@ mod tests {
         let other = State::new(&config(2, 1, 5));
         assert!(layout.flatten(&other).is_err(), "another head size");
     }
+
+    #[test]
+    fn names_and_shapes() {
+        let layout = StateLayout::new(&config(2, 3, 4));
+        let parts = Part::ALL.map(|part| (part.name(), layout.shape(part)));
+        let want = [("att_shift", vec![2, 12]), ("wkv", vec![2, 3, 4, 4]), ("ffn_shift", vec![2, 12])];
+        assert_eq!(parts, want, "in order");
+    }
+
+    /// Two heads of 4 and one head of 8 are of one width, but their WKV parts differ.
+    #[test]
+    fn every_part_is_checked() {
+        let layout = StateLayout::new(&config(2, 2, 4));
+        assert!(layout.flatten(&State::new(&config(2, 1, 8))).is_err(), "WKV");
+        let mut state = State::new(&config(2, 2, 4));
+        state.ffn_shift.pop();
+        assert!(layout.flatten(&state).is_err(), "channel mix shift");
+    }
+
+    #[test]
+    #[should_panic(expected = "layer 2 of 2")]
+    fn a_layer_too_many() {
+        let _ = StateLayout::new(&config(2, 1, 4)).layer_range(Part::AttShift, 2);
+    }
 }

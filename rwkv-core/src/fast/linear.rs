@@ -409,7 +409,7 @@ mod tests {
     use half::{bf16, f16};
     use proptest::prelude::*;
 
-    use super::{PANEL, Packed, Stored};
+    use super::{BLOCK, PANEL, Packed, Stored};
     use crate::compare::{magnitude, max_abs};
     use crate::ops::linear::{Job, Linear, Matrix};
     use crate::rng::SplitMix64;
@@ -522,5 +522,40 @@ mod tests {
         };
         let packed = Packed::pack(1, PANEL + 1, ElementType::F32, read);
         assert_eq!(packed.map(|p| p.outputs()), Err("cut short"), "the reader's error");
+    }
+
+    #[test]
+    fn rows_of_zeros_give_zeros() {
+        let (_, packed) = draw(0, 20, 3, &mut SplitMix64::new(1));
+        assert_eq!(run(&packed, &[0.0; 40], true), [0.0; 6], "every output is written");
+    }
+
+    /// Bit for bit: the order that the module states.
+    #[test]
+    fn sums_in_the_order_stated() {
+        #[cfg(target_arch = "x86_64")]
+        if !std::is_x86_feature_detected!("fma") {
+            return;
+        }
+        let mut rng = SplitMix64::new(7);
+        let (weights, packed) = draw(0, 300, 5, &mut rng);
+        let x: Vec<f32> = (0..300).map(|_| rng.normal()).collect();
+        let block = |(w, x): (&[f32], &[f32])| w.iter().zip(x).fold(0.0, |sum, (&w, &x)| x.mul_add(w, sum));
+        let row = |w: &[f32]| w.chunks(BLOCK).zip(x.chunks(BLOCK)).map(block).fold(0.0, |y, sum| y + sum);
+        let want: Vec<f32> = weights.widen().chunks_exact(300).map(row).collect();
+        assert_eq!(run(&packed, &x, false), want, "blocks of {BLOCK}, fused");
+    }
+
+    #[test]
+    #[should_panic(expected = "y is not [T, outputs]")]
+    fn an_output_of_another_length_is_refused() {
+        draw(0, 2, 3, &mut SplitMix64::new(1)).1.apply(&[1.0; 4], &mut [0.0; 5]);
+    }
+
+    #[test]
+    #[should_panic(expected = "read gives another number of weights")]
+    fn too_few_weights_are_refused() {
+        let read = |_| Ok::<_, ()>(Elements::F32(vec![1.0; 6]));
+        let _ = Packed::pack(2, 4, ElementType::F32, read);
     }
 }

@@ -152,4 +152,10 @@ mod tests {
             prop_assert!(max_abs(&apply(inputs, w, &mixed), &want, limit).is_ok(), "f(sa + b) = s f(a) + f(b)");
         }
     }
+
+    #[test]
+    #[should_panic(expected = "y is not [T, outputs]")]
+    fn an_output_of_another_length_is_refused() {
+        Matrix::new(2, vec![1.0f32; 6]).apply(&[1.0f64; 4], &mut [0.0; 5]);
+    }
 }

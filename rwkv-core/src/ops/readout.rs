@@ -88,4 +88,38 @@ mod tests {
             assert!((got - want).abs() < 1e-9, "{got} {want}");
         }
     }
+
+    #[test]
+    fn eps_is_the_same_for_every_head_size() {
+        for n in [2, 16, 128] {
+            // a deviation of 0.01, so that eps tells
+            let y: Vec<f64> = (0..n).map(|j| if j % 2 == 0 { -0.01 } else { 0.01 }).collect();
+            let (zero, one) = (vec![0.0; n], vec![1.0; n]);
+            let (r, k, v, gate, gain, bias, r_k) = (&zero, &zero, &zero, &one, &one, &zero, &zero);
+            let mut out = vec![f64::NAN; n];
+            readout(n, Inputs { y: &y, r, k, v, gate, gain, bias, r_k }, &mut out);
+            let want = 0.01 / (1e-4f64 + 64e-5).sqrt();
+            assert!((out[1] - want).abs() < 1e-12, "head size {n}: {} {want}", out[1]);
+        }
+    }
+
+    #[test]
+    fn every_head_has_its_own_vectors() {
+        let one = [1.0f64; 4];
+        let x = Inputs {
+            y: &[-1e6, 1e6, -1e6, 1e6],
+            r: &one,
+            k: &one,
+            v: &one,
+            gate: &one,
+            gain: &[1.0, 1.0, 2.0, 2.0],
+            bias: &[0.0, 0.0, 10.0, 10.0],
+            r_k: &[0.0, 0.0, 50.0, 50.0],
+        };
+        let mut out = [f64::NAN; 4];
+        readout(2, x, &mut out);
+        for (got, want) in out.iter().zip([-1.0, 1.0, 108.0, 112.0]) {
+            assert!((got - want).abs() < 1e-9, "{out:?}");
+        }
+    }
 }

@@ -57,4 +57,10 @@ mod tests {
         softmax(&mut p);
         assert_eq!(p, [0.0, 0.5, 0.5], "no overflow");
     }
+
+    #[test]
+    fn probabilities_of_huge_logits_do_not_overflow() {
+        assert!((log_probability(&[1e30f32, 1e30], 0) + 2f64.ln()).abs() < 1e-12, "a half");
+        assert!((log_probability(&[-1e4f32, -1e4], 1) + 2f64.ln()).abs() < 1e-12, "a half");
+    }
 }

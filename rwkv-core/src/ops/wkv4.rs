@@ -127,4 +127,29 @@ mod tests {
         let want = ((-0.5f32).exp() + 1f32.exp() * 5.0) / ((-0.5f32).exp() + 1f32.exp());
         assert!((y[2] - want).abs() < 4e-3, "{y:?} {want}");
     }
+
+    #[test]
+    fn channels_have_their_own_decay_and_bonus() {
+        let (w, u) = ([0.1, 2.0, 0.7], [-1.0, 0.5, 3.0]);
+        let (k, v) = draw(60, 1);
+        let mut y = [f64::NAN; 60];
+        wkv4(&w, &u, &k, &v, &mut State::new(3), &mut y);
+        for c in 0..3 {
+            let of = |rows: &[f64]| rows.iter().skip(c).step_by(3).copied().collect::<Vec<_>>();
+            let want = naive(w[c], u[c], &of(&k), &of(&v));
+            assert!(max_abs(&of(&y), &want, 1e-12).is_ok(), "channel {c}");
+        }
+    }
+
+    #[test]
+    fn tiny_keys_do_not_vanish() {
+        let mut y = [f64::NAN; 1];
+        wkv4(&[0.5], &[0.0], &[-1e4], &[3.0], &mut State::new(1), &mut y);
+        assert_eq!(y, [3.0], "the only token, whatever its key");
+        // one great key long ago still dwarfs what came since, though its own weight is below all numbers
+        let (mut k, mut v, mut y) = ([-1e4; 400], [2.0; 400], [f64::NAN; 400]);
+        (k[0], v[0]) = (0.0, 1.0);
+        wkv4(&[3.0], &[0.0], &k, &v, &mut State::new(1), &mut y);
+        assert_eq!(y, [1.0; 400], "exp(-1200) is more than exp(-1e4)");
+    }
 }
