@@ -234,7 +234,7 @@ fn the_form_asked_for_runs() {
         assert_ne!(want, sequential, "rounded otherwise");
         let through = |run: fn(Wkv, &mut [WkvSegment<'_, f32>])| {
             x.after(|dims, inputs, state, y| {
-                run(Wkv::Chunked(chunk), &mut [WkvSegment { dims, inputs, state, y }])
+                run(Wkv::Chunked(chunk), &mut [WkvSegment { dims, inputs, state, y }]);
             })
         };
         assert_eq!(through(<Matrix<f32> as Compute<f32>>::wkv7), want, "reference, chunks of {chunk}");

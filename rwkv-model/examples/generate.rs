@@ -4,39 +4,32 @@
 //! cargo run --release --example generate -- "It was"
 //! ```
 
-use std::io::{IsTerminal, Write, stdout};
-use std::path::PathBuf;
+mod common;
+
+use std::ffi::OsString;
+use std::io::{IsTerminal, Write, stderr, stdout};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Context;
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
-use rwkv_model::tokenizer::World;
-use rwkv_model::{Engine, EngineOptions, Sampler, TextOptions, Tokenizer};
-
-/// The model that comes with the sources.
-const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/books-10m/model.safetensors");
+use rwkv_model::{Sampler, TextOptions};
 
 /// Continues a text.
 #[derive(Parser)]
 struct Args {
-    /// What to continue.
-    prompt: String,
-    /// Checkpoint: .safetensors or .pth.
-    #[arg(long, default_value = BUNDLED)]
-    model: PathBuf,
-    /// Vocabulary file, for models whose tokens are not bytes.
-    #[arg(long)]
-    tokenizer: Option<PathBuf>,
+    /// What to continue: any bytes.
+    prompt: OsString,
+    #[command(flatten)]
+    model: common::ModelArgs,
     /// Tokens to generate, at most.
     #[arg(long, default_value_t = 256)]
     tokens: usize,
-    /// 0 always takes the most probable token.
-    #[arg(long, default_value_t = Sampler::default().temperature)]
+    /// How freely tokens are drawn: above 1 more, below 1 less; 0 always takes the most probable.
+    #[arg(long, default_value_t = Sampler::default().temperature, allow_negative_numbers = true)]
     temperature: f32,
-    /// Keep the most probable tokens up to this share.
-    #[arg(long, default_value_t = Sampler::default().top_p)]
+    /// Keep the most probable tokens up to this share, above 0 and at most 1.
+    #[arg(long, default_value_t = Sampler::default().top_p, allow_negative_numbers = true)]
     top_p: f32,
     /// The same seed gives the same text.
     #[arg(long, default_value_t = 0)]
@@ -46,33 +39,22 @@ struct Args {
     stop: Vec<String>,
 }
 
-#[expect(clippy::print_stderr, reason = "the figures go beside the text, not into it")]
 fn run(args: &Args) -> anyhow::Result<()> {
-    let tokenizer = args.tokenizer.as_ref().map(|path| {
-        World::open(path).map(Tokenizer::World).with_context(|| format!("vocabulary {}", path.display()))
-    });
-    let options = EngineOptions { tokenizer: tokenizer.transpose()?, ..EngineOptions::default() };
-
-    let style = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes}")?;
-    let bar = ProgressBar::no_length().with_style(style); // hidden where there is no terminal
-    let engine = Engine::open_with(&args.model, options, &|progress| {
-        bar.set_length(progress.total);
-        bar.set_position(progress.done);
-    })?;
-    bar.finish_and_clear();
-
+    let engine = args.model.open()?;
+    let prompt = args.prompt.as_encoded_bytes();
     let mut session = engine.session();
-    let prompt = engine.tokenizer()?.encode(&args.prompt);
+    let tokens = engine.tokenizer()?.encode(prompt);
     let begun = Instant::now();
-    session.prefill(&prompt).context("the prompt")?;
+    session.prefill(&tokens).context("the prompt")?;
     let prefill = begun.elapsed().as_secs_f64();
 
     let sampler =
         Sampler { temperature: args.temperature, top_p: args.top_p, seed: args.seed, ..Sampler::default() };
+    let options = TextOptions { sampler, max_tokens: args.tokens, stop: args.stop.clone() };
     let begun = Instant::now();
-    let mut text = session.text(TextOptions { sampler, max_tokens: args.tokens, stop: args.stop.clone() })?;
+    let mut text = session.text(options)?;
     let mut out = stdout();
-    write!(out, "{}", args.prompt)?;
+    out.write_all(prompt)?;
     for piece in &mut text {
         write!(out, "{}", piece?)?;
         if out.is_terminal() {
@@ -82,22 +64,17 @@ fn run(args: &Args) -> anyhow::Result<()> {
     writeln!(out)?;
     let (decoded, decode) = (text.tokens(), begun.elapsed().as_secs_f64());
 
-    eprintln!(
+    // beside the text, not in it
+    writeln!(
+        stderr(),
         "prefill: {} tokens, {:.0} tokens/s; decode: {decoded} tokens, {:.0} tokens/s",
-        prompt.len(),
-        prompt.len() as f64 / prefill,
+        tokens.len(),
+        tokens.len() as f64 / prefill,
         decoded as f64 / decode,
-    );
+    )?;
     Ok(())
 }
 
-#[expect(clippy::print_stderr, reason = "one sentence, not a backtrace")]
 fn main() -> ExitCode {
-    run(&Args::parse()).map_or_else(
-        |error| {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        },
-        |()| ExitCode::SUCCESS,
-    )
+    common::end(run(&Args::parse()))
 }

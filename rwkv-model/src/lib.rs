@@ -25,6 +25,10 @@
 //! | [`text`] | a session's tokens as text, up to a stop sequence |
 //! | [`sample`] | [`Sampler`]: from logits to the next token |
 //! | [`tokenizer`] | text to tokens and back |
+//! | [`quality`] | how well a model predicts a text |
+//!
+//! A new container goes into [`checkpoint::directory`], a new dialect of names into `checkpoint/names.rs`, a new vocabulary
+//! into [`tokenizer`]. What this crate never does: train, serve, or run another architecture than RWKV-7.
 //!
 //! Invariant: the same call gives the same bits, and a session's results do not depend on the sessions beside it, on how
 //! its tokens were split over calls, nor on the number of threads.
@@ -33,6 +37,7 @@
 
 pub mod checkpoint;
 pub mod engine;
+pub mod quality;
 pub mod sample;
 pub mod session;
 pub mod text;

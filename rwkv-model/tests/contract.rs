@@ -310,7 +310,7 @@ fn a_state_replaces_all_that_was() {
         assert_eq!((session.position(), session.logits().is_err()), (0, true), "no past");
         session.step(1).unwrap();
     }
-    let mut rest =
+    let rest =
         |session: &mut Session| session.generate(sampler).take(20).map(Result::unwrap).collect::<Vec<_>>();
     assert_eq!(rest(&mut used), rest(&mut fresh), "nor penalties for it");
 }

@@ -13,8 +13,8 @@ use rwkv_core::fast::linear::Packed;
 use rwkv_core::model::{Compute, Logits, Model, Observer, Options, Segment, State, Wkv};
 use rwkv_core::ops::linear::Matrix;
 use rwkv_core::{ModelConfig, Real};
-use rwkv_model::Engine;
 use rwkv_model::checkpoint::{Checkpoint, LoadMatrix};
+use rwkv_model::{Engine, quality};
 use support::{BUNDLED, Tensor, get, open, read, safetensors, tokens, vectors};
 
 const FACTOR: f64 = 4.0;
@@ -204,10 +204,9 @@ fn bundled_golden() {
 fn bundled_bits_per_byte() {
     let text = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/books-10m/valid.txt")).unwrap();
     let engine = Engine::open(BUNDLED).unwrap();
-    let tokens = engine.tokenizer().unwrap().encode(&text[..4096]);
-    let scores = engine.session().score(&tokens).unwrap();
-    assert_eq!(scores.len(), 4095, "the first byte follows nothing");
-    let bits = -scores.iter().sum::<f64>() / std::f64::consts::LN_2 / scores.len() as f64;
+    let score = quality::windows(&engine, &text[..4096], 8192, |_| {}).unwrap();
+    assert_eq!((score.tokens, score.bytes), (4095, 4095), "the first byte follows nothing");
+    let bits = score.bits_per_byte();
     assert!((bits - 1.43256).abs() < 0.0005, "{bits} bits per byte");
 }
 
@@ -234,4 +233,16 @@ fn layer_0_adapter_is_ignored() {
     assert_eq!(logits(&without), logits(&with), "bit for bit");
     let config: &ModelConfig = without.config();
     assert_eq!((config.n_layers, config.width, config.hidden, config.vocab), (3, 128, 512, 97), "extents");
+}
+
+/// Windows predict every token but the first once, whatever their length.
+#[test]
+fn windows_cover_the_text() {
+    let engine = Engine::open(BUNDLED).unwrap();
+    for (len, window) in [(0, 4), (1, 4), (2, 4), (9, 4), (10, 4), (10, 0), (10, usize::MAX)] {
+        let mut seen = 0;
+        let score = quality::windows(&engine, &vec![65; len], window, |score| seen = score.tokens).unwrap();
+        let want = len.saturating_sub(1);
+        assert_eq!((score.tokens, score.bytes, seen), (want, want, want), "{len} bytes, windows of {window}");
+    }
 }
