@@ -125,7 +125,7 @@ fn by_operations(model: &Reference, tokens: &[u32], state: &mut State<f64>) -> V
         match &mix.v {
             None => v_first.clone_from(&v),
             Some(of_v) => {
-                value_residual::value_residual(&v_first, &adapter(of_v, Activation::Identity, xv), &mut v)
+                value_residual::value_residual(&v_first, &adapter(of_v, Activation::Identity, xv), &mut v);
             }
         }
         let mut b = vec![f64::NAN; t * d];

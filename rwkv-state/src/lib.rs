@@ -4,9 +4,21 @@
 //! what it has read. [`StateLayout`] names every part of it and where each lies in the canonical order, in which states
 //! are exchanged: between executors, and out of the process.
 //!
-//! Invariant: this crate knows no device and no model; it knows extents.
+//! | module | what it holds |
+//! |---|---|
+//! | [`layout`] | the extents of a state and the place of each part of it |
+//! | [`format`](mod@format) | how a state is stored: F32, F16 with row exponents, scaled Int8, sparse; each with its error bound |
+//! | [`lazy`] | a state of which the last steps are kept as factors: deferred writing, shared bases, exact rollback |
+//!
+//! A new format is a file of [`format`](mod@format) with its bound and its property tests; a new part of a state is a
+//! [`Part`], and the layout alone says where it lies.
+//!
+//! Invariant: this crate knows no device, no weights and no files; it knows extents and numbers.
 #![forbid(unsafe_code)]
 
+pub mod format;
 pub mod layout;
+pub mod lazy;
 
-pub use layout::{Part, StateLayout};
+pub use format::{EncodedState, StateFormat};
+pub use layout::{Part, StateLayout, WrongLength};

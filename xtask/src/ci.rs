@@ -8,8 +8,17 @@ pub(crate) fn run() -> Outcome {
     step("clippy", || {
         spawn(&mut cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
     })?;
+    // for engines that bring their own device
+    step("kernels without a device", || {
+        let args = ["clippy", "-p", "rwkv-kernels", "--no-default-features", "--", "-D", "warnings"];
+        spawn(&mut cargo(&args))
+    })?;
     step("doc", || spawn(cargo(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings")))?;
-    step("test", || test::run(&[]))
+    step("test", || test::run(&[]))?;
+    // the README's first command, in the profile that it is meant for
+    step("generate", || {
+        spawn(&mut cargo(&["run", "--release", "--example", "generate", "--", "It was", "--tokens", "16"]))
+    })
 }
 
 fn step(name: &str, run: impl FnOnce() -> Outcome) -> Outcome {

@@ -19,3 +19,4 @@ pub mod value_residual;
 pub mod wkv4;
 pub mod wkv7;
 pub mod wkv7_chunked;
+pub mod wkv7_lazy;
