@@ -1,17 +1,17 @@
-//! A device, pipelines built from reflected bindings, and checked dispatches: the one place that speaks to wgpu.
+//! A device of its own and checked dispatches: for tests and first steps. An engine has its own device, and takes
+//! [`crate::pipeline`].
 
 use std::io::Write as _;
 use std::sync::OnceLock;
 
 use wgpu::util::DeviceExt as _;
 
-use crate::{Access, Binding};
+use crate::pipeline::{self, Pipeline, checked};
+use crate::{Access, Capabilities, Features, Kernel};
 
-/// Words on each side of a storage buffer of [`Device::run`]: 256 bytes, the alignment of a binding's offset.
-const GUARD_LEN: usize = 64;
-
-/// What the guard words hold: a NaN, so that reading one shows in the result as writing one shows here.
-const GUARD: u32 = 0x7FC0_BEEF;
+/// What lies on each side of a storage buffer of [`Device::run`]: 256 bytes, the alignment of a binding's offset. Read
+/// as `f32` or as `f16` it is NaN, so that reading it shows in the result as writing it shows here.
+const GUARD: &[u8] = [[0xC1, 0xFF]; 128].as_flattened();
 
 /// Why there is no device, or why it did not do as asked.
 #[derive(Debug, thiserror::Error)]
@@ -19,10 +19,13 @@ pub enum Error {
     /// No adapter answered.
     #[error("no adapter")]
     Adapter(#[from] wgpu::RequestAdapterError),
-    /// The adapter gave no device with the default limits.
+    /// The adapter gave no device with what it said it has.
     #[error("no device")]
     Device(#[from] wgpu::RequestDeviceError),
-    /// The device refused a shader, a pipeline or a dispatch.
+    /// The kernel could not be compiled or bound.
+    #[error("no pipeline")]
+    Pipeline(#[from] pipeline::Error),
+    /// The device refused a buffer or a dispatch.
     #[error("refused")]
     Refused(#[from] wgpu::Error),
     /// The device did not finish.
@@ -44,7 +47,7 @@ pub enum Error {
     Guard(&'static str),
 }
 
-/// A device with WebGPU's default limits, the ones every kernel is checked against, and its queue.
+/// A device with WebGPU's default limits, but for those of a workgroup, which are the adapter's, and its queue.
 #[derive(Debug)]
 pub struct Device {
     device: wgpu::Device,
@@ -52,16 +55,9 @@ pub struct Device {
     name: String,
 }
 
-/// A compiled kernel. It belongs to the device that made it.
-#[derive(Debug)]
-pub struct Pipeline {
-    pipeline: wgpu::ComputePipeline,
-    layout: wgpu::BindGroupLayout,
-    bindings: Vec<Binding>,
-}
-
 impl Device {
-    /// Opens the fastest adapter there is.
+    /// Opens the fastest adapter there is, with the features that kernels use as far as it has them; cooperative
+    /// matrices are experimental in wgpu and not among them.
     ///
     /// # Errors
     ///
@@ -74,7 +70,15 @@ impl Device {
                     ..Default::default()
                 })
                 .await?;
-            let (device, queue) = adapter.request_device(&wgpu::DeviceDescriptor::default()).await?;
+            let wanted = Features { f16: true, subgroup: true, coop: false };
+            let grants = Capabilities::new(adapter.features(), &adapter.limits());
+            let (device, queue) = adapter
+                .request_device(&wgpu::DeviceDescriptor {
+                    required_features: adapter.features() & wanted.into(),
+                    required_limits: grants.raise(wgpu::Limits::default()),
+                    ..Default::default()
+                })
+                .await?;
             let info = adapter.get_info();
             Ok(Self { device, queue, name: format!("{} ({})", info.name, info.backend) })
         })
@@ -86,90 +90,68 @@ impl Device {
         &self.name
     }
 
-    /// Compiles a kernel of one entry point for the layout that `bindings` describe.
+    /// What it grants, for [`crate::choose`].
+    #[must_use]
+    pub fn capabilities(&self) -> Capabilities {
+        Capabilities::new(self.device.features(), &self.device.limits())
+    }
+
+    /// Compiles a kernel, with `overrides` set by name.
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] if the source is invalid or does not fit the layout.
-    pub fn pipeline(&self, source: &str, bindings: &[Binding]) -> Result<Pipeline, Error> {
-        self.checked(|device| {
-            let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
-                label: None,
-                source: wgpu::ShaderSource::Wgsl(source.into()),
-            });
-            let entries: Vec<_> = (0..).zip(bindings).map(|(at, b)| layout_entry(at, b.access)).collect();
-            let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
-                label: None,
-                entries: &entries,
-            });
-            let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
-                label: None,
-                bind_group_layouts: &[Some(&layout)],
-                immediate_size: 0,
-            });
-            let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-                label: None,
-                layout: Some(&pipeline_layout),
-                module: &module,
-                entry_point: None,
-                compilation_options: wgpu::PipelineCompilationOptions::default(),
-                cache: None,
-            });
-            Ok(Pipeline { pipeline, layout, bindings: bindings.to_vec() })
-        })
+    /// As [`Pipeline::new`].
+    pub fn pipeline(&self, kernel: &Kernel, overrides: &[(&str, f64)]) -> Result<Pipeline, Error> {
+        Ok(Pipeline::new(&self.device, kernel, overrides)?)
     }
 
     /// Runs one dispatch on fresh buffers and returns all of them as it left them. For tests, not for speed.
     ///
-    /// `params` fills the uniform, `buffers` the storage bindings in order. Each buffer lies between guard words
-    /// that the binding includes at its end, so that a kernel which runs over by up to 64 words is found out; what
+    /// `params` fills the uniform, `buffers` the storage bindings in order. Each buffer lies between 256 guard bytes
+    /// that the binding includes at its end, so that a kernel which runs over by up to so much is found out; what
     /// it does further out, the device drops or clamps.
     ///
     /// # Errors
     ///
     /// If the device refuses the call or fails in it, or the kernel wrote past the end of a buffer.
-    pub fn run(
+    pub fn run<T: bytemuck::Pod>(
         &self,
-        kernel: &Pipeline,
+        pipeline: &Pipeline,
         params: &[u8],
-        buffers: &[Vec<f32>],
+        buffers: &[Vec<T>],
         groups: [u32; 3],
-    ) -> Result<Vec<Vec<f32>>, Error> {
-        let storage: Vec<_> = kernel.bindings.iter().filter(|b| b.access != Access::Uniform).collect();
+    ) -> Result<Vec<Vec<T>>, Error> {
+        let device = &self.device;
+        let bindings = pipeline.kernel().bindings;
+        let storage: Vec<_> = bindings.iter().filter(|b| b.access != Access::Uniform).collect();
         if storage.len() != buffers.len() {
             return Err(Error::Buffers { got: buffers.len(), want: storage.len() });
         }
-        let readable = self.checked(|device| {
+        let made = checked::<_, Error>(device, || {
             let uniform = device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
                 label: None,
                 contents: params,
                 usage: wgpu::BufferUsages::UNIFORM,
             });
-            let guarded: Vec<_> = buffers.iter().map(|data| guarded(device, data)).collect();
-            let mut rest = guarded.iter();
-            let entries: Vec<_> = (0..)
-                .zip(&kernel.bindings)
-                .filter_map(|(binding, b)| {
-                    let (buffer, offset) = match b.access {
-                        Access::Uniform => (&uniform, 0),
-                        Access::Read | Access::ReadWrite => (rest.next()?, 4 * GUARD_LEN as u64),
-                    };
-                    let resource =
-                        wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size: None });
-                    Some(wgpu::BindGroupEntry { binding, resource })
-                })
-                .collect();
-            let group = device.create_bind_group(&wgpu::BindGroupDescriptor {
-                label: None,
-                layout: &kernel.layout,
-                entries: &entries,
-            });
+            let guarded: Vec<_> =
+                buffers.iter().map(|data| guarded(device, bytemuck::cast_slice(data))).collect();
+            (uniform, guarded)
+        });
+        let (uniform, guarded) = made?;
+        let mut rest = guarded.iter();
+        let bound = bindings.iter().filter_map(|b| {
+            let (buffer, offset) = match b.access {
+                Access::Uniform => (&uniform, 0),
+                Access::Read | Access::ReadWrite => (rest.next()?, GUARD.len() as u64),
+            };
+            Some(wgpu::BufferBinding { buffer, offset, size: None })
+        });
+        let group = pipeline.bind(device, bound)?;
+        let readable = checked::<_, Error>(device, || {
             let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             {
                 let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-                pass.set_pipeline(&kernel.pipeline);
-                pass.set_bind_group(0, &group, &[]);
-                pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
+                pipeline.encode(&mut pass, &group, groups);
             }
             let readable: Vec<_> = guarded.iter().map(|from| copied(device, &mut encoder, from)).collect();
             self.queue.submit([encoder.finish()]);
@@ -177,46 +159,19 @@ impl Device {
                 // A failure shows when the range is asked for below.
                 buffer.slice(..).map_async(wgpu::MapMode::Read, |_| ());
             }
-            device.poll(wgpu::PollType::wait_indefinitely())?;
-            Ok(readable)
+            readable
         })?;
-        storage.iter().zip(&readable).map(|(b, buffer)| unguarded(b.name, buffer)).collect()
-    }
-
-    /// Does `what` and reports the device's objections as an error; by default they would panic.
-    fn checked<T>(&self, what: impl FnOnce(&wgpu::Device) -> Result<T, Error>) -> Result<T, Error> {
-        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let done = what(&self.device);
-        // Inner scope first. An objection explains what failed after it, so it goes before.
-        let objections = [pollster::block_on(validation.pop()), pollster::block_on(memory.pop())];
-        match objections.into_iter().flatten().next() {
-            Some(objection) => Err(objection.into()),
-            None => done,
-        }
+        device.poll(wgpu::PollType::wait_indefinitely())?;
+        let with_bindings = storage.iter().zip(&readable).zip(buffers);
+        with_bindings.map(|((b, buffer), data)| unguarded(b.name, buffer, data.len())).collect()
     }
 }
 
-fn layout_entry(binding: u32, access: Access) -> wgpu::BindGroupLayoutEntry {
-    let ty = match access {
-        Access::Uniform => wgpu::BufferBindingType::Uniform,
-        Access::Read => wgpu::BufferBindingType::Storage { read_only: true },
-        Access::ReadWrite => wgpu::BufferBindingType::Storage { read_only: false },
-    };
-    wgpu::BindGroupLayoutEntry {
-        binding,
-        visibility: wgpu::ShaderStages::COMPUTE,
-        ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
-        count: None,
-    }
-}
-
-/// A storage buffer of guard words, `data`, guard words.
-fn guarded(device: &wgpu::Device, data: &[f32]) -> wgpu::Buffer {
-    let guard = [f32::from_bits(GUARD); GUARD_LEN];
+/// A storage buffer of guard bytes, `data`, guard bytes.
+fn guarded(device: &wgpu::Device, data: &[u8]) -> wgpu::Buffer {
     device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
         label: None,
-        contents: bytemuck::cast_slice(&[&guard, data, &guard].concat()),
+        contents: &[GUARD, data, GUARD].concat(),
         usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
     })
 }
@@ -233,15 +188,16 @@ fn copied(device: &wgpu::Device, encoder: &mut wgpu::CommandEncoder, from: &wgpu
     to
 }
 
-/// The data between intact guard words.
-fn unguarded(name: &'static str, buffer: &wgpu::Buffer) -> Result<Vec<f32>, Error> {
-    let words: Vec<u32> = bytemuck::pod_collect_to_vec(&buffer.slice(..).get_mapped_range()?);
-    let (before, rest) = words.split_at(GUARD_LEN);
-    let (data, after) = rest.split_at(rest.len() - GUARD_LEN);
-    if before.iter().chain(after).any(|&word| word != GUARD) {
+/// The `len` elements between intact guard bytes.
+fn unguarded<T: bytemuck::Pod>(name: &'static str, of: &wgpu::Buffer, len: usize) -> Result<Vec<T>, Error> {
+    let bytes = of.slice(..).get_mapped_range()?;
+    let (before, rest) = bytes.split_at(GUARD.len());
+    let (data, after) = rest.split_at(len * size_of::<T>());
+    // A buffer's length is rounded up to a word.
+    if before != GUARD || !after.starts_with(GUARD) {
         return Err(Error::Guard(name));
     }
-    Ok(data.iter().copied().map(f32::from_bits).collect())
+    Ok(bytemuck::pod_collect_to_vec(data))
 }
 
 /// The device that tests share, or `None`, with a word on standard error, where there is none.
@@ -265,44 +221,106 @@ pub fn device_for_tests() -> Option<&'static Device> {
     }
 }
 
+/// Each of the variants that the device of the tests has, compiled; those it lacks are named on standard error.
+///
+/// # Panics
+///
+/// As [`device_for_tests`], and if the device refuses a variant that it should run.
+pub fn variants_for_tests(
+    variants: &[Kernel],
+    overrides: &[(&str, f64)],
+) -> Vec<(&'static Device, Pipeline)> {
+    let Some(device) = device_for_tests() else { return Vec::new() };
+    let mut compiled = Vec::new();
+    for kernel in variants {
+        if !device.capabilities().cover(&kernel.needs()) {
+            // A lost line is no reason to fail.
+            let _ =
+                writeln!(std::io::stderr(), "{}: SKIPPED, {} cannot run it", kernel.label(), device.name());
+            continue;
+        }
+        match device.pipeline(kernel, overrides) {
+            Ok(pipeline) => compiled.push((device, pipeline)),
+            Err(e) => panic!("{}: {e:?}", kernel.label()),
+        }
+    }
+    compiled
+}
+
 #[cfg(test)]
 mod tests {
     use super::{Error, device_for_tests};
-    use crate::{Access, Binding};
+    use crate::pipeline::{self, Pipeline};
+    use crate::{Access, Binding, Element, Features, Kernel, Scalar};
 
-    const OUT: &[Binding] = &[Binding { name: "out", access: Access::ReadWrite }];
+    const OUT: &[Binding] = &[Binding {
+        name: "out",
+        access: Access::ReadWrite,
+        element: Some(Element { scalar: Scalar::F32, lanes: 1 }),
+    }];
 
-    /// Writes `index[i]` of eight words.
-    fn writes(index: &str) -> String {
-        format!(
+    /// A kernel `main` that writes `index[i]` of eight words.
+    fn writes(index: &str) -> Kernel {
+        let source = format!(
             "@group(0) @binding(0) var<storage, read_write> out: array<f32>;\n\
              @compute @workgroup_size(8)\n\
              fn main(@builtin(local_invocation_index) i: u32) {{ out[{index}] = f32(i); }}"
-        )
+        );
+        Kernel {
+            name: "main",
+            suffix: "",
+            source: source.leak(),
+            workgroup_size: [8, 1, 1],
+            workgroup_bytes: 0,
+            bindings: OUT,
+            params_bytes: 0,
+            overrides: &[],
+            features: Features::default(),
+        }
     }
 
     #[test]
     fn guards_catch_what_runs_over() {
         let Some(device) = device_for_tests() else { return };
-        let run = |source: &str| {
-            let kernel = device.pipeline(source, OUT).unwrap();
+        let run = |index| {
+            let kernel = device.pipeline(&writes(index), &[]).unwrap();
             device.run(&kernel, &[], &[vec![f32::NAN; 8]], [1, 1, 1])
         };
-        assert_eq!(run(&writes("i")).unwrap(), [[0., 1., 2., 3., 4., 5., 6., 7.]], "in bounds");
-        assert!(matches!(run(&writes("i + 1u")), Err(Error::Guard("out"))), "one past the end");
+        assert_eq!(run("i").unwrap(), [[0., 1., 2., 3., 4., 5., 6., 7.]], "in bounds");
+        assert!(matches!(run("i + 1u"), Err(Error::Guard("out"))), "one past the end");
     }
 
     #[test]
     fn objections_are_errors() {
         let Some(device) = device_for_tests() else { return };
+        let refused =
+            |made: Result<Pipeline, Error>| matches!(made, Err(Error::Pipeline(pipeline::Error::Refused(_))));
+        let good = writes("i");
+        assert!(refused(device.pipeline(&writes("1.5"), &[])), "type");
+        assert!(refused(device.pipeline(&Kernel { bindings: &[], ..good }, &[])), "layout lacks `out`");
+        assert!(refused(device.pipeline(&Kernel { name: "other", ..good }, &[])), "entry point");
         assert!(
-            matches!(device.pipeline("fn f() -> f32 { return 1u; }", OUT), Err(Error::Refused(_))),
-            "type"
+            matches!(
+                device.pipeline(&good, &[("TILE", 8.0)]),
+                Err(Error::Pipeline(pipeline::Error::Override { name, .. })) if name == "TILE"
+            ),
+            "override"
         );
-        assert!(matches!(device.pipeline(&writes("i"), &[]), Err(Error::Refused(_))), "layout lacks `out`");
-        let kernel = device.pipeline(&writes("i"), OUT).unwrap();
+        let greedy = Kernel { features: Features { coop: true, ..good.features }, ..good };
+        assert!(
+            matches!(
+                device.pipeline(&greedy, &[]),
+                Err(Error::Pipeline(pipeline::Error::Capabilities { .. }))
+            ),
+            "the device is opened without cooperative matrices"
+        );
+        let kernel = device.pipeline(&good, &[]).unwrap();
         let run = |buffers: &[Vec<f32>], groups| device.run(&kernel, &[], buffers, groups);
         assert!(matches!(run(&[], [1; 3]), Err(Error::Buffers { got: 0, want: 1 })), "no buffer");
         assert!(matches!(run(&[vec![0.0; 8]], [1 << 20, 1, 1]), Err(Error::Refused(_))), "groups");
+        assert!(
+            matches!(kernel.bind(&device.device, []), Err(pipeline::Error::Buffers { got: 0, want: 1, .. })),
+            "no buffer"
+        );
     }
 }

@@ -2,23 +2,53 @@
 //!
 //! | part | what it holds |
 //! |---|---|
-//! | [`kernels`] | one folder per kernel: its WGSL, its bindings, its lowering |
-//! | [`Binding`], [`Access`] | what a kernel expects in group 0, as reflected from its WGSL |
-//! | `gpu` | a device, pipelines and checked dispatches (feature `gpu`, on by default) |
+//! | [`kernels`] | one folder per kernel: its WGSL in variants, its uniform block, its lowering |
+//! | [`Kernel`] | one variant as data: source, bindings, overrides, what it needs |
+//! | [`choose`], [`Capabilities`] | the best variant that a device can run |
+//! | `pipeline` | a kernel on the caller's device, in the caller's pass (feature `gpu`, on by default) |
+//! | `gpu` | a device of its own and checked dispatches, for tests and first steps (feature `gpu`) |
 //!
-//! A kernel is data: a source, a list of bindings, and `lower(dims)`, which turns the extents of one call
-//! into the uniform block and the workgroup count. What runs it is the caller's choice; `gpu` is one.
+//! A kernel is data: [`Kernel`]s, and `lower(dims)`, which turns the extents of one call into the uniform block and
+//! the workgroup count. What runs it is the caller's choice:
 //!
-//! ```
+#![cfg_attr(feature = "gpu", doc = "```")]
+#![cfg_attr(not(feature = "gpu"), doc = "```ignore")]
 //! use rwkv_core::ops::wkv7::Dims;
 //! use rwkv_kernels::kernels::wkv7;
+//! use rwkv_kernels::pipeline::Pipeline;
+//! use rwkv_kernels::{Capabilities, choose};
+//! use wgpu::util::DeviceExt as _;
 //!
-//! let (params, groups) = wkv7::lower(Dims { tokens: 3, heads: 12, head_size: 64 })?;
-//! assert_eq!((params.tokens, groups), (3, [12, 1, 1]));
-//! assert!(wkv7::SOURCE.contains("fn wkv7("));
-//! assert_eq!(wkv7::BINDINGS[0].name, "params");
-//! # Ok::<(), wkv7::Error>(())
+//! /// One step of a program that has its own device, operands `r lw k v a b` and state, all in buffers.
+//! fn wkv(device: &wgpu::Device, queue: &wgpu::Queue, operands: &[wgpu::Buffer; 6], state: &wgpu::Buffer,
+//!        y: &wgpu::Buffer, dims: Dims) -> Result<(), Box<dyn std::error::Error>> {
+//!     // Once per device: the best variant that it can run, with its overrides at their defaults.
+//!     let capabilities = Capabilities::new(device.features(), &device.limits());
+//!     let kernel = choose(wkv7::VARIANTS, &capabilities).ok_or("less than WebGPU")?;
+//!     let pipeline = Pipeline::new(device, kernel, &[])?;
+//!
+//!     // Once per shape and set of buffers, in the order of `kernel.bindings`: params r lw k v a b state y.
+//!     let (params, groups) = wkv7::lower(dims)?;
+//!     let params = device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
+//!         label: None,
+//!         contents: bytemuck::bytes_of(&params),
+//!         usage: wgpu::BufferUsages::UNIFORM,
+//!     });
+//!     let buffers = [&params].into_iter().chain(operands).chain([state, y]);
+//!     let group = pipeline.bind(device, buffers.map(wgpu::Buffer::as_entire_buffer_binding))?;
+//!
+//!     // Per token: into the pass that the program records anyway.
+//!     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+//!     {
+//!         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+//!         pipeline.encode(&mut pass, &group, groups);
+//!     }
+//!     queue.submit([encoder.finish()]);
+//!     Ok(())
+//! }
 //! ```
+//!
+//! `examples/foreign.rs` is such a program, whole.
 //!
 //! # What it never does
 //!
@@ -26,23 +56,73 @@
 //! - A kernel never defines an operation: its twin, the module of the same name in [`rwkv_core::ops`], does.
 //!   When the two disagree, the kernel is wrong.
 //! - No broken shader gets past the build: `build.rs` parses and validates each one, holds it to the default
-//!   limits of WebGPU, and fails with its path, line and column.
-//! - No binding is written twice: layouts are built from `BINDINGS`, uniform blocks are `Params`, and both are
-//!   reflected from the WGSL.
+//!   limits of WebGPU and to the capabilities that its file name grants, and fails with its path, line and column.
+//! - No binding is written twice: layouts are built from [`Kernel::bindings`], uniform blocks are `Params`, and both
+//!   are reflected from the WGSL.
 //!
 //! # Adding a kernel `foo`
 //!
 //! 1. Define the operation in `rwkv-core/src/ops/foo.rs`.
 //! 2. Make the folder `src/kernels/foo/` with `foo.wgsl`, whose first line names the twin, whose entry point is
-//!    `foo`, and whose uniform, if any, is of a struct `Params` of `u32` and `f32` fields.
+//!    `foo`, and whose uniform, if any, is of a struct `Params` of `u32` and `f32` fields. It runs on every adapter.
 //! 3. In its `mod.rs`, re-export `crate::reflected::foo` and write
 //!    `lower(dims) -> Result<(Params, [u32; 3]), Error>`; add the module to `kernels/mod.rs`.
-//! 4. In its `tests.rs`, draw operands from the operation's domain, poison the outputs with NaN, and compare with
-//!    the twin within a limit that an error analysis gives. Break the kernel once and see the test fail.
+//! 4. In its `tests.rs`, draw operands from the operation's domain, poison the outputs with NaN, and compare every
+//!    variant with the twin within a limit that an error analysis gives. Break the kernel once and see the test fail.
+//!
+//! A variant is a file `foo_<suffix>.wgsl` beside it, with the same entry point, bindings and `Params`. The words of
+//! the suffix, joined by `_`, grant what WGSL then may use, and raise the limits of a workgroup to 1024 invocations
+//! and 48 KiB:
+//!
+//! | word | grants | the file opens, after its comment, with |
+//! |---|---|---|
+//! | `f16` | the type `f16` | `enable f16;` |
+//! | `subgroup` | subgroup operations | |
+//! | `coop` | cooperative matrices, and `f16` | `enable wgpu_cooperative_matrix;` |
+//!
+//! Shared WGSL is in `src/wgsl/`. Lines `//use <helper>` directly after a file's first line join it to the kernel;
+//! a helper may use others, and declares no binding and no entry point. An `override` has a default, at which the
+//! gate checks the kernel.
 
 #[cfg(feature = "gpu")]
 pub mod gpu;
 pub mod kernels;
+#[cfg(feature = "gpu")]
+pub mod pipeline;
+
+/// One variant of a kernel, as reflected from its WGSL.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Kernel {
+    /// The operation: the name of the twin, the folder and the entry point.
+    pub name: &'static str,
+    /// What the file name adds to it, such as `subgroup`; empty for the portable variant.
+    pub suffix: &'static str,
+    /// The WGSL, helpers included.
+    pub source: &'static str,
+    /// Invocations of one workgroup, by dimension, with every override at its default.
+    pub workgroup_size: [u32; 3],
+    /// Workgroup memory, with every override at its default.
+    pub workgroup_bytes: u32,
+    /// Bindings of group 0, in order. All variants of a kernel have the same, but for [`Binding::element`].
+    pub bindings: &'static [Binding],
+    /// Size of the uniform block `Params`; 0 if there is none.
+    pub params_bytes: usize,
+    /// What a pipeline may set.
+    pub overrides: &'static [Override],
+    /// What the WGSL uses beyond the defaults of WebGPU.
+    pub features: Features,
+}
+
+/// One binding of group 0; its number is its place in the list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Binding {
+    /// The variable's name in the WGSL.
+    pub name: &'static str,
+    /// How it is used.
+    pub access: Access,
+    /// What the storage buffer is an array of; `None` for the uniform, which is a `Params`.
+    pub element: Option<Element>,
+}
 
 /// How a kernel uses a binding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -55,16 +135,159 @@ pub enum Access {
     ReadWrite,
 }
 
-/// One binding of group 0; its number is its place in the list.
+/// An element of a storage buffer: a scalar or a vector. The buffer holds a whole number of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Binding {
-    /// The variable's name in the WGSL.
+pub struct Element {
+    /// The type of the numbers.
+    pub scalar: Scalar,
+    /// How many: 1, 2 or 4.
+    pub lanes: u8,
+}
+
+/// The type of a number in a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scalar {
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+    /// Unsigned.
+    U32,
+    /// Signed.
+    I32,
+}
+
+/// A constant of the WGSL that a pipeline may set.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Override {
+    /// Its name in the WGSL.
     pub name: &'static str,
-    /// How it is used.
-    pub access: Access,
+    /// Its value if it is not set; of a `bool`, 0 or 1.
+    pub default: f64,
+}
+
+/// What WGSL can use only where the device grants it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Features {
+    /// The type `f16`.
+    pub f16: bool,
+    /// Subgroup operations.
+    pub subgroup: bool,
+    /// Cooperative matrices.
+    pub coop: bool,
+}
+
+/// What a device grants, or a kernel needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Capabilities {
+    /// Features.
+    pub features: Features,
+    /// Invocations of one workgroup along each dimension, at most.
+    pub workgroup_size: [u32; 3],
+    /// Invocations of one workgroup in all, at most.
+    pub invocations: u32,
+    /// Workgroup memory, at most.
+    pub workgroup_bytes: u32,
+}
+
+impl Element {
+    /// Bytes in the buffer.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        let scalar = match self.scalar {
+            Scalar::F16 => 2,
+            Scalar::F32 | Scalar::U32 | Scalar::I32 => 4,
+        };
+        scalar * self.lanes as u64
+    }
+}
+
+impl Kernel {
+    /// Name and suffix, as its file is called.
+    #[must_use]
+    pub fn label(&self) -> String {
+        let joint = if self.suffix.is_empty() { "" } else { "_" };
+        [self.name, joint, self.suffix].concat()
+    }
+
+    /// What it needs, with every override at its default.
+    #[must_use]
+    pub const fn needs(&self) -> Capabilities {
+        let [x, y, z] = self.workgroup_size;
+        Capabilities {
+            features: self.features,
+            workgroup_size: self.workgroup_size,
+            invocations: x * y * z,
+            workgroup_bytes: self.workgroup_bytes,
+        }
+    }
+}
+
+impl Capabilities {
+    /// What every WebGPU device grants.
+    pub const WEBGPU: Self = Self {
+        features: Features { f16: false, subgroup: false, coop: false },
+        workgroup_size: [256, 256, 64],
+        invocations: 256,
+        workgroup_bytes: 16 << 10,
+    };
+
+    /// Whether a device that grants this can run what needs that.
+    #[must_use]
+    pub fn cover(&self, needs: &Self) -> bool {
+        let (own, of) = (self.features, needs.features);
+        (own.f16 || !of.f16)
+            && (own.subgroup || !of.subgroup)
+            && (own.coop || !of.coop)
+            && self.workgroup_size.iter().zip(needs.workgroup_size).all(|(&own, of)| own >= of)
+            && self.invocations >= needs.invocations
+            && self.workgroup_bytes >= needs.workgroup_bytes
+    }
+}
+
+/// The best of the variants that the device can run: the last, in the order of `VARIANTS`.
+///
+/// `None` only if the portable one is not among them, or the device has less than WebGPU's default limits. A caller
+/// whose buffers hold a certain type filters the variants by [`Binding::element`] first.
+pub fn choose<'a>(
+    variants: impl IntoIterator<Item = &'a Kernel>,
+    device: &Capabilities,
+) -> Option<&'a Kernel> {
+    variants.into_iter().filter(|kernel| device.cover(&kernel.needs())).last()
 }
 
 mod reflected {
     //! What `build.rs` reflected.
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Capabilities, Features, Override, choose};
+    use crate::kernels::layer_norm::VARIANTS;
+
+    #[test]
+    fn the_best_variant_that_fits_is_chosen() {
+        let suffix = |device| choose(VARIANTS, &device).map(|kernel| kernel.suffix);
+        let webgpu = Capabilities::WEBGPU;
+        let with = Features { subgroup: true, ..webgpu.features };
+        let all = Features { f16: true, subgroup: true, coop: true };
+        assert_eq!(suffix(webgpu), Some(""), "portable");
+        assert_eq!(suffix(Capabilities { features: with, ..webgpu }), Some("subgroup"), "what it needs");
+        assert_eq!(suffix(Capabilities { features: all, ..webgpu }), Some("subgroup"), "more than it needs");
+        assert_eq!(suffix(Capabilities { invocations: 255, ..webgpu }), None, "less than WebGPU");
+        assert_eq!(suffix(Capabilities { workgroup_bytes: 1023, ..webgpu }), None, "256 partials");
+        assert_eq!(suffix(Capabilities { workgroup_size: [255, 1, 1], ..webgpu }), None, "one dimension");
+    }
+
+    #[test]
+    fn what_is_reflected_is_what_the_wgsl_says() {
+        let portable = &VARIANTS[0];
+        assert_eq!((portable.name, portable.suffix), ("layer_norm", ""), "the portable variant is first");
+        assert_eq!((portable.workgroup_size, portable.workgroup_bytes), ([256, 1, 1], 1024), "from `LANES`");
+        assert_eq!(portable.overrides, [Override { name: "LANES", default: 256.0 }], "one override");
+        let names: Vec<_> = portable.bindings.iter().map(|b| b.name).collect();
+        assert_eq!(names, ["params", "x", "gain", "bias", "y"], "in order");
+        assert_eq!(portable.params_bytes, size_of::<crate::kernels::layer_norm::Params>(), "one struct");
+    }
 }

@@ -1,5 +1,7 @@
-//! One kernel per folder: `<name>.wgsl`, `mod.rs` (bindings and lowering), `tests.rs` (against the twin).
+//! One kernel per folder: `<name>.wgsl` and its variants, `mod.rs` (bindings and lowering),
+//! `tests.rs` (against the twin).
 
+pub mod layer_norm;
 pub mod wkv7;
 
 /// Workgroups of one dispatch along one dimension, at most: the default limit of WebGPU.

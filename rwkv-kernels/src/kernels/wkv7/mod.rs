@@ -6,7 +6,7 @@
 use rwkv_core::ops::wkv7::Dims;
 
 use super::MAX_GROUPS;
-pub use crate::reflected::wkv7::{BINDINGS, Params, SOURCE, WORKGROUP_SIZE};
+pub use crate::reflected::wkv7::{Params, VARIANTS};
 
 #[cfg(test)]
 #[cfg(feature = "gpu")]
@@ -47,7 +47,8 @@ pub enum Error {
 ///
 /// If the kernel cannot run the call, whatever the device: see [`Error`].
 pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
-    let [head_size, ..] = WORKGROUP_SIZE;
+    // One invocation per value row, in every variant.
+    let [head_size, ..] = VARIANTS[0].workgroup_size;
     if u32::try_from(dims.head_size) != Ok(head_size) {
         return Err(Error::HeadSize { got: dims.head_size, want: head_size });
     }

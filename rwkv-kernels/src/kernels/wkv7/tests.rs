@@ -1,25 +1,18 @@
 //! `wkv7.wgsl` against [`rwkv_core::ops::wkv7`] in `f64`, over shapes and seeds.
 
 use std::ops::Range;
-use std::sync::OnceLock;
 
 use proptest::prelude::*;
 use rwkv_core::compare::nmse;
 use rwkv_core::ops::wkv7::{self as twin, Dims, Inputs};
 use rwkv_core::rng::SplitMix64;
 
-use super::{BINDINGS, Error, MAX_GROUPS, SOURCE, lower};
-use crate::gpu::{Device, Pipeline, device_for_tests};
-use crate::{Access, Binding};
+use super::{Error, MAX_GROUPS, VARIANTS, lower};
+use crate::gpu::{Device, device_for_tests, variants_for_tests};
+use crate::pipeline::Pipeline;
+use crate::{Access, Binding, Element, Kernel, Scalar};
 
 const N: usize = 64;
-
-/// The device and the compiled kernel, once for all cases.
-fn kernel() -> Option<(&'static Device, &'static Pipeline)> {
-    static PIPELINE: OnceLock<Pipeline> = OnceLock::new();
-    let device = device_for_tests()?;
-    Some((device, PIPELINE.get_or_init(|| device.pipeline(SOURCE, BINDINGS).unwrap())))
-}
 
 /// Operands `r lw k v a b`, each `[T, H, N]`, and a state `[H, N, N]`.
 struct Case {
@@ -124,46 +117,55 @@ fn config() -> ProptestConfig {
 
 #[test]
 fn agrees_with_its_twin() {
-    let Some((device, kernel)) = kernel() else { return };
+    let variants = variants_for_tests(VARIANTS, &[]);
     proptest!(config(), |(heads in 1..=5usize, tokens in 1..=40usize, seed: u64)| {
         let case = Case::draw(Dims { tokens, heads, head_size: N }, seed);
-        let (got, want) = (case.run(device, kernel), case.twin());
+        let want = case.twin();
         let limits = limits(tokens);
-        nmse(&got.0, &want.0, limits.0).map_err(|e| TestCaseError::fail(format!("state: {e}")))?;
-        nmse(&got.1, &want.1, limits.1).map_err(|e| TestCaseError::fail(format!("y: {e}")))?;
+        for (device, kernel) in &variants {
+            let (got, label) = (case.run(device, kernel), kernel.kernel().label());
+            let within = |got: &[f32], want: &[f64], limit, what| {
+                nmse(got, want, limit).map_err(|e| TestCaseError::fail(format!("{label}.{what}: {e}")))
+            };
+            within(&got.0, &want.0, limits.0, "state")?;
+            within(&got.1, &want.1, limits.1, "y")?;
+        }
     });
 }
 
 /// The state is all that passes from token to token: two calls give the bits of one.
 #[test]
 fn continues_where_it_stopped() {
-    let Some((device, kernel)) = kernel() else { return };
+    let variants = variants_for_tests(VARIANTS, &[]);
     proptest!(config(), |(heads in 1..=5usize, first in 1..=20usize, rest in 1..=20usize, seed: u64)| {
         let tokens = first + rest;
         let case = Case::draw(Dims { tokens, heads, head_size: N }, seed);
-        let whole = case.run(device, kernel);
-        let (state, mut y) = case.tokens(0..first, case.state.clone()).run(device, kernel);
-        let (state, rest) = case.tokens(first..tokens, state).run(device, kernel);
-        y.extend(rest);
-        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-        prop_assert!(bits(&y) == bits(&whole.1), "y");
-        prop_assert!(bits(&state) == bits(&whole.0), "state");
+        for (device, kernel) in &variants {
+            let whole = case.run(device, kernel);
+            let (state, mut y) = case.tokens(0..first, case.state.clone()).run(device, kernel);
+            let (state, rest) = case.tokens(first..tokens, state).run(device, kernel);
+            y.extend(rest);
+            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            prop_assert!(bits(&y) == bits(&whole.1), "y");
+            prop_assert!(bits(&state) == bits(&whole.0), "state");
+        }
     });
 }
 
-/// The bound that `wkv7.wgsl` states for its `expm1`, over the whole range and far into small decays.
+/// The bound that `expm1.wgsl` states, over the whole range and far into small decays.
 #[test]
 fn expm1_keeps_its_bound() {
     let Some(device) = device_for_tests() else { return };
-    let function = SOURCE.split_once("fn expm1(").unwrap().1.split_once("\n}\n").unwrap().0;
     let source = format!(
-        "@group(0) @binding(0) var<storage, read_write> x: array<f32>;\n\
-         fn expm1({function}\n}}\n\
+        "@group(0) @binding(0) var<storage, read_write> x: array<f32>;\n{}\
          @compute @workgroup_size(64)\n\
-         fn sweep(@builtin(global_invocation_id) id: vec3<u32>) {{ x[id.x] = expm1(x[id.x]); }}"
+         fn sweep(@builtin(global_invocation_id) id: vec3<u32>) {{ x[id.x] = expm1(x[id.x]); }}",
+        include_str!("../../wgsl/expm1.wgsl"),
     );
-    let binding = Binding { name: "x", access: Access::ReadWrite };
-    let kernel = device.pipeline(&source, &[binding]).unwrap();
+    const ELEMENT: Option<Element> = Some(Element { scalar: Scalar::F32, lanes: 1 });
+    let bindings = &[Binding { name: "x", access: Access::ReadWrite, element: ELEMENT }];
+    let sweep = Kernel { name: "sweep", source: source.leak(), bindings, params_bytes: 0, ..VARIANTS[0] };
+    let kernel = device.pipeline(&sweep, &[]).unwrap();
 
     let mut rng = SplitMix64::new(7);
     let mut xs: Vec<f32> = (0..1 << 15).map(|_| rng.uniform(-0.6066, 0.0)).collect();

@@ -1,4 +1,5 @@
 // Twin: rwkv-core/src/ops/wkv7.rs, the RWKV-7 state update.
+//use expm1
 //
 // One workgroup per head, one invocation per value row i. A row lives in private memory while the tokens
 // pass; the vectors that all rows of the head share pass through workgroup memory, loaded once per token,
@@ -27,28 +28,6 @@ var<workgroup> decay_t: array<f32, N>; // w - 1
 var<workgroup> k_t: array<f32, N>;
 var<workgroup> a_t: array<f32, N>;
 var<workgroup> b_t: array<f32, N>;
-
-// exp(x) - 1 for x in [-0.6066, 0], the range of lw. exp(x) - 1.0 as written would keep nothing of a slow
-// decay: near 1 floats lie 2^-24 apart. This is x + x^2 p(x), p the Taylor polynomial up to x^9 / 9!.
-//
-// Relative error, with E = expm1(x), |E| >= 0.7497 |x|, and every operation off by u at most, relatively:
-//   truncation   the series alternates: <= |x|^10 / 10! / |E| <= 0.6066^9 / (10! * 0.7497) < 4.1e-9
-//   p            1/2 is exact, the rest of p <= 0.21 p and off by < 3.5 u, the last addition u: < 1.75 u
-//   x * (x * p)  3.75 u of x^2 p, and |x^2 p / E| <= (0.6066 - 0.4547) / 0.4547 < 0.335: < 1.26 u
-//   the sum      u
-// Together < 2.26 u + 4.1e-9. WGSL lets a sum or product round either way, u = 2^-23: < 2.8e-7. (Rounding
-// to nearest, u = 2^-24: < 1.4e-7.) Where x^2 underflows the result is x, off by |x| / 2.
-fn expm1(x: f32) -> f32 {
-    var p = 1.0 / 362880.0;
-    p = p * x + 1.0 / 40320.0;
-    p = p * x + 1.0 / 5040.0;
-    p = p * x + 1.0 / 720.0;
-    p = p * x + 1.0 / 120.0;
-    p = p * x + 1.0 / 24.0;
-    p = p * x + 1.0 / 6.0;
-    p = p * x + 1.0 / 2.0;
-    return x + x * (x * p);
-}
 
 @compute @workgroup_size(64)
 fn wkv7(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) i: u32) {

@@ -1,0 +1,31 @@
+// The sum over a workgroup, by subgroups first: the twin of `reduce.wgsl` for variants that have them.
+//
+// Nothing is assumed of how invocations fall into subgroups, how large or how full those are: each leaves its own
+// sum under its own id, and there are at most LANES of them. What falls where and in which order a subgroup adds is
+// the device's: the same at every call on one device, but not across devices.
+
+struct Lane {
+    @builtin(local_invocation_index) index: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(num_subgroups) subgroups: u32,
+}
+
+var<workgroup> partials: array<f32, LANES>;
+
+// The sum of `x` over all invocations, in each of them. Every invocation must call it.
+//
+// An `x` passes at most size - 1 additions in a subgroup of that size, then one for each subgroup.
+fn workgroup_sum(x: f32, lane: Lane) -> f32 {
+    let partial = subgroupAdd(x);
+    // One of the subgroup writes: its first active invocation, which need not be that of id 0.
+    if subgroupBroadcastFirst(lane.index) == lane.index {
+        partials[lane.subgroup] = partial;
+    }
+    workgroupBarrier();
+    var sum = partials[0];
+    for (var i = 1u; i < lane.subgroups; i++) {
+        sum += partials[i];
+    }
+    workgroupBarrier(); // before the next sum writes where this one is read
+    return sum;
+}
