@@ -1,5 +1,8 @@
 //! The state update in all its forms: against golden vectors, against each other, and against its own laws.
 
+mod operands;
+
+use operands::{Golden, Operands};
 use proptest::prelude::*;
 use rwkv_core::compare::{magnitude, max_abs};
 use rwkv_core::fast;
@@ -13,46 +16,7 @@ use rwkv_core::{Real, ops::decay::DECAY_SCALE};
 
 const CHUNKS: [usize; 6] = [1, 7, 16, 32, 64, 65];
 
-/// Owned operands of one call.
-#[derive(Clone)]
-struct Operands<R> {
-    dims: Dims,
-    r: Vec<R>,
-    lw: Vec<R>,
-    k: Vec<R>,
-    v: Vec<R>,
-    a: Vec<R>,
-    b: Vec<R>,
-    state: Vec<R>,
-}
-
 impl<R: Real> Operands<R> {
-    fn inputs(&self) -> Inputs<'_, R> {
-        Inputs { r: &self.r, lw: &self.lw, k: &self.k, v: &self.v, a: &self.a, b: &self.b }
-    }
-
-    /// State and output after `run`.
-    fn after(&self, run: impl Fn(Dims, Inputs<'_, R>, &mut [R], &mut [R])) -> (Vec<R>, Vec<R>) {
-        let (mut state, mut y) = (self.state.clone(), vec![R::nan(); self.dims.vector_len()]);
-        run(self.dims, self.inputs(), &mut state, &mut y);
-        (state, y)
-    }
-
-    fn wide(&self) -> Operands<f64> {
-        let wide = |v: &[R]| v.iter().map(|x| x.wide()).collect();
-        let Self { dims, r, lw, k, v, a, b, state } = self;
-        Operands {
-            dims: *dims,
-            r: wide(r),
-            lw: wide(lw),
-            k: wide(k),
-            v: wide(v),
-            a: wide(a),
-            b: wide(b),
-            state: wide(state),
-        }
-    }
-
     /// The tokens `range` alone, from `state`.
     fn part(&self, range: std::ops::Range<usize>, state: Vec<R>) -> Self {
         let row = self.dims.heads * self.dims.head_size;
@@ -181,46 +145,15 @@ fn segments_do_not_see_each_other() {
     }
 }
 
-/// The golden cases hold f32 operands of an f64 run, whose results are rounded to f32.
 #[test]
 fn golden_vectors() {
-    for name in ["realistic", "fastest_decay", "sticky", "mixed_decay"] {
-        let path = format!("{}/tests/vectors/wkv_{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
-        let bytes = std::fs::read(&path).unwrap();
-        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let get = |name: &str| -> Vec<f32> {
-            let bytes = file.tensor(name).unwrap().data();
-            bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
-        };
-        let shape = file.tensor("r").unwrap().shape().to_vec();
-        let dims = Dims { tokens: shape[0], heads: shape[1], head_size: shape[2] };
-        let x = Operands {
-            dims,
-            r: get("r"),
-            lw: get("logw"),
-            k: get("k"),
-            v: get("v"),
-            a: get("a"),
-            b: get("b"),
-            state: get("S0"),
-        };
-        let (want_state, want_y) = (get("S_final"), get("y"));
-
-        // operands were rounded to f32 after the run: the results move as if each token had one more rounding
-        let rounded = f32_limit(dims, magnitude(&want_y));
-        let (state, y) = x.wide().after(wkv7);
-        max_abs(&state, &want_state, rounded).unwrap_or_else(|e| panic!("{name}, f64, state: {e}"));
-        let from_f64 = max_abs(&y, &want_y, rounded).unwrap_or_else(|e| panic!("{name}, f64, y: {e}"));
-
-        let limit = from_f64 + rounded;
+    for golden in Golden::all() {
+        let (x, limit) = (&golden.operands, f32_limit(golden.operands.dims, magnitude(&golden.y)));
         for chunk in CHUNKS {
-            let (s, y) = x.after(|d, i, s, y| wkv7_chunked(d, chunk, i, s, y));
-            max_abs(&s, &want_state, limit).unwrap_or_else(|e| panic!("{name}, chunk {chunk}, state: {e}"));
-            max_abs(&y, &want_y, limit).unwrap_or_else(|e| panic!("{name}, chunk {chunk}, y: {e}"));
+            let run = x.after(|d, i, s, y| wkv7_chunked(d, chunk, i, s, y));
+            golden.check(&format!("chunks of {chunk}"), &run, limit);
         }
-        let (s, y) = x.after(fast_wkv7);
-        max_abs(&s, &want_state, limit).unwrap_or_else(|e| panic!("{name}, fast, state: {e}"));
-        max_abs(&y, &want_y, limit).unwrap_or_else(|e| panic!("{name}, fast, y: {e}"));
+        golden.check("fast", &x.after(fast_wkv7), limit);
     }
 }
 

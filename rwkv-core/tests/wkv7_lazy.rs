@@ -1,5 +1,8 @@
 //! The lazy forms of the state update: against the definition, against golden vectors, and against their own laws.
 
+mod operands;
+
+use operands::{Golden, Operands};
 use proptest::prelude::*;
 use rwkv_core::Real;
 use rwkv_core::compare::{magnitude, max_abs};
@@ -37,31 +40,7 @@ fn dims(tokens: std::ops::Range<usize>) -> impl Strategy<Value = Dims> {
         .prop_map(|(tokens, heads, head_size)| Dims { tokens, heads, head_size })
 }
 
-/// Owned operands of one call.
-#[derive(Clone)]
-struct Operands<R> {
-    dims: Dims,
-    r: Vec<R>,
-    lw: Vec<R>,
-    k: Vec<R>,
-    v: Vec<R>,
-    a: Vec<R>,
-    b: Vec<R>,
-    state: Vec<R>,
-}
-
 impl<R: Real> Operands<R> {
-    fn inputs(&self) -> Inputs<'_, R> {
-        Inputs { r: &self.r, lw: &self.lw, k: &self.k, v: &self.v, a: &self.a, b: &self.b }
-    }
-
-    /// State and output after `run`.
-    fn after(&self, run: impl Fn(Dims, Inputs<'_, R>, &mut [R], &mut [R])) -> (Vec<R>, Vec<R>) {
-        let (mut state, mut y) = (self.state.clone(), vec![R::nan(); self.dims.vector_len()]);
-        run(self.dims, self.inputs(), &mut state, &mut y);
-        (state, y)
-    }
-
     /// State and output of the factored log, folded every `capacity` tokens.
     fn lazily(&self, capacity: usize) -> (Vec<R>, Vec<R>) {
         self.after(|dims, x, state, y| wkv7_lazy(dims, capacity, x, state, y))
@@ -74,21 +53,6 @@ impl<R: Real> Operands<R> {
         let mut y = vec![R::nan(); self.dims.vector_len()];
         step_delta(self.dims, self.inputs(), &self.state, &mut log_gamma, &mut delta, &mut y);
         (materialize_delta(&self.state, &log_gamma, &delta), y)
-    }
-
-    fn wide(&self) -> Operands<f64> {
-        let wide = |v: &[R]| v.iter().map(|x| x.wide()).collect();
-        let Self { dims, r, lw, k, v, a, b, state } = self;
-        Operands {
-            dims: *dims,
-            r: wide(r),
-            lw: wide(lw),
-            k: wide(k),
-            v: wide(v),
-            a: wide(a),
-            b: wide(b),
-            state: wide(state),
-        }
     }
 }
 
@@ -375,36 +339,14 @@ fn a_fast_decay_does_not_blur_later_ones() {
     max_abs(&x.lazily(256).0, &want, limit).unwrap_or_else(|e| panic!("{e}"));
 }
 
-/// The golden cases hold f32 operands of an f64 run, whose results are rounded to f32.
 #[test]
 fn golden_vectors() {
-    for name in ["realistic", "fastest_decay", "sticky", "mixed_decay"] {
-        let path = format!("{}/tests/vectors/wkv_{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
-        let bytes = std::fs::read(&path).unwrap();
-        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let get = |name: &str| -> Vec<f32> {
-            let bytes = file.tensor(name).unwrap().data();
-            bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
-        };
-        let shape = file.tensor("r").unwrap().shape().to_vec();
-        let dims = Dims { tokens: shape[0], heads: shape[1], head_size: shape[2] };
-        let (r, lw, k, v) = (get("r"), get("logw"), get("k"), get("v"));
-        let x = Operands { dims, r, lw, k, v, a: get("a"), b: get("b"), state: get("S0") };
-        let (want_state, want_y) = (get("S_final"), get("y"));
-
-        // operands were rounded to f32 after the run: the results move as if each token had one more rounding
-        let rounded = f32_limit(dims, 0, magnitude(&want_y));
-        let from_f64 =
-            max_abs(&x.wide().after(wkv7).1, &want_y, rounded).unwrap_or_else(|e| panic!("{name}: {e}"));
+    for golden in Golden::all() {
+        let (x, scale) = (&golden.operands, magnitude(&golden.y));
         for capacity in CAPACITIES {
-            let limit = from_f64 + f32_limit(dims, capacity, magnitude(&want_y));
-            let (state, y) = x.lazily(capacity);
-            max_abs(&state, &want_state, limit).unwrap_or_else(|e| panic!("{name}, {capacity}, state: {e}"));
-            max_abs(&y, &want_y, limit).unwrap_or_else(|e| panic!("{name}, {capacity}, y: {e}"));
+            let limit = f32_limit(x.dims, capacity, scale);
+            golden.check(&format!("capacity {capacity}"), &x.lazily(capacity), limit);
         }
-        let (state, y) = x.by_delta();
-        let limit = from_f64 + rounded;
-        max_abs(&state, &want_state, limit).unwrap_or_else(|e| panic!("{name}, delta, state: {e}"));
-        max_abs(&y, &want_y, limit).unwrap_or_else(|e| panic!("{name}, delta, y: {e}"));
+        golden.check("delta", &x.by_delta(), f32_limit(x.dims, 0, scale));
     }
 }
