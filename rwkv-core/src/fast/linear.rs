@@ -187,7 +187,7 @@ impl Stored for f16 {
 
 fn panel_of<W: Stored>(weights: &[W], x: &[f32], active: Option<&[Vec<usize>]>, y: &mut [&mut [f32]]) {
     let (weights, _) = weights.as_chunks::<PANEL>();
-    let mut block = [[0.0; PANEL]; BLOCK];
+    let mut block = Vec::new(); // only many rows need it: clearing it would cost a single row a part of its time
     let mut done = 0;
     for (i, stored) in weights.chunks(BLOCK).enumerate() {
         let inputs = done..done + active.map_or(stored.len(), |active| active[i].len());
@@ -196,6 +196,7 @@ fn panel_of<W: Stored>(weights: &[W], x: &[f32], active: Option<&[Vec<usize>]>, 
             // few rows: widened in registers, so that reading the weights never pauses
             None if W::WIDE || y.len() <= TILE => multiply(stored.iter(), x, inputs, y),
             None => {
+                block.resize(BLOCK, [0.0; PANEL]);
                 widen(stored, &mut block);
                 multiply(block[..stored.len()].iter(), x, inputs, y);
             }
@@ -204,7 +205,7 @@ fn panel_of<W: Stored>(weights: &[W], x: &[f32], active: Option<&[Vec<usize>]>, 
     }
 }
 
-fn widen<W: Stored>(stored: &[[W; PANEL]], block: &mut [[f32; PANEL]; BLOCK]) {
+fn widen<W: Stored>(stored: &[[W; PANEL]], block: &mut [[f32; PANEL]]) {
     Arch::new().dispatch(
         #[inline(always)]
         || {
