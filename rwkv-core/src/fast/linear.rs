@@ -187,7 +187,7 @@ impl Stored for f16 {
 
 fn panel_of<W: Stored>(weights: &[W], x: &[f32], active: Option<&[Vec<usize>]>, y: &mut [&mut [f32]]) {
     let (weights, _) = weights.as_chunks::<PANEL>();
-    let mut block = Vec::new(); // only many rows need it: clearing it would cost a single row a part of its time
+    let mut block = Vec::new(); // only many rows need it
     let mut done = 0;
     for (i, stored) in weights.chunks(BLOCK).enumerate() {
         let inputs = done..done + active.map_or(stored.len(), |active| active[i].len());
