@@ -8,11 +8,12 @@
 
 use rayon::prelude::*;
 
+use crate::ops::activation::Activation;
 use crate::ops::head::head;
 use crate::ops::layer_norm::{LN_EPS, layer_norm};
 use crate::ops::linear::{Job, Linear, Matrix};
-use crate::ops::lora::{Activation, add_bias};
-use crate::ops::{channel_mix, decay, embedding, kappa, learning_rate, readout, token_shift, value_residual};
+use crate::ops::lora::add_bias;
+use crate::ops::{decay, embedding, kappa, learning_rate, readout, token_shift, value_residual};
 use crate::ops::{wkv7, wkv7_chunked};
 use crate::real::Elements;
 use crate::{ModelConfig, Real, Weight};
@@ -318,7 +319,7 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
             rows.hidden
                 .par_chunks_mut(config.hidden)
                 .with_min_len(ROWS_PER_TASK)
-                .for_each(channel_mix::squared_relu);
+                .for_each(|row| Activation::SquaredRelu.apply(row));
             see("ffn_hidden", &rows.hidden);
             let value = &block.channel_mix.value;
             if options.skip_zeros {

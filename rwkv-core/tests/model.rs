@@ -2,9 +2,10 @@
 
 use rwkv_core::config::Ranks;
 use rwkv_core::model::{Adapter, Block, ChannelMix, Logits, Model, Norm, Options, Segment, State, TimeMix};
+use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::layer_norm::{LN_EPS, layer_norm};
 use rwkv_core::ops::linear::{Linear, Matrix};
-use rwkv_core::ops::lora::{Activation, lora};
+use rwkv_core::ops::lora::lora;
 use rwkv_core::ops::token_shift::token_shift;
 use rwkv_core::ops::{
     channel_mix, decay, embedding, head, kappa, learning_rate, readout, value_residual, wkv7,

@@ -6,7 +6,7 @@
 mod shader;
 mod source;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -53,7 +53,8 @@ pub(crate) fn gate(folders: &Folders) -> Result<String, Vec<String>> {
 /// The module of one kernel.
 fn kernel(folder: &Path, of: &Folders, used: &mut BTreeSet<String>, faults: &mut Vec<String>) -> String {
     let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let mut variants: Vec<(Features, String)> = vec![(Features::default(), String::new())];
+    // By what they are granted: the suffix and the file.
+    let mut variants = BTreeMap::from([(Features::default(), (String::new(), file_name(&name, "")))]);
     for path in ls(folder, faults).iter().filter(|path| path.extension().is_some_and(|of| of == "wgsl")) {
         let stem = stem(path);
         if stem == name {
@@ -63,24 +64,41 @@ fn kernel(folder: &Path, of: &Folders, used: &mut BTreeSet<String>, faults: &mut
         {
             None => format!("unchecked, the files of this folder are {name}.wgsl and {name}_<suffix>.wgsl"),
             Some((_, Err(word))) => format!("`{word}` is no capability: a suffix has f16, subgroup and coop"),
-            Some((suffix, Ok(features))) => match variants.iter().find(|(of, _)| *of == features) {
-                Some((_, other)) => format!("grants the same as {}", file_name(&name, other)),
+            Some((suffix, Ok(features))) => match variants.get(&features) {
+                Some((_, other)) => format!("grants the same as {other}"),
                 None => {
-                    variants.push((features, suffix.to_owned()));
+                    variants.insert(features, (suffix.to_owned(), file_name(&name, suffix)));
                     continue;
                 }
             },
         };
         faults.push(format!("{}:1:1: {fault}", path.display()));
     }
-    variants.sort_unstable();
+    // What a helper has in variants, the kernels that use it have too, unless they bring a file of their own.
+    for (own, (suffix, file)) in variants.clone() {
+        let source =
+            Source::join(&folder.join(&file), &of.helpers, own, &mut BTreeSet::new(), &mut Vec::new());
+        for features in source.variants.into_iter().map(|more| own.with(more)).filter(|all| *all != own) {
+            let words = features.without(own).suffix();
+            let joint = if suffix.is_empty() { "" } else { "_" };
+            variants.entry(features).or_insert((format!("{suffix}{joint}{words}"), file.clone()));
+        }
+    }
 
     let (mut portable, mut kernels, mut params) = (None, String::new(), String::new());
-    for (features, suffix) in variants {
-        let path = folder.join(file_name(&name, &suffix));
-        let n_faults = faults.len();
-        let source = Source::join(&path, &of.helpers, used, faults);
-        if faults.len() > n_faults {
+    // Variants share texts: a fault of one is reported once.
+    let mut report = |found: Vec<String>| {
+        found.into_iter().for_each(|fault| {
+            if !faults.contains(&fault) {
+                faults.push(fault)
+            }
+        });
+    };
+    for (features, (suffix, file)) in variants {
+        let mut missing = Vec::new();
+        let source = Source::join(&folder.join(file), &of.helpers, features, used, &mut missing);
+        if !missing.is_empty() {
+            report(missing);
             continue; // what is missing would show again, as names that are not declared
         }
         let mut shader = Shader { name: name.clone(), suffix, features, source, faults: Vec::new() };
@@ -96,7 +114,7 @@ fn kernel(folder: &Path, of: &Folders, used: &mut BTreeSet<String>, faults: &mut
                 None => {}
             }
         }
-        faults.append(&mut shader.faults);
+        report(shader.faults);
     }
     format!(
         "/// Reflected from the folder `{name}`.\n\

@@ -16,7 +16,7 @@ use naga::{
 use super::source::Source;
 
 /// The words of a suffix: what the rest of a variant's file name can grant.
-#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Features {
     // In this order, so that a variant sorts after those that need less.
     pub(super) coop: bool,
@@ -38,6 +38,24 @@ impl Features {
             }
         }
         Ok(features)
+    }
+
+    /// The words that grant this, as [`Self::of`] reads them.
+    pub(super) fn suffix(self) -> String {
+        let words = [(self.coop, "coop"), (self.subgroup, "subgroup"), (self.f16 && !self.coop, "f16")];
+        words.into_iter().filter_map(|(granted, word)| granted.then_some(word)).collect::<Vec<_>>().join("_")
+    }
+
+    /// What both grant.
+    pub(super) fn with(self, more: Self) -> Self {
+        let (coop, subgroup) = (self.coop || more.coop, self.subgroup || more.subgroup);
+        Self { coop, subgroup, f16: self.f16 || more.f16 }
+    }
+
+    /// What `less` does not grant of it.
+    pub(super) fn without(self, less: Self) -> Self {
+        let (coop, subgroup) = (self.coop && !less.coop, self.subgroup && !less.subgroup);
+        Self { coop, subgroup, f16: self.f16 && !less.f16 }
     }
 
     fn capabilities(self) -> Capabilities {

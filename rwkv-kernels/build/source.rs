@@ -5,6 +5,8 @@ use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
+use super::shader::Features;
+
 /// Opens a line that names a helper.
 const USE: &str = "//use ";
 
@@ -12,22 +14,26 @@ const USE: &str = "//use ";
 #[derive(Default)]
 pub(super) struct Source {
     pub(super) text: String,
+    /// What the helpers that are used have variants for, granted here or not.
+    pub(super) variants: BTreeSet<Features>,
     /// Where each file starts and its path, in order.
     files: Vec<(usize, String)>,
 }
 
 impl Source {
-    /// The text of `path` with all that it uses from the folder `helpers`. Adds the helpers' names to `used`.
+    /// The text of `path` with all that it uses from the folder `helpers`, each in the variant that makes most of
+    /// what is `granted`. Adds the names of their files to `used`.
     pub(super) fn join(
         path: &Path,
         helpers: &Path,
+        granted: Features,
         used: &mut BTreeSet<String>,
         faults: &mut Vec<String>,
     ) -> Self {
         let mut source = Self::default();
-        let mut joining = Joining { helpers, open: Vec::new(), joined: BTreeSet::new(), faults };
+        let mut joining =
+            Joining { helpers, granted, open: Vec::new(), joined: BTreeSet::new(), used, faults };
         source.add(path, &mut joining);
-        used.append(&mut joining.joined);
         source
     }
 
@@ -66,8 +72,13 @@ impl Source {
             let what = format!("the helper {} does not exist", path.display());
             joining.faults.push(self.fault(at, &what));
         } else if joining.joined.insert(name.to_owned()) {
+            let variants = variants(joining.helpers, name);
+            let best = variants.iter().filter(|(of, _)| of.without(joining.granted) == Features::default());
+            let file = best.max().map_or(name, |(_, file)| file);
+            joining.used.insert(file.to_owned());
             joining.open.push(name.to_owned());
-            self.add(&path, joining);
+            self.add(&joining.helpers.join(format!("{file}.wgsl")), joining);
+            self.variants.extend(variants.into_iter().map(|(features, _)| features));
             joining.open.pop();
         }
     }
@@ -121,8 +132,18 @@ impl Source {
 /// What is known while files are joined.
 struct Joining<'a> {
     helpers: &'a Path,
+    granted: Features,
     /// The helpers that led to the present file.
     open: Vec<String>,
     joined: BTreeSet<String>,
+    used: &'a mut BTreeSet<String>,
     faults: &'a mut Vec<String>,
+}
+
+/// The variants of a helper: what each takes and its file's name, without the end.
+fn variants(helpers: &Path, name: &str) -> Vec<(Features, String)> {
+    let files = fs::read_dir(helpers).into_iter().flatten().flatten();
+    let stems = files.filter_map(|file| Some(file.path().file_stem()?.to_string_lossy().into_owned()));
+    let of = |stem: &str| Features::of(stem.strip_prefix(name)?.strip_prefix('_')?).ok();
+    stems.filter_map(|stem| Some((of(&stem)?, stem))).collect()
 }

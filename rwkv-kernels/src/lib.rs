@@ -83,6 +83,9 @@
 //! Shared WGSL is in `src/wgsl/`. Lines `//use <helper>` directly after a file's first line join it to the kernel;
 //! a helper may use others, and declares no binding and no entry point. An `override` has a default, at which the
 //! gate checks the kernel.
+//!
+//! A helper has variants as a kernel has: `reduce_subgroup.wgsl` declares what `reduce.wgsl` declares. A kernel that
+//! uses `reduce` then has a variant `subgroup` too, of the same text, without a file of its own.
 
 #[cfg(feature = "gpu")]
 pub mod gpu;

@@ -417,6 +417,42 @@ fn helpers_are_joined_once_and_after_the_kernel() {
 }
 
 #[test]
+fn a_kernel_has_the_variants_of_its_helpers() {
+    let (slow, fast) =
+        ("fn f(x: f32) -> f32 { return x; }\n", "fn f(x: f32) -> f32 { return subgroupAdd(x); }\n");
+    let tree = |test| Tree::new(test).twin("demo").kernel("demo", &uses("//use f\n")).helper("f", slow);
+    let suffixes = |code: &str| {
+        code.lines().filter_map(|line| Some(line.strip_prefix("suffix: \"")?.to_owned())).collect::<Vec<_>>()
+    };
+
+    let code = tree("helper_variant").helper("f_subgroup", fast).gate().unwrap();
+    assert_eq!(suffixes(&code), ["\",", "subgroup\","], "one more");
+    assert_eq!(
+        (code.matches("return subgroupAdd").count(), code.matches("return x;").count()),
+        (1, 1),
+        "texts"
+    );
+
+    // With those of the kernel's own; a file of its own goes first.
+    let own = uses("//use f\nenable f16;\n");
+    let tree_f16 = |test| tree(test).variant("demo", "_f16", &own).helper("f_subgroup", fast);
+    let code = tree_f16("variants_cross").gate().unwrap();
+    assert_eq!(suffixes(&code), ["\",", "f16\",", "subgroup\",", "f16_subgroup\","], "each with each");
+    let code = tree_f16("own_variant").variant("demo", "_subgroup", GOOD).gate().unwrap();
+    assert_eq!(code.matches("subgroupAdd").count(), 1, "with f16 alone");
+
+    // A fault of the kernel's text is one, whatever the variants; one of a helper's variant is where it is.
+    let broken = uses("//use f\n").replace("params.scale", "params.scall");
+    let found = tree("shared_fault").kernel("demo", &broken).helper("f_subgroup", fast).gate().unwrap_err();
+    assert_eq!(found.len(), 1, "{found:?}");
+    let found = tree("variant_fault").helper("f_subgroup", "fn f(x: f32) -> f32 { return 1u; }\n").gate();
+    assert!(found.as_ref().unwrap_err()[0].starts_with("wgsl/f_subgroup.wgsl:1:"), "{found:?}");
+    // A word that is no capability makes another helper, not a variant.
+    let found = tree("other_helper").helper("f_fast", fast).gate().unwrap_err();
+    assert_eq!(found, ["wgsl/f_fast.wgsl:1:1: unchecked, no kernel uses it"], "its own name");
+}
+
+#[test]
 fn faults_of_helpers_are_where_they_are() {
     let tree = |test| Tree::new(test).twin("demo").kernel("demo", &uses("//use a\n//use b\n"));
     let a = "// A.\n\nfn g(x: f32) -> f32 { return x; }\n";

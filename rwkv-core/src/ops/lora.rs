@@ -9,31 +9,9 @@
 //! | v, value residual | none | v0 | [`value_residual`](super::value_residual) |
 //! | g, gate | sigmoid | none | multiplies the [`readout`](super::readout) as it is |
 
+use super::activation::Activation;
 use super::linear::Linear;
 use crate::Real;
-use crate::real::sigmoid;
-
-/// What stands between the two factors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// Nothing.
-    Identity,
-    /// Hyperbolic tangent.
-    Tanh,
-    /// Logistic function.
-    Sigmoid,
-}
-
-impl Activation {
-    /// Applies it to each value.
-    pub fn apply<R: Real>(self, values: &mut [R]) {
-        match self {
-            Self::Identity => {}
-            Self::Tanh => values.iter_mut().for_each(|v| *v = v.tanh()),
-            Self::Sigmoid => values.iter_mut().for_each(|v| *v = sigmoid(*v)),
-        }
-    }
-}
 
 /// Runs the adapter over `x` `[T, D]` into `y` `[T, D]`. `down` has `rank` outputs, `up` has `rank` inputs;
 /// `bias` `[D]` is empty where there is none.
@@ -68,7 +46,8 @@ pub(crate) fn add_bias<R: Real>(bias: &[R], y: &mut [R]) {
 
 #[cfg(test)]
 mod tests {
-    use super::{Activation, lora};
+    use super::lora;
+    use crate::ops::activation::Activation;
     use crate::ops::linear::Matrix;
 
     #[test]

@@ -3,7 +3,9 @@
 //! Shapes are written slowest first: `[T, H, N]` is `T` tokens of `H` heads of `N` channels. `D = H * N`.
 //! Slices that disagree with the stated extents are the caller's bug and panic.
 
+pub mod activation;
 pub mod channel_mix;
+pub mod channel_mix_value;
 pub mod decay;
 pub mod embedding;
 pub mod head;
@@ -12,8 +14,10 @@ pub mod layer_norm;
 pub mod learning_rate;
 pub mod linear;
 pub mod lora;
+pub mod mix_in;
 pub mod readout;
 pub mod softmax;
+pub mod time_mix;
 pub mod token_shift;
 pub mod value_residual;
 pub mod wkv4;

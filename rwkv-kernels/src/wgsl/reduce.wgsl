@@ -1,7 +1,9 @@
-// The sum over a workgroup, in a fixed tree: the same bits on every device that rounds to nearest.
+// Sums over a workgroup and over its teams, in fixed trees.
+//use team
 //
-// The kernel declares LANES, the size of its one-dimensional workgroup: a power of two. Its entry point takes a
-// `Lane` and passes it on. `reduce_subgroup.wgsl` declares the same names, so that a kernel may use either.
+// The same bits on every device that rounds to nearest. The kernel declares LANES, the size of its one-dimensional
+// workgroup: a power of two. Its entry point takes a `Lane` and passes it on. `reduce_subgroup.wgsl` declares the same
+// names.
 
 struct Lane {
     @builtin(local_invocation_index) index: u32,
@@ -23,6 +25,32 @@ fn workgroup_sum(x: f32, lane: Lane) -> f32 {
     }
     workgroupBarrier();
     let sum = partials[0];
+    workgroupBarrier(); // before the next sum writes where this one is read
+    return sum;
+}
+
+const TEAM: u32 = 32u;
+
+fn team_of(lane: Lane) -> Team {
+    let size = min(TEAM, LANES);
+    return Team(lane.index / size, LANES / size, lane.index % size, size);
+}
+
+// The sum of `x` over each team, in each of its invocations. Every invocation of the workgroup must call it.
+//
+// An `x` passes log2(size) additions.
+fn team_sum(x: f32, lane: Lane) -> f32 {
+    let size = min(TEAM, LANES);
+    let first = lane.index / size * size;
+    partials[lane.index] = x;
+    for (var stride = size / 2u; stride > 0u; stride /= 2u) {
+        workgroupBarrier();
+        if lane.index - first < stride {
+            partials[lane.index] += partials[lane.index + stride];
+        }
+    }
+    workgroupBarrier();
+    let sum = partials[first];
     workgroupBarrier(); // before the next sum writes where this one is read
     return sum;
 }

@@ -1,13 +1,16 @@
-// The sum over a workgroup, by subgroups first: the twin of `reduce.wgsl` for variants that have them.
+// Sums over a workgroup and over its teams, by subgroups: the variant of `reduce.wgsl`. A team is a subgroup.
+//use team
 //
-// Nothing is assumed of how invocations fall into subgroups, how large or how full those are: each leaves its own
-// sum under its own id, and there are at most LANES of them. What falls where and in which order a subgroup adds is
-// the device's: the same at every call on one device, but not across devices.
+// Nothing is assumed of how invocations fall into subgroups or how large those are, but that they are full: the
+// workgroup is a multiple of them, or less than one. What falls where and in which order a subgroup adds is the
+// device's: the same at every call on one device, but not across devices.
 
 struct Lane {
     @builtin(local_invocation_index) index: u32,
     @builtin(subgroup_id) subgroup: u32,
     @builtin(num_subgroups) subgroups: u32,
+    @builtin(subgroup_invocation_id) of_subgroup: u32,
+    @builtin(subgroup_size) subgroup_size: u32,
 }
 
 var<workgroup> partials: array<f32, LANES>;
@@ -28,4 +31,15 @@ fn workgroup_sum(x: f32, lane: Lane) -> f32 {
     }
     workgroupBarrier(); // before the next sum writes where this one is read
     return sum;
+}
+
+fn team_of(lane: Lane) -> Team {
+    return Team(lane.subgroup, lane.subgroups, lane.of_subgroup, min(lane.subgroup_size, LANES));
+}
+
+// The sum of `x` over each team, in each of its invocations. Every invocation of the workgroup must call it.
+//
+// An `x` passes at most size - 1 additions.
+fn team_sum(x: f32, lane: Lane) -> f32 {
+    return subgroupAdd(x);
 }

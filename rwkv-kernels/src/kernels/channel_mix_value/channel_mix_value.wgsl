@@ -1,0 +1,79 @@
+// Twin: rwkv-core/src/ops/channel_mix_value.rs, the channel mix's value layer, added to the residual.
+//use scan
+//use columns
+//use weights
+//
+// A workgroup computes COLUMNS outputs of one row. The matrix lies hidden-major, so that a hidden unit which is zero
+// leaves a whole row of it unread. Each workgroup lists the units that are not zero for itself, in a fixed order,
+// as many at a time as it has room for.
+
+override LANES: u32 = 256u;
+override COLUMNS: u32 = 32u;
+
+struct Params {
+    width: u32,  // D
+    hidden: u32, // F
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>; // [F, D]
+@group(0) @binding(2) var<storage, read> hidden: array<vec4<f32>>;  // [T, F]
+@group(0) @binding(3) var<storage, read_write> x: array<f32>;       // [T, D]
+
+// The list is in `held`, which is not needed before it is done with: as f32, which hold any such index.
+var<workgroup> sums: array<f32, LANES>;
+
+@compute @workgroup_size(LANES)
+fn channel_mix_value(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
+    let l = lane.index;
+    let width8 = params.width / 8u;
+    let hidden4 = params.hidden / 4u;
+    let start = group.y * hidden4;
+    // Lanes of a row, and the column of this one, in elements of eight weights. The last columns may not be there.
+    let lanes = COLUMNS / 8u;
+    let column = min(group.x * lanes + l % lanes, width8 - 1u);
+    var low = vec4(0.0);
+    var high = vec4(0.0);
+
+    for (var base = 0u; base < hidden4; base += 2u * LANES) {
+        var part: array<vec4<f32>, 2>;
+        var n = 0u;
+        for (var j = 0u; j < 2u; j++) {
+            let at = base + j * LANES + l;
+            if at < hidden4 {
+                part[j] = hidden[start + at];
+            }
+            n += dot(vec4<u32>(part[j] != vec4(0.0)), vec4(1u));
+        }
+        let scanned = workgroup_scan(n, lane);
+        var next = scanned.x;
+        for (var j = 0u; j < 2u; j++) {
+            for (var c = 0u; c < 4u; c++) {
+                if part[j][c] != 0.0 {
+                    held[next / 4u][next % 4u] = f32(4u * (base + j * LANES + l) + c);
+                    next++;
+                }
+            }
+        }
+        workgroupBarrier();
+        for (var i = l / lanes; i < scanned.y; i += LANES / lanes) {
+            let unit = u32(held[i / 4u][i % 4u]);
+            let value = hidden[start + unit / 4u][unit % 4u];
+            let w = weights[unit * width8 + column];
+            low += value * low4(w);
+            high += value * high4(w);
+        }
+        workgroupBarrier(); // before the list is written again
+    }
+
+    sums[l] = column_part(low, high, l);
+    workgroupBarrier();
+    let own = group.x * COLUMNS + l;
+    if l < COLUMNS && own < params.width {
+        var sum = 0.0;
+        for (var i = l; i < LANES; i += COLUMNS) {
+            sum += sums[i];
+        }
+        x[group.y * params.width + own] += sum;
+    }
+}

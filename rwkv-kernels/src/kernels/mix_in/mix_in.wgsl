@@ -1,0 +1,91 @@
+// Twin: rwkv-core/src/ops/mix_in.rs, norm, token shift and stacked matrices of one token.
+//use mat_vec
+//use activation
+//
+// A workgroup computes the rows of one tile: rows of one matrix, all of one mix. Each norms and mixes the token again,
+// which lies in a cache by then; a dispatch for it would cost more. The first weights are read before that, since
+// they do not depend on it.
+
+override LANES: u32 = 256u;
+override TEAM_ROWS: u32 = 1u;
+override WIDTH: u32 = 64u; // D
+
+struct Params {
+    eps: f32,
+    stride: u32, // of a record of the state
+    offset: u32, // of the shift in a record
+}
+
+const NONE: u32 = 0xffffffffu;
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> tiles: array<vec4<u32>>;       // first row, row after the last, mix or NONE, activation
+@group(0) @binding(2) var<storage, read> cursor: array<vec2<u32>>;      // [1], record read or NONE, record written or NONE
+@group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;           // [D]
+@group(0) @binding(4) var<storage, read> vectors: array<vec4<f32>>;     // [2 + M, D], gain, bias, mixes
+@group(0) @binding(5) var<storage, read> weights: array<vec4<u32>>;     // [rows, D]
+@group(0) @binding(6) var<storage, read_write> state: array<vec4<f32>>; // records
+@group(0) @binding(7) var<storage, read_write> y: array<f32>;           // [rows]
+
+var<workgroup> mixed: array<vec4<f32>, WIDTH / 4u>;
+
+fn input(i: u32) -> vec4<f32> {
+    return mixed[i];
+}
+
+@compute @workgroup_size(LANES)
+fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
+    let tile = tiles[group.x];
+    let last = tile.y - 1u;
+    let team = team_of(lane);
+    let width4 = WIDTH / 4u;
+    let width8 = WIDTH / 8u;
+    var fetched = fetch(tile.x + team.index * TEAM_ROWS, last, team, width8);
+
+    var part = 0.0;
+    for (var i = lane.index; i < width4; i += LANES) {
+        let v = x[i];
+        mixed[i] = v;
+        part += (v.x + v.y) + (v.z + v.w);
+    }
+    let mean = workgroup_sum(part, lane) / f32(WIDTH);
+    part = 0.0;
+    for (var i = lane.index; i < width4; i += LANES) {
+        let centred = mixed[i] - mean;
+        part += dot(centred, centred);
+    }
+    let scale = inverseSqrt(workgroup_sum(part, lane) / f32(WIDTH) + params.eps);
+
+    let before = cursor[0].x;
+    let after = cursor[0].y;
+    for (var i = lane.index; i < width4; i += LANES) {
+        let normed = (mixed[i] - mean) * scale * vectors[i] + vectors[width4 + i];
+        if group.x == 0u && after != NONE {
+            // Out of place: other workgroups still read the record before.
+            state[(after * params.stride + params.offset) / 4u + i] = normed;
+        }
+        mixed[i] = normed;
+        if tile.z != NONE && before != NONE {
+            let shift = state[(before * params.stride + params.offset) / 4u + i];
+            mixed[i] = normed + (shift - normed) * vectors[(2u + tile.z) * width4 + i];
+        }
+    }
+    workgroupBarrier();
+
+    let step = team.count * TEAM_ROWS;
+    for (var first = tile.x; first < tile.y; first += step) {
+        let row = first + team.index * TEAM_ROWS;
+        let sum = row_products(row, last, fetched, team, width8, lane);
+        if team.lane == 0u {
+            if row <= last {
+                y[row] = activate(tile.w, sum.x);
+            }
+            if TEAM_ROWS == 2u && row + 1u <= last {
+                y[row + 1u] = activate(tile.w, sum.y);
+            }
+        }
+        if first + step < tile.y {
+            fetched = fetch(row + step, last, team, width8);
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! [`time_mix`](rwkv_core::ops::time_mix), fused: all that happens in a head between the projections and the output
+//! layer, in one dispatch, for packed segments of any length.
+//!
+//! A segment is consecutive rows of one sequence. Its state is read from one record and written to another, which may
+//! be the same. Records hold the heads at `offset` as `[H, key N, value N]`: value rows side by side, so that
+//! neighbouring invocations read neighbouring words.
+
+#[cfg(all(test, feature = "gpu"))]
+mod tests;
+
+use rwkv_core::config::Ranks;
+use rwkv_core::ops::decay::DECAY_SCALE;
+use rwkv_core::ops::kappa::KAPPA_EPS;
+use rwkv_core::ops::readout::GN_EPS;
+
+pub use crate::reflected::time_mix::*;
+
+/// Channels of a head, the only number that the kernel is made for.
+pub const HEAD_SIZE: usize = 64;
+
+/// The extents of a call, in `f32` where they are lengths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dims {
+    /// Rows of all segments together.
+    pub rows: usize,
+    /// Segments.
+    pub segments: usize,
+    /// H.
+    pub heads: usize,
+    /// N.
+    pub head_size: usize,
+    /// Of the adapters; `v` is 0 in the first layer, which has none.
+    pub ranks: Ranks,
+    /// Of a row of `inputs`: at least 3 D and the ranks.
+    pub inputs: usize,
+    /// Of a record of the state.
+    pub stride: usize,
+    /// Of the heads in a record.
+    pub offset: usize,
+}
+
+/// A segment: an element of `segments`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Segment {
+    /// Its first row.
+    pub first: u32,
+    /// Its rows.
+    pub rows: u32,
+    /// The record that it reads.
+    pub from: u32,
+    /// The record that it writes.
+    pub to: u32,
+}
+
+/// Why a call cannot be lowered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// A head size that there is no kernel for.
+    #[error("head size {got}, the kernel is made for {want}")]
+    HeadSize {
+        /// As asked for.
+        got: usize,
+        /// As it is.
+        want: usize,
+    },
+    /// The heads do not fit into a record, or the operands into a row of inputs.
+    #[error("{0:?}: the heads exceed a record, or the operands a row of inputs")]
+    Layout(Dims),
+    /// More elements than the kernel can index, or none.
+    #[error("{0:?}: nothing to do, or too much for 32-bit indices")]
+    Extents(Dims),
+    /// More workgroups along a dimension than a dispatch has.
+    #[error("{got:?} workgroups, at most {max} along a dimension")]
+    Groups {
+        /// As many as asked for.
+        got: [usize; 2],
+        /// As many as there can be.
+        max: u32,
+    },
+}
+
+/// The parameters and workgroups of a call.
+///
+/// # Errors
+///
+/// If the extents are not what the kernel can do.
+pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
+    let Dims { rows, segments, heads, head_size, ranks, inputs, stride, offset } = dims;
+    if head_size != HEAD_SIZE {
+        return Err(Error::HeadSize { got: head_size, want: HEAD_SIZE });
+    }
+    let too_much = Error::Extents(dims);
+    let product = |a: usize, b: usize| a.checked_mul(b).filter(|&n| u32::try_from(n).is_ok()).ok_or(too_much);
+    let sum = |terms: &[usize]| terms.iter().try_fold(0usize, |sum, &x| sum.checked_add(x)).ok_or(too_much);
+    let width = product(heads, HEAD_SIZE)?;
+    let rank = sum(&[ranks.w, ranks.a, ranks.v, ranks.g])?;
+    if sum(&[offset, product(width, HEAD_SIZE)?])? > stride || sum(&[product(3, width)?, rank])? > inputs {
+        return Err(Error::Layout(dims));
+    }
+    let elements = [product(rows, inputs)?, product(product(rows, 4)?, width)?];
+    if elements.contains(&0) || segments == 0 {
+        return Err(too_much);
+    }
+    product(rank, width)?;
+    let u = |n: usize| u32::try_from(n).map_err(|_| too_much);
+    #[expect(clippy::cast_possible_truncation, reason = "constants that an f32 holds well enough")]
+    let params = Params {
+        width: u(width)?,
+        inputs: u(inputs)?,
+        rank_w: u(ranks.w)?,
+        rank_a: u(ranks.a)?,
+        rank_v: u(ranks.v)?,
+        rank_g: u(ranks.g)?,
+        stride: u(stride)?,
+        offset: u(offset)?,
+        first_layer: (ranks.v == 0).into(),
+        decay_scale: DECAY_SCALE as f32,
+        kappa_eps: KAPPA_EPS as f32,
+        norm_eps: GN_EPS as f32,
+    };
+    let (got, max) = ([heads, segments], super::MAX_GROUPS);
+    match got.map(u32::try_from) {
+        [Ok(x), Ok(y)] if x.max(y) <= max => Ok((params, [x, y, 1])),
+        _ => Err(Error::Groups { got, max }),
+    }
+}

@@ -1,0 +1,214 @@
+// Twin: rwkv-core/src/ops/time_mix.rs, all that happens in a head between the projections and the output layer.
+//use columns
+//use weights
+//use sigmoid
+//use expm1
+//
+// One workgroup per head and segment. The state lies in private memory while the segment's tokens pass: invocation
+// (i, g), i = index % N, has value row i of the keys of group g. A segment is read from one record and written to
+// another, so that what its sequence was before outlives the pass.
+//
+// With LORA_UP the adapters' second factors are multiplied here, with 16-byte loads: eight invocations to a row of
+// the head's 64 channels. Otherwise `up` has the products.
+
+const N: u32 = 64u;
+const COLUMNS: u32 = N;
+
+override LANES: u32 = 256u; // N times the groups of keys
+override LORA_UP: bool = true;
+
+struct Params {
+    width: u32,       // D
+    inputs: u32,      // P
+    rank_w: u32,
+    rank_a: u32,
+    rank_v: u32,
+    rank_g: u32,
+    stride: u32,      // of a record of the state
+    offset: u32,      // of the heads in a record
+    first_layer: u32, // whether there is no value residual
+    decay_scale: f32,
+    kappa_eps: f32,
+    norm_eps: f32,    // of the group norm
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> segments: array<vec4<u32>>;    // first row, rows, record read, record written
+@group(0) @binding(2) var<storage, read> inputs: array<f32>;            // [T, P], r k v, then the low ranks of w a v g
+@group(0) @binding(3) var<storage, read> weights: array<vec4<u32>>;     // [ranks, D], w a v g
+@group(0) @binding(4) var<storage, read> up: array<f32>;                // [T, 4, D], w a v g
+@group(0) @binding(5) var<storage, read> vectors: array<f32>;           // [8, D], w0 a0 v0 k_k k_a r_k, gain, bias
+@group(0) @binding(6) var<storage, read_write> state: array<f32>;       // records, [H, key N, value N] in each
+@group(0) @binding(7) var<storage, read_write> v_first: array<f32>;     // [T, D]
+@group(0) @binding(8) var<storage, read_write> out: array<f32>;         // [T, D]
+
+// One token of this head, by channel.
+var<workgroup> receptance: array<f32, N>;
+var<workgroup> decay: array<f32, N>; // w - 1
+var<workgroup> key: array<f32, N>;
+var<workgroup> value: array<f32, N>;
+var<workgroup> removal: array<f32, N>; // kappa before it is normalised
+var<workgroup> rate: array<f32, N>; // eta
+var<workgroup> bonus: array<f32, N>; // r k r_k
+var<workgroup> gate: array<f32, N>;
+var<workgroup> answer: array<vec4<f32>, N / 4u>; // what the state answers
+
+// What invocations have of a sum over the groups.
+var<workgroup> parts: array<f32, LANES * 4u>;
+var<workgroup> squares: array<f32, LANES / N>;
+var<workgroup> bonuses: array<f32, LANES / N>;
+
+struct Columns {
+    low: vec4<f32>,
+    high: vec4<f32>,
+}
+
+// The low ranks of an adapter times its second factor, for eight channels: invocation l takes every (LANES / 8)th rank.
+fn lora_up(row: u32, head: u32, start: u32, rank: u32, l: u32) -> Columns {
+    let width8 = params.width / 8u;
+    let column = head * (N / 8u) + l % 8u;
+    let low_rank = row * params.inputs + 3u * params.width + start;
+    var sum = Columns(vec4(0.0), vec4(0.0));
+    for (var r = l / 8u; r < rank; r += LANES / 8u) {
+        let x = inputs[low_rank + r];
+        let w = weights[(start + r) * width8 + column];
+        sum.low += x * low4(w);
+        sum.high += x * high4(w);
+    }
+    return sum;
+}
+
+@compute @workgroup_size(LANES)
+fn time_mix(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) l: u32) {
+    let head = group.x;
+    let segment = segments[group.y];
+    let i = l % N;
+    let g = l / N;
+    let groups = LANES / N;
+    let keys = N / groups;
+    let channel = head * N + i;
+    let width = params.width;
+
+    // Row i of the state, by key of this group.
+    var s: array<f32, N>;
+    let heads = params.offset + (head * N + g * keys) * N + i;
+    for (var j = 0u; j < keys; j++) {
+        s[j] = state[segment.z * params.stride + heads + j * N];
+    }
+
+    for (var row = segment.x; row < segment.x + segment.y; row++) {
+        if LORA_UP {
+            // All that is read comes before the first barrier.
+            let a_start = params.rank_w;
+            let v_start = a_start + params.rank_a;
+            let g_start = v_start + params.rank_v;
+            let w_up = lora_up(row, head, 0u, params.rank_w, l);
+            let a_up = lora_up(row, head, a_start, params.rank_a, l);
+            let v_up = lora_up(row, head, v_start, params.rank_v, l);
+            let g_up = lora_up(row, head, g_start, params.rank_g, l);
+            parts[l] = column_part(w_up.low, w_up.high, l);
+            parts[LANES + l] = column_part(a_up.low, a_up.high, l);
+            parts[2u * LANES + l] = column_part(v_up.low, v_up.high, l);
+            parts[3u * LANES + l] = column_part(g_up.low, g_up.high, l);
+            workgroupBarrier();
+        }
+        if g == 0u {
+            var lora = vec4(0.0);
+            if LORA_UP {
+                for (var p = i; p < LANES; p += N) {
+                    lora += vec4(parts[p], parts[LANES + p], parts[2u * LANES + p], parts[3u * LANES + p]);
+                }
+            } else {
+                let at = row * 4u * width + channel;
+                lora = vec4(up[at], up[at + width], up[at + 2u * width], up[at + 3u * width]);
+            }
+            let at = row * params.inputs + channel;
+            let r = inputs[at];
+            let k = inputs[at + width];
+            var v = inputs[at + 2u * width];
+            let eta = sigmoid(vectors[width + channel] + lora.y);
+            if params.first_layer != 0u {
+                v_first[row * width + channel] = v;
+            } else {
+                let first = v_first[row * width + channel];
+                v += (first - v) * sigmoid(vectors[2u * width + channel] + lora.z);
+            }
+            let modulated = k * (1.0 + (eta - 1.0) * vectors[4u * width + channel]);
+            receptance[i] = r;
+            decay[i] = expm1(-params.decay_scale * sigmoid(vectors[channel] + lora.x));
+            key[i] = modulated;
+            value[i] = v;
+            removal[i] = k * vectors[3u * width + channel];
+            rate[i] = eta;
+            bonus[i] = r * modulated * vectors[5u * width + channel];
+            gate[i] = lora.w;
+        }
+        workgroupBarrier();
+
+        // Each group asks the state what it holds at kappa, and has its part of the norm of kappa and of the bonus.
+        var q = 0.0;
+        var square = 0.0;
+        var extra = 0.0;
+        for (var j = 0u; j < keys; j++) {
+            let u = removal[g * keys + j];
+            q += s[j] * u;
+            square += u * u;
+            extra += bonus[g * keys + j];
+        }
+        parts[l] = q;
+        if i == 0u {
+            squares[g] = square;
+            bonuses[g] = extra;
+        }
+        workgroupBarrier();
+        q = 0.0;
+        square = 0.0;
+        extra = 0.0;
+        for (var p = 0u; p < groups; p++) {
+            q += parts[p * N + i];
+            square += squares[p];
+            extra += bonuses[p];
+        }
+        let unit = 1.0 / max(sqrt(square), params.kappa_eps);
+        q *= unit;
+
+        let v_i = value[i];
+        var y = 0.0;
+        for (var j = 0u; j < keys; j++) {
+            let at = g * keys + j;
+            let kappa = removal[at] * unit;
+            s[j] += s[j] * decay[at] - q * (kappa * rate[at]) + v_i * key[at];
+            y += s[j] * receptance[at];
+        }
+        parts[LANES + l] = y;
+        workgroupBarrier();
+        if g == 0u {
+            y = 0.0;
+            for (var p = 0u; p < groups; p++) {
+                y += parts[LANES + p * N + i];
+            }
+            answer[i / 4u][i % 4u] = y;
+        }
+        workgroupBarrier();
+        if g == 0u {
+            var sum = vec4(0.0);
+            for (var j = 0u; j < N / 4u; j++) {
+                sum += answer[j];
+            }
+            let mean = dot(sum, vec4(1.0)) / f32(N);
+            sum = vec4(0.0);
+            for (var j = 0u; j < N / 4u; j++) {
+                let centred = answer[j] - mean;
+                sum += centred * centred;
+            }
+            let scale = inverseSqrt(dot(sum, vec4(1.0)) / f32(N) + params.norm_eps);
+            let normed = (y - mean) * scale * vectors[6u * width + channel] + vectors[7u * width + channel];
+            out[row * width + channel] = (normed + extra * v_i) * gate[i];
+        }
+        workgroupBarrier(); // before the next token comes
+    }
+
+    for (var j = 0u; j < keys; j++) {
+        state[segment.w * params.stride + heads + j * N] = s[j];
+    }
+}
