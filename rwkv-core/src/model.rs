@@ -9,10 +9,10 @@
 use rayon::prelude::*;
 
 use crate::ops::activation::Activation;
+use crate::ops::add::add;
 use crate::ops::head::head;
 use crate::ops::layer_norm::{LN_EPS, layer_norm};
 use crate::ops::linear::{Job, Linear, Matrix};
-use crate::ops::lora::add_bias;
 use crate::ops::{decay, embedding, kappa, learning_rate, readout, token_shift, value_residual};
 use crate::ops::{wkv7, wkv7_chunked};
 use crate::real::Elements;
@@ -308,7 +308,7 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
             see("wkv_y", &rows.y);
             block.time_mix.finish(config, &mut rows);
             see("att_out", &rows.normed);
-            add(config, &mut rows.x, &rows.normed);
+            add_rows(config, &rows.normed, &mut rows.x);
             see("x_after_att", &rows.x);
 
             block.ln2.apply(&rows.x, &mut rows.normed);
@@ -327,7 +327,7 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
             } else {
                 value.apply(&rows.hidden, &mut rows.normed);
             }
-            add(config, &mut rows.x, &rows.normed);
+            add_rows(config, &rows.normed, &mut rows.x);
             see("x_after_ffn", &rows.x);
         }
         self.logits(segments, &rows.x)
@@ -478,12 +478,12 @@ impl<R: Real, M: Compute<R>> TimeMix<R, M> {
         let values = (v.par_chunks_mut(d), v_first.par_chunks(d), y.par_chunks_mut(d));
         keys.into_par_iter().zip(values.into_par_iter()).with_min_len(ROWS_PER_TASK).for_each(
             |((w, k, a, b), (v, v_first, vl))| {
-                add_bias(&self.w.bias, w);
+                add(&self.w.bias, w);
                 decay::log_decay(w);
-                add_bias(&self.a.bias, a);
+                add(&self.a.bias, a);
                 learning_rate::learning_rate(a);
                 if let Some(adapter) = &self.v {
-                    add_bias(&adapter.bias, vl);
+                    add(&adapter.bias, vl);
                     value_residual::value_residual(v_first, vl, v);
                 }
                 kappa::kappa(config.head_size, k, &self.k_k, b);
@@ -544,7 +544,8 @@ fn shift_rows<'a, R: Real>(
     }
 }
 
-fn add<R: Real>(config: &ModelConfig, x: &mut [R], y: &[R]) {
-    let rows = x.par_chunks_mut(config.width).zip(y.par_chunks(config.width)).with_min_len(ROWS_PER_TASK);
-    rows.for_each(|(x, y)| x.iter_mut().zip(y).for_each(|(x, &y)| *x += y));
+/// Adds `x` to `y`, both `[T, D]`.
+fn add_rows<R: Real>(config: &ModelConfig, x: &[R], y: &mut [R]) {
+    let rows = x.par_chunks(config.width).zip(y.par_chunks_mut(config.width)).with_min_len(ROWS_PER_TASK);
+    rows.for_each(|(x, y)| add(x, y));
 }

@@ -90,7 +90,7 @@ fn kernel(folder: &Path, of: &Folders, used: &mut BTreeSet<String>, faults: &mut
     let mut report = |found: Vec<String>| {
         found.into_iter().for_each(|fault| {
             if !faults.contains(&fault) {
-                faults.push(fault)
+                faults.push(fault);
             }
         });
     };

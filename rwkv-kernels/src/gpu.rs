@@ -1,8 +1,8 @@
-//! A device of its own and checked dispatches: for tests and first steps. An engine has its own device, and takes
-//! [`crate::pipeline`].
+//! A device of its own, chosen among the adapters there are, and checked dispatches for tests and first steps. A
+//! program that has a device takes [`crate::pipeline`].
 
 use std::io::Write as _;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use wgpu::util::DeviceExt as _;
 
@@ -16,9 +16,14 @@ const GUARD: &[u8] = [[0xC1, 0xFF]; 128].as_flattened();
 /// Why there is no device, or why it did not do as asked.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No adapter answered.
-    #[error("no adapter")]
-    Adapter(#[from] wgpu::RequestAdapterError),
+    /// There is no adapter, or none of that name or number.
+    #[error("no adapter{}; there are {found:?}", wanted.as_ref().map(|of| format!(" `{of}`")).unwrap_or_default())]
+    Adapter {
+        /// What was asked for, if anything.
+        wanted: Option<String>,
+        /// The names of those there are.
+        found: Vec<String>,
+    },
     /// The adapter gave no device with what it said it has.
     #[error("no device")]
     Device(#[from] wgpu::RequestDeviceError),
@@ -47,47 +52,151 @@ pub enum Error {
     Guard(&'static str),
 }
 
-/// A device with WebGPU's default limits, but for those of a workgroup, which are the adapter's, and its queue.
+/// The environment variable that names an adapter where the program does not.
+pub const ADAPTER: &str = "RWKV_ADAPTER";
+
+/// Which adapter, and what it is asked for beyond WebGPU.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// A part of the adapter's name, whatever the case, or its number among [`adapters`]. By default what
+    /// [`ADAPTER`] says, and without it the fastest there is.
+    pub adapter: Option<String>,
+    /// Features to ask for, as far as it has them.
+    pub features: Features,
+    /// Whether to ask for timestamps between dispatches, if it has them.
+    pub timestamps: bool,
+}
+
+impl Default for Request {
+    /// What stable kernels use; cooperative matrices are experimental in wgpu and not among it.
+    fn default() -> Self {
+        let features = Features { f16: true, subgroup: true, coop: false };
+        Self { adapter: None, features, timestamps: false }
+    }
+}
+
+/// The adapters that a device can be opened on, each with its name and kind, in the order of their numbers: from the
+/// fastest kind on, so that number 0 is the default.
+#[must_use]
+pub fn adapters() -> Vec<wgpu::AdapterInfo> {
+    found().iter().map(wgpu::Adapter::get_info).collect()
+}
+
+/// The adapters, the fastest kind first. One device may be there by several APIs.
+fn found() -> Vec<wgpu::Adapter> {
+    let mut found = pollster::block_on(wgpu::Instance::default().enumerate_adapters(wgpu::Backends::PRIMARY));
+    let rank = |adapter: &wgpu::Adapter| match adapter.get_info().device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    };
+    found.sort_by_key(rank);
+    found
+}
+
+/// A device with WebGPU's default limits, but for those of a workgroup and of the sizes of buffers, which are the
+/// adapter's, and its queue.
 #[derive(Debug)]
 pub struct Device {
     device: wgpu::Device,
     queue: wgpu::Queue,
-    name: String,
+    info: wgpu::AdapterInfo,
+    fault: Arc<OnceLock<String>>,
 }
 
 impl Device {
-    /// Opens the fastest adapter there is, with the features that kernels use as far as it has them; cooperative
-    /// matrices are experimental in wgpu and not among them.
+    /// Opens the default adapter with the features that kernels use.
     ///
     /// # Errors
     ///
-    /// If there is no adapter, or it gives no device with WebGPU's default limits.
+    /// As [`Self::open_with`].
     pub fn open() -> Result<Self, Error> {
-        pollster::block_on(async {
-            let adapter = wgpu::Instance::default()
-                .request_adapter(&wgpu::RequestAdapterOptions {
-                    power_preference: wgpu::PowerPreference::HighPerformance,
-                    ..Default::default()
-                })
-                .await?;
-            let wanted = Features { f16: true, subgroup: true, coop: false };
-            let grants = Capabilities::new(adapter.features(), &adapter.limits());
-            let (device, queue) = adapter
-                .request_device(&wgpu::DeviceDescriptor {
-                    required_features: adapter.features() & wanted.into(),
-                    required_limits: grants.raise(wgpu::Limits::default()),
-                    ..Default::default()
-                })
-                .await?;
-            let info = adapter.get_info();
-            Ok(Self { device, queue, name: format!("{} ({})", info.name, info.backend) })
-        })
+        Self::open_with(&Request::default())
+    }
+
+    /// Opens an adapter.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such adapter, or it gives no device with WebGPU's default limits.
+    pub fn open_with(request: &Request) -> Result<Self, Error> {
+        let wanted = request.adapter.clone().or_else(|| std::env::var(ADAPTER).ok());
+        let found = found();
+        let name = |adapter: &wgpu::Adapter| adapter.get_info().name;
+        let chosen = match &wanted {
+            None => found.first(),
+            Some(of) => match of.parse::<usize>() {
+                Ok(number) => found.get(number),
+                Err(_) => found.iter().find(|a| name(a).to_lowercase().contains(&of.to_lowercase())),
+            },
+        };
+        let Some(adapter) = chosen else {
+            return Err(Error::Adapter { wanted, found: found.iter().map(name).collect() });
+        };
+        let grants = Capabilities::new(adapter.features(), &adapter.limits());
+        let mut features = request.features.into();
+        if request.timestamps {
+            features |= wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES;
+        }
+        let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+            required_features: adapter.features() & features,
+            required_limits: wgpu::Limits {
+                max_storage_buffer_binding_size: adapter.limits().max_storage_buffer_binding_size,
+                max_buffer_size: adapter.limits().max_buffer_size,
+                ..grants.raise(wgpu::Limits::default())
+            },
+            ..Default::default()
+        }))?;
+        let fault = Arc::new(OnceLock::new());
+        let note = |fault: &Arc<OnceLock<String>>, what: String| {
+            let _ = fault.set(what); // the first is the cause
+        };
+        let of_error = Arc::clone(&fault);
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| note(&of_error, error.to_string())));
+        let of_loss = Arc::clone(&fault);
+        device.set_device_lost_callback(move |reason, what| {
+            note(&of_loss, format!("lost ({reason:?}): {what}"));
+        });
+        Ok(Self { device, queue, info: adapter.get_info(), fault })
     }
 
     /// The adapter's name and the API it is reached by.
     #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
+    pub fn name(&self) -> String {
+        format!("{} ({})", self.info.name, self.info.backend)
+    }
+
+    /// The adapter.
+    #[must_use]
+    pub const fn info(&self) -> &wgpu::AdapterInfo {
+        &self.info
+    }
+
+    /// Whether it is a GPU, and not a driver that runs on the CPU.
+    #[must_use]
+    pub fn is_gpu(&self) -> bool {
+        self.info.device_type != wgpu::DeviceType::Cpu
+    }
+
+    /// The device.
+    #[must_use]
+    pub const fn device(&self) -> &wgpu::Device {
+        &self.device
+    }
+
+    /// Its queue.
+    #[must_use]
+    pub const fn queue(&self) -> &wgpu::Queue {
+        &self.queue
+    }
+
+    /// What went wrong outside of any call that could report it: the device was lost, or refused what it was given.
+    /// Nothing that it computed since can be relied upon.
+    #[must_use]
+    pub fn fault(&self) -> Option<&str> {
+        self.fault.get().map(String::as_str)
     }
 
     /// What it grants, for [`crate::choose`].

@@ -61,6 +61,40 @@ impl Pipeline {
     ///
     /// If the device lacks what the kernel needs or refuses it, or there is no such override.
     pub fn new(device: &wgpu::Device, kernel: &Kernel, overrides: &[(&str, f64)]) -> Result<Self, Error> {
+        Self::compile(device, kernel, overrides, true, |of| device.create_shader_module(of))
+    }
+
+    /// As [`Self::new`], without the checks of indices that the driver would compile into the kernel and without
+    /// clearing workgroup memory first: the kernels of this crate write it before they read it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::new`].
+    ///
+    /// # Safety
+    ///
+    /// The kernel is one of this crate's, and at every dispatch its buffers hold what its parameters, lowered from
+    /// the extents, and the indices in its other buffers (records, rows, tiles) say that they hold.
+    #[expect(unsafe_code, reason = "wgpu cannot check what the caller must promise")]
+    pub unsafe fn new_unchecked(
+        device: &wgpu::Device,
+        kernel: &Kernel,
+        overrides: &[(&str, f64)],
+    ) -> Result<Self, Error> {
+        Self::compile(device, kernel, overrides, false, |of| {
+            // SAFETY: the caller promises that no index is out of bounds; no kernel loops without end, and none
+            // traces rays.
+            unsafe { device.create_shader_module_trusted(of, wgpu::ShaderRuntimeChecks::unchecked()) }
+        })
+    }
+
+    fn compile(
+        device: &wgpu::Device,
+        kernel: &Kernel,
+        overrides: &[(&str, f64)],
+        clear: bool,
+        module: impl FnOnce(wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule,
+    ) -> Result<Self, Error> {
         let has = Capabilities::new(device.features(), &device.limits());
         let mut needs = kernel.needs();
         if !overrides.is_empty() {
@@ -77,10 +111,8 @@ impl Pipeline {
         }
         checked(device, || {
             let label = Some(name.as_str());
-            let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
-                label,
-                source: wgpu::ShaderSource::Wgsl(kernel.source.into()),
-            });
+            let source = wgpu::ShaderSource::Wgsl(kernel.source.into());
+            let module = module(wgpu::ShaderModuleDescriptor { label, source });
             let entries: Vec<_> =
                 (0..).zip(kernel.bindings).map(|(at, b)| layout_entry(at, b, kernel)).collect();
             let layout = device
@@ -97,7 +129,7 @@ impl Pipeline {
                 entry_point: Some(kernel.name),
                 compilation_options: wgpu::PipelineCompilationOptions {
                     constants: overrides,
-                    ..Default::default()
+                    zero_initialize_workgroup_memory: clear,
                 },
                 cache: None,
             });
@@ -196,11 +228,12 @@ impl Capabilities {
     }
 }
 
-/// Does `what` and reports the device's objections as an error.
-pub(crate) fn checked<T, E: From<wgpu::Error>>(
-    device: &wgpu::Device,
-    what: impl FnOnce() -> T,
-) -> Result<T, E> {
+/// Does `what` and reports the device's objections as an error: of validation, or for want of memory.
+///
+/// # Errors
+///
+/// The first objection.
+pub fn checked<T, E: From<wgpu::Error>>(device: &wgpu::Device, what: impl FnOnce() -> T) -> Result<T, E> {
     let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
     let done = what();

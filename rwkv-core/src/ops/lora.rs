@@ -10,6 +10,7 @@
 //! | g, gate | sigmoid | none | multiplies the [`readout`](super::readout) as it is |
 
 use super::activation::Activation;
+use super::add::add;
 use super::linear::Linear;
 use crate::Real;
 
@@ -30,18 +31,7 @@ pub fn lora<R: Real, M: Linear<R>>(
     down.apply(x, &mut hidden);
     activation.apply(&mut hidden);
     up.apply(&hidden, y);
-    add_bias(bias, y);
-}
-
-/// Adds `bias` `[D]`, or nothing where it is empty, to every row of `y` `[T, D]`.
-pub(crate) fn add_bias<R: Real>(bias: &[R], y: &mut [R]) {
-    if !bias.is_empty() {
-        for row in y.chunks_exact_mut(bias.len()) {
-            for (y, &bias) in row.iter_mut().zip(bias) {
-                *y += bias;
-            }
-        }
-    }
+    add(bias, y);
 }
 
 #[cfg(test)]

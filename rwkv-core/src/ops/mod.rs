@@ -4,6 +4,7 @@
 //! Slices that disagree with the stated extents are the caller's bug and panic.
 
 pub mod activation;
+pub mod add;
 pub mod channel_mix;
 pub mod channel_mix_value;
 pub mod decay;

@@ -7,8 +7,8 @@
 //! kappa, k, the state update, and out = readout(..) gated by g_low up_g
 //! ```
 
+use super::add::add;
 use super::linear::Linear;
-use super::lora::add_bias;
 use super::{decay, kappa, learning_rate, readout, value_residual, wkv7};
 use crate::Real;
 
@@ -71,7 +71,7 @@ pub fn time_mix<R: Real, M: Linear<R>>(
     let up = |(up, bias): (&M, &[R]), low: &[R]| {
         let mut y = vec![R::zero(); out.len()];
         up.apply(low, &mut y);
-        add_bias(bias, &mut y);
+        add(bias, &mut y);
         y
     };
     let (mut lw, mut a) = (up(weights.w, x.w_low), up(weights.a, x.a_low));
