@@ -223,7 +223,7 @@ fn same_bits(engine: &Engine, skipping: &Engine, prompt: &[u32]) -> anyhow::Resu
     }
     ensure!(whole.logits()? == parts.logits()?, "a prompt in parts gives different logits");
     let mut skips = skipping.session();
-    skips.start_from(&whole.state())?;
+    skips.start_from(&whole.state()?)?;
     let mut crowd: Vec<_> = (0..BATCH).map(|_| whole.fork()).collect();
     let mut batch: Vec<_> = crowd.iter_mut().map(|s| (s, &prompt[..1])).collect();
     engine.step(&mut batch)?;

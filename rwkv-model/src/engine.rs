@@ -2,16 +2,17 @@
 
 use std::num::NonZeroUsize;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rwkv_core::ModelConfig;
 use rwkv_core::fast::linear::Packed;
-use rwkv_core::model::{Logits, Model, Options, Segment, Wkv};
+use rwkv_core::model::{Logits, Model, Options, Segment, State, Wkv};
 use rwkv_state::StateLayout;
 use rwkv_state::layout::WrongLength;
 
 use crate::checkpoint::{self, Checkpoint, LoraLayout, Progress};
-use crate::session::Session;
+use crate::gpu::{self, WeightFormat};
+use crate::session::{Memory, Sequence, Session};
 use crate::tokenizer::Tokenizer;
 use crate::{sample, tokenizer};
 
@@ -21,6 +22,9 @@ pub enum Error {
     /// The checkpoint cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] checkpoint::Error),
+    /// The GPU cannot do it, or did not.
+    #[error(transparent)]
+    Gpu(#[from] gpu::Error),
     /// The vocabulary, a token or a stop sequence is refused.
     #[error(transparent)]
     Tokenizer(#[from] tokenizer::Error),
@@ -55,6 +59,9 @@ pub enum Error {
     /// A snapshot of another engine's session.
     #[error("the snapshot belongs to another engine")]
     ForeignSnapshot,
+    /// A state that is elsewhere than the engine.
+    #[error("the state is not where the engine runs")]
+    ForeignState,
     /// Text was asked for, and the model's tokens mean nothing without a vocabulary.
     #[error("the model has a vocabulary of {vocab} tokens: name the vocabulary file")]
     NoTokenizer {
@@ -79,6 +86,18 @@ pub enum Error {
     },
 }
 
+/// What an engine runs on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// A GPU if there is a real one that can run the model, or the environment has `RWKV_ADAPTER`; the CPU otherwise.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU: by part of its name or by its number, or the fastest there is.
+    Gpu(Option<String>),
+}
+
 /// How an engine is set up.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
@@ -88,15 +107,38 @@ pub struct EngineOptions {
     pub lora: Option<LoraLayout>,
     /// Tokens in a pass: longer prompts take several. More need more memory; the results are the same.
     pub pass_tokens: usize,
-    /// Whether the channel mix skips the weights of hidden units that are zero. The results are the same.
+    /// What it runs on.
+    pub device: Device,
+    /// CPU: whether the channel mix skips the weights of hidden units that are zero. The results are the same.
     pub skip_zeros: bool,
-    /// Threads, for loading and running; by default as many as the machine has.
+    /// CPU: threads, for loading and running; by default as many as the machine has.
     pub threads: Option<NonZeroUsize>,
+    /// GPU: how the weights of matrices are stored there.
+    pub weights: WeightFormat,
+    /// GPU: whether a sequence's results are the same bits whatever runs beside it and however its tokens are split over
+    /// passes, at the cost of speed for single sequences. Otherwise they agree but for rounding. On the CPU they are
+    /// always the same bits.
+    pub batch_invariant: bool,
+    /// GPU: whether operations are fused. Without, each is a dispatch of its own, for measurements.
+    pub fused: bool,
+    /// GPU: whether dispatches are timed, for [`Engine::profile`].
+    pub timestamps: bool,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { tokenizer: None, lora: None, pass_tokens: 512, skip_zeros: true, threads: None }
+        Self {
+            tokenizer: None,
+            lora: None,
+            pass_tokens: 512,
+            device: Device::Auto,
+            skip_zeros: true,
+            threads: None,
+            weights: WeightFormat::F16,
+            batch_invariant: false,
+            fused: true,
+            timestamps: false,
+        }
     }
 }
 
@@ -117,13 +159,142 @@ pub struct Engine(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    model: Model<f32, Packed>,
+    executor: Executor,
     tokenizer: Option<Tokenizer>,
     /// Tokens that the model has and the tokenizer has not.
     mute: Vec<u32>,
     pass_tokens: usize,
+}
+
+#[derive(Debug)]
+enum Executor {
+    Cpu(Cpu),
+    Gpu(Box<gpu::Executor>),
+}
+
+/// A model on the CPU.
+#[derive(Debug)]
+struct Cpu {
+    model: Model<f32, Packed>,
     forward: Options,
     threads: Option<rayon::ThreadPool>,
+}
+
+/// A sequence's share of a pass.
+pub(crate) struct Job<'a> {
+    pub(crate) sequence: &'a mut Sequence,
+    pub(crate) tokens: &'a [u32],
+    pub(crate) logits: Logits,
+}
+
+impl Cpu {
+    fn open(
+        checkpoint: &Checkpoint,
+        options: &EngineOptions,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Self, Error> {
+        let threads = options.threads.map(|threads| pool(threads.get())).transpose()?;
+        let load = || checkpoint.load(progress);
+        let model = match &threads {
+            Some(pool) => pool.install(load),
+            None => load(),
+        }?;
+        Ok(Self { model, forward: Options { wkv: Wkv::Sequential, skip_zeros: options.skip_zeros }, threads })
+    }
+
+    fn forward(&self, segments: &mut [Segment<'_, f32>]) -> Vec<f32> {
+        let mut run = || self.model.forward(segments, self.forward);
+        match &self.threads {
+            Some(pool) => pool.install(run),
+            // on a worker, so that the pass does not change threads at each of its parallel loops
+            None => rayon::scope(|_| run()),
+        }
+    }
+}
+
+impl Executor {
+    fn open(
+        checkpoint: &Checkpoint,
+        options: &EngineOptions,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Self, Error> {
+        let named = |adapter: Option<String>| gpu::Setup {
+            adapter,
+            weights: options.weights,
+            pass_tokens: options.pass_tokens.max(1),
+            batch_invariant: options.batch_invariant,
+            fused: options.fused,
+            timestamps: options.timestamps,
+        };
+        let open = |adapter| gpu::Executor::open(checkpoint, named(adapter), progress).map(Box::new);
+        match &options.device {
+            Device::Gpu(adapter) => Ok(Self::Gpu(open(adapter.clone())?)),
+            Device::Auto if std::env::var_os(rwkv_kernels::gpu::ADAPTER).is_some() => {
+                Ok(Self::Gpu(open(None)?))
+            }
+            Device::Auto if gpu::suits(checkpoint.config()) => Ok(Self::Gpu(open(None)?)),
+            Device::Auto | Device::Cpu => Ok(Self::Cpu(Cpu::open(checkpoint, options, progress)?)),
+        }
+    }
+
+    const fn config(&self) -> &ModelConfig {
+        match self {
+            Self::Cpu(cpu) => &cpu.model.config,
+            Self::Gpu(gpu) => gpu.config(),
+        }
+    }
+
+    /// Runs sequences side by side: moves each on, with its logits if they are wanted, and gives all rows of logits
+    /// `[rows, V]` of those that want all. If it fails, none has changed.
+    fn run(&self, jobs: &mut [Job<'_>]) -> Result<Vec<f32>, Error> {
+        let rows = match self {
+            Self::Cpu(cpu) => {
+                let segments = jobs.iter_mut().map(|job| {
+                    let state = job.sequence.memory.state().ok_or(Error::ForeignState)?;
+                    Ok(Segment { tokens: job.tokens, state, logits: job.logits })
+                });
+                let rows = cpu.forward(&mut segments.collect::<Result<Vec<_>, Error>>()?);
+                let mut rest = rows.as_slice();
+                for job in &mut *jobs {
+                    let mine = job.logits.rows(job.tokens.len()) * cpu.model.config.vocab;
+                    let (own, others) = rest.split_at(mine);
+                    if let Some(last) = own.chunks_exact(cpu.model.config.vocab).last() {
+                        job.sequence.logits = OnceLock::from(last.to_vec());
+                    }
+                    rest = others;
+                }
+                rows
+            }
+            Self::Gpu(gpu) => {
+                let records = jobs.iter_mut().map(|job| {
+                    let record = job.sequence.memory.record().ok_or(Error::ForeignState)?;
+                    Ok(gpu::Job { tokens: job.tokens, record, logits: job.logits })
+                });
+                let rows = gpu.pass(&mut records.collect::<Result<Vec<_>, Error>>()?)?;
+                // They are on the device until someone asks.
+                jobs.iter_mut().for_each(|job| job.sequence.logits = OnceLock::new());
+                rows
+            }
+        };
+        for job in jobs {
+            job.sequence.position += job.tokens.len() as u64;
+            job.sequence.has_logits |= job.logits != Logits::None;
+        }
+        Ok(rows)
+    }
+}
+
+/// What an engine runs on, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// The device, by name.
+    pub device: String,
+    /// GPU: the kernels, each in the variant that was chosen.
+    pub kernels: Vec<String>,
+    /// GPU: dispatches of a token of one sequence, in the layers.
+    pub step_dispatches: usize,
+    /// GPU: dispatches of a pass over several rows, in the layers.
+    pub batch_dispatches: usize,
 }
 
 impl Engine {
@@ -161,35 +332,74 @@ impl Engine {
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Self, Error> {
         let model = checkpoint.config().vocab;
+        let executor = Executor::open(checkpoint, &options, progress)?;
         let bytes = || (model == 256).then_some(Tokenizer::Bytes);
         let tokenizer = options.tokenizer.or_else(bytes);
         if let Some(tokenizer) = tokenizer.as_ref().map(Tokenizer::vocab_len).filter(|&len| len > model) {
             return Err(Error::TokenizerTooLarge { tokenizer, model });
         }
-        let threads = options.threads.map(|threads| pool(threads.get())).transpose()?;
-        let load = || checkpoint.load(progress);
-        let model: Model<f32, Packed> = match &threads {
-            Some(pool) => pool.install(load),
-            None => load(),
-        }?;
-        let vocab = u32::try_from(model.config.vocab).unwrap_or(u32::MAX);
+        let vocab = u32::try_from(model).unwrap_or(u32::MAX);
         let without_bytes = |tokenizer: &Tokenizer| {
             (0..vocab).filter(|&token| tokenizer.token_bytes(token).is_err()).collect()
         };
         Ok(Self(Arc::new(Inner {
             mute: tokenizer.as_ref().map(without_bytes).unwrap_or_default(),
-            model,
+            executor,
             tokenizer,
             pass_tokens: options.pass_tokens.max(1),
-            forward: Options { wkv: Wkv::Sequential, skip_zeros: options.skip_zeros },
-            threads,
         })))
+    }
+
+    /// What it runs on.
+    ///
+    /// # Errors
+    ///
+    /// If the GPU failed.
+    pub fn report(&self) -> Result<Report, Error> {
+        match &self.0.executor {
+            Executor::Cpu(_) => Ok(Report {
+                device: "CPU".to_owned(),
+                kernels: Vec::new(),
+                step_dispatches: 0,
+                batch_dispatches: 0,
+            }),
+            Executor::Gpu(gpu) => {
+                let [step_dispatches, batch_dispatches] = gpu.dispatches()?;
+                let (device, kernels) = (gpu.device().name(), gpu.variants());
+                Ok(Report { device, kernels, step_dispatches, batch_dispatches })
+            }
+        }
+    }
+
+    /// GPU: how long the dispatches took since the last call, if [`EngineOptions::timestamps`] are set and the device
+    /// has them.
+    ///
+    /// # Errors
+    ///
+    /// If the GPU failed.
+    pub fn profile(&self) -> Result<gpu::Profile, Error> {
+        match &self.0.executor {
+            Executor::Cpu(_) => Ok(gpu::Profile::default()),
+            Executor::Gpu(gpu) => Ok(gpu.profile()?),
+        }
+    }
+
+    /// Waits until the device has done all that it was given: calls that read no result return before.
+    ///
+    /// # Errors
+    ///
+    /// If the GPU failed.
+    pub fn wait(&self) -> Result<(), Error> {
+        match &self.0.executor {
+            Executor::Cpu(_) => Ok(()),
+            Executor::Gpu(gpu) => Ok(gpu.wait()?),
+        }
     }
 
     /// The model's extents.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {
-        &self.0.model.config
+        self.0.executor.config()
     }
 
     /// The layout of its sessions' states.
@@ -226,32 +436,56 @@ impl Engine {
             }
             self.check(tokens)?;
         }
-        let mut rest: Vec<_> =
-            batch.iter_mut().map(|(session, tokens)| (&mut session.sequence, *tokens)).collect();
+        // What a sequence was is kept until all its passes are done.
+        let before: Vec<Option<Sequence>> = batch.iter().map(|(session, _)| self.before(session)).collect();
+        let done = self
+            .run_all(batch.iter_mut().map(|(session, tokens)| (&mut session.sequence, *tokens)).collect());
+        if done.is_err() {
+            for ((session, _), before) in batch.iter_mut().zip(before) {
+                before.into_iter().for_each(|before| session.sequence = before);
+            }
+        }
+        done
+    }
+
+    /// What a session was, where a pass can fail: on a GPU, where it is not copied.
+    fn before(&self, session: &Session) -> Option<Sequence> {
+        matches!(self.0.executor, Executor::Gpu(_)).then(|| session.sequence.clone())
+    }
+
+    /// Runs sequences over their tokens, as many at a time as a pass has room for.
+    fn run_all(&self, mut rest: Vec<(&mut Sequence, &[u32])>) -> Result<(), Error> {
         while !rest.is_empty() {
-            let mut room = self.0.pass_tokens;
-            let mut segments = Vec::new();
-            let mut finished = Vec::new();
-            for (sequence, tokens) in &mut rest {
+            let (mut room, mut jobs) = (self.0.pass_tokens, Vec::new());
+            for (sequence, tokens) in rest.iter_mut().take(self.segments()) {
                 let (now, later) = tokens.split_at(tokens.len().min(room));
                 *tokens = later;
                 room -= now.len();
                 if !now.is_empty() {
                     let logits = if later.is_empty() { Logits::Last } else { Logits::None };
-                    sequence.position += now.len() as u64;
-                    segments.push(Segment { tokens: now, state: &mut sequence.state, logits });
-                    if later.is_empty() {
-                        finished.push(&mut sequence.logits);
-                    }
+                    jobs.push(Job { sequence, tokens: now, logits });
                 }
             }
-            let logits = self.forward(&mut segments);
-            for (kept, row) in finished.into_iter().zip(logits.chunks_exact(self.config().vocab)) {
-                row.clone_into(kept);
-            }
+            self.run(&mut jobs)?;
             rest.retain(|(_, tokens)| !tokens.is_empty());
         }
         Ok(())
+    }
+
+    /// Sequences in a pass, at most.
+    fn segments(&self) -> usize {
+        match &self.0.executor {
+            Executor::Cpu(_) => usize::MAX,
+            Executor::Gpu(gpu) => gpu.segments(),
+        }
+    }
+
+    /// Rows of logits that a pass gives, at most.
+    pub(crate) fn logit_rows(&self) -> usize {
+        match &self.0.executor {
+            Executor::Cpu(_) => self.0.pass_tokens,
+            Executor::Gpu(gpu) => gpu.logit_rows(),
+        }
     }
 
     /// Whether two are the same.
@@ -262,10 +496,6 @@ impl Engine {
     /// Tokens that the model has and the tokenizer has not: released models are padded to a round vocabulary.
     pub(crate) fn mute(&self) -> &[u32] {
         &self.0.mute
-    }
-
-    pub(crate) fn pass_tokens(&self) -> usize {
-        self.0.pass_tokens
     }
 
     /// Checks that there are tokens, and that the model has them.
@@ -280,12 +510,24 @@ impl Engine {
         }
     }
 
-    pub(crate) fn forward(&self, segments: &mut [Segment<'_, f32>]) -> Vec<f32> {
-        let mut run = || self.0.model.forward(segments, self.0.forward);
-        match &self.0.threads {
-            Some(pool) => pool.install(run),
-            // on a worker, so that the pass does not change threads at each of its parallel loops
-            None => rayon::scope(|_| run()),
+    /// Runs one pass: see [`Executor::run`].
+    pub(crate) fn run(&self, jobs: &mut [Job<'_>]) -> Result<Vec<f32>, Error> {
+        self.0.executor.run(jobs)
+    }
+
+    /// The GPU, if that is what it runs on.
+    pub(crate) fn gpu(&self) -> Option<&gpu::Executor> {
+        match &self.0.executor {
+            Executor::Cpu(_) => None,
+            Executor::Gpu(gpu) => Some(gpu),
+        }
+    }
+
+    /// The state before the first token.
+    pub(crate) fn empty(&self) -> Memory {
+        match &self.0.executor {
+            Executor::Cpu(_) => Memory::Host(State::new(self.config())),
+            Executor::Gpu(gpu) => Memory::Device(gpu.empty()),
         }
     }
 }

@@ -37,20 +37,20 @@
 
 pub mod checkpoint;
 pub mod engine;
+pub mod gpu;
 pub mod quality;
-pub mod sample;
 pub mod session;
 pub mod text;
 pub mod tokenizer;
 
 pub use checkpoint::Checkpoint;
 pub use engine::{Engine, EngineOptions, Error};
-pub use sample::Sampler;
 pub use session::{Session, Snapshot};
 pub use text::{FinishReason, TextOptions};
 pub use tokenizer::Tokenizer;
 
 pub use rwkv_core::ModelConfig;
+pub use rwkv_core::ops::sample::{self, Sampler};
 pub use rwkv_state::StateLayout;
 
 /// The code in the README compiles.

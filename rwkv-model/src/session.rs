@@ -1,13 +1,14 @@
 //! One sequence and what it remembers.
 
-use std::borrow::Cow;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
-use rwkv_core::model::{Logits, Segment, State};
+use rwkv_core::model::{Logits, State};
 use rwkv_core::ops::softmax::log_probability;
+use rwkv_kernels::kernels::sample::{ALL_MASKED, NOT_FINITE};
 
-use crate::engine::{Engine, Error};
+use crate::engine::{Engine, Error, Job};
+use crate::gpu::{Ahead, Record};
 use crate::sample::{Counts, Sampler};
 
 /// Logits computed at a time when every position's are wanted.
@@ -25,13 +26,40 @@ pub struct Session {
 /// All that a sequence shows.
 #[derive(Clone, Debug)]
 pub(crate) struct Sequence {
-    pub(crate) state: State<f32>,
-    /// Of the last token, `[V]`; empty before the first.
-    pub(crate) logits: Vec<f32>,
+    pub(crate) memory: Memory,
+    /// Of the last token, `[V]`, once they are on the host.
+    pub(crate) logits: OnceLock<Vec<f32>>,
+    /// Whether there are any, here or on the device.
+    pub(crate) has_logits: bool,
     /// Tokens read.
     pub(crate) position: u64,
     /// How often each token was generated.
     pub(crate) counts: Counts,
+}
+
+/// A state, where its engine runs.
+#[derive(Clone, Debug)]
+pub(crate) enum Memory {
+    /// On the CPU.
+    Host(State<f32>),
+    /// On the GPU. Clones share it.
+    Device(Record),
+}
+
+impl Memory {
+    pub(crate) const fn state(&mut self) -> Option<&mut State<f32>> {
+        match self {
+            Self::Host(state) => Some(state),
+            Self::Device(_) => None,
+        }
+    }
+
+    pub(crate) const fn record(&mut self) -> Option<&mut Record> {
+        match self {
+            Self::Host(_) => None,
+            Self::Device(record) => Some(record),
+        }
+    }
 }
 
 /// A moment of a session, to return to. Clones share it.
@@ -41,10 +69,15 @@ pub struct Snapshot {
     sequence: Arc<Sequence>,
 }
 
+impl Sequence {
+    const fn new(memory: Memory) -> Self {
+        Self { memory, logits: OnceLock::new(), has_logits: false, position: 0, counts: Counts::new() }
+    }
+}
+
 impl Session {
     pub(crate) fn new(engine: Engine) -> Self {
-        let state = State::new(engine.config());
-        let sequence = Sequence { state, logits: Vec::new(), position: 0, counts: Counts::default() };
+        let sequence = Sequence::new(engine.empty());
         Self { engine, sequence }
     }
 
@@ -73,19 +106,27 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// If the token is outside the vocabulary.
+    /// If the token is outside the vocabulary, or the GPU failed.
     pub fn step(&mut self, token: u32) -> Result<&[f32], Error> {
         self.prefill(&[token])?;
-        Ok(&self.sequence.logits)
+        self.logits()
     }
 
     /// The logits `[V]` of the next token.
     ///
     /// # Errors
     ///
-    /// If no token was read yet.
+    /// If no token was read yet, or the GPU failed.
     pub fn logits(&self) -> Result<&[f32], Error> {
-        if self.sequence.logits.is_empty() { Err(Error::NoLogits) } else { Ok(&self.sequence.logits) }
+        let Sequence { memory, logits, has_logits, .. } = &self.sequence;
+        if !has_logits {
+            return Err(Error::NoLogits);
+        }
+        if let (None, Memory::Device(record), Some(gpu)) = (logits.get(), memory, self.engine.gpu()) {
+            // If another thread was faster, its copy is as good.
+            let _ = logits.set(gpu.logits(record)?);
+        }
+        logits.get().map(Vec::as_slice).ok_or(Error::NoLogits)
     }
 
     /// Reads tokens and gives the logits after each, `[T, V]`.
@@ -124,14 +165,15 @@ impl Session {
     fn each_pass(&mut self, tokens: &[u32], mut each: impl FnMut(usize, &[f32])) -> Result<(), Error> {
         self.engine.check(tokens)?;
         let vocab = self.engine.config().vocab;
-        let at_once = (LOGITS_AT_ONCE / vocab).clamp(1, self.engine.pass_tokens());
+        let at_once = (LOGITS_AT_ONCE / vocab).clamp(1, self.engine.logit_rows());
+        let engine = self.engine.clone();
+        // What the sequence was is kept until it is done.
+        let mut sequence = self.sequence.clone();
         for (tokens, start) in tokens.chunks(at_once).zip((0..).step_by(at_once)) {
-            let state = &mut self.sequence.state;
-            let logits = self.engine.forward(&mut [Segment { tokens, state, logits: Logits::All }]);
-            self.sequence.position += tokens.len() as u64;
-            each(start, &logits);
-            logits[logits.len() - vocab..].clone_into(&mut self.sequence.logits);
+            let job = Job { sequence: &mut sequence, tokens, logits: Logits::All };
+            each(start, &engine.run(&mut [job])?);
         }
+        self.sequence = sequence;
         Ok(())
     }
 
@@ -146,12 +188,8 @@ impl Session {
 
     /// As [`Self::sample`], but none of the `masked` tokens.
     pub(crate) fn sample_except(&self, masked: &[u32], sampler: &Sampler) -> Result<u32, Error> {
-        let mut logits = Cow::Borrowed(self.logits()?);
-        if !masked.is_empty() {
-            let logits = logits.to_mut();
-            masked.iter().for_each(|&token| logits[token as usize] = f32::NEG_INFINITY);
-        }
-        Ok(sampler.sample(&logits, &self.sequence.counts, self.sequence.position)?)
+        let Sequence { counts, position, .. } = &self.sequence;
+        Ok(sampler.sample_except(masked, self.logits()?, counts, *position)?)
     }
 
     /// Reads a token that was chosen: as [`Self::step`], and the penalties know of it.
@@ -160,20 +198,21 @@ impl Session {
     ///
     /// If the token is outside the vocabulary.
     pub fn accept(&mut self, token: u32) -> Result<&[f32], Error> {
-        self.step(token)?;
+        self.prefill(&[token])?;
         self.sequence.counts.add(token);
-        Ok(&self.sequence.logits)
+        self.logits()
     }
 
     /// Generates tokens without end. Each is read before it is given out, so that the session can go on from any.
     ///
-    /// After an error there are no more.
+    /// After an error there are no more. On a GPU, steps run ahead of the host; those whose token is never taken leave no
+    /// trace.
     pub fn generate(&mut self, sampler: Sampler) -> impl Iterator<Item = Result<u32, Error>> {
-        let mut failed = false;
+        let (mut failed, mut stream) = (false, Stream::new(sampler, Vec::new()));
         std::iter::from_fn(move || {
             let token = (!failed).then(|| {
-                let token = self.sample(&sampler)?;
-                self.accept(token)?;
+                let token = stream.choose(self, usize::MAX)?;
+                stream.accept(self, token)?;
                 Ok(token)
             })?;
             failed = token.is_err();
@@ -208,12 +247,16 @@ impl Session {
 
     /// The state in canonical order (see [`rwkv_state::layout`]).
     ///
-    /// # Panics
+    /// # Errors
     ///
-    /// Never: a session's state has its engine's extents.
-    #[must_use]
-    pub fn state(&self) -> Vec<f32> {
-        self.engine.state_layout().flatten(&self.sequence.state).expect("extents of the engine")
+    /// If the GPU failed.
+    pub fn state(&self) -> Result<Vec<f32>, Error> {
+        let layout = self.engine.state_layout();
+        match (&self.sequence.memory, self.engine.gpu()) {
+            (Memory::Host(state), _) => Ok(layout.flatten(state)?),
+            (Memory::Device(record), Some(gpu)) => Ok(layout.from_records(&gpu.state(record)?)?),
+            (Memory::Device(_), None) => Err(Error::ForeignState),
+        }
     }
 
     /// Starts over from a state in canonical order. What led to it is unknown: the position is zero, the penalties know of
@@ -221,10 +264,69 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// If the state has other extents.
+    /// If the state has other extents, or the GPU failed.
     pub fn start_from(&mut self, state: &[f32]) -> Result<(), Error> {
-        let state = self.engine.state_layout().unflatten(state)?;
-        self.sequence = Sequence { state, ..Self::new(self.engine.clone()).sequence };
+        let layout = self.engine.state_layout();
+        self.sequence = Sequence::new(match self.engine.gpu() {
+            None => Memory::Host(layout.unflatten(state)?),
+            Some(gpu) => Memory::Device(gpu.start_from(&layout.to_records(state)?)?),
+        });
         Ok(())
+    }
+}
+
+/// Tokens that a session generates: chosen, and then read or not.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    sampler: Sampler,
+    masked: Vec<u32>,
+    /// On a GPU, the steps that are under way.
+    ahead: Option<Ahead>,
+    /// The state after the token that was chosen last.
+    next: Option<Record>,
+}
+
+impl Stream {
+    /// None of the `masked` tokens is ever chosen.
+    pub(crate) const fn new(sampler: Sampler, masked: Vec<u32>) -> Self {
+        Self { sampler, masked, ahead: None, next: None }
+    }
+
+    /// Chooses the next token of the session, which the stream alone moves on. `most` is how many more are wanted.
+    pub(crate) fn choose(&mut self, session: &Session, most: usize) -> Result<u32, Error> {
+        let (Sequence { memory, counts, position, has_logits, .. }, gpu) =
+            (&session.sequence, session.engine.gpu());
+        let (Memory::Device(record), Some(gpu)) = (memory, gpu) else {
+            return session.sample_except(&self.masked, &self.sampler);
+        };
+        if !has_logits {
+            return Err(Error::NoLogits);
+        }
+        self.sampler.validate()?;
+        let ahead = match &mut self.ahead {
+            Some(ahead) => ahead,
+            none => none.insert(gpu.ahead(record, *position, self.sampler, &self.masked, counts)?),
+        };
+        let taken = gpu.next(ahead, most)?;
+        if matches!(taken.token, ALL_MASKED | NOT_FINITE) {
+            // The host says what is wrong with the logits.
+            return session.sample_except(&self.masked, &self.sampler);
+        }
+        self.next = Some(taken.record);
+        Ok(taken.token)
+    }
+
+    /// Has the session read the token that was chosen.
+    pub(crate) fn accept(&mut self, session: &mut Session, token: u32) -> Result<(), Error> {
+        match self.next.take() {
+            None => session.accept(token).map(|_| ()),
+            Some(record) => {
+                let sequence = &mut session.sequence;
+                (sequence.memory, sequence.logits) = (Memory::Device(record), OnceLock::new());
+                sequence.position += 1;
+                sequence.counts.add(token);
+                Ok(())
+            }
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::engine::Error;
 use crate::sample::Sampler;
-use crate::session::Session;
+use crate::session::{Session, Stream};
 use crate::tokenizer::{LossyUtf8, StopMatcher};
 
 /// How text is generated.
@@ -53,7 +53,7 @@ pub enum FinishReason {
 #[derive(Debug)]
 pub struct Text<'a> {
     session: &'a mut Session,
-    sampler: Sampler,
+    stream: Stream,
     tokens_left: usize,
     stop: StopMatcher,
     characters: LossyUtf8,
@@ -72,11 +72,13 @@ impl Session {
     /// stop sequence is empty.
     pub fn text(&mut self, options: TextOptions) -> Result<Text<'_>, Error> {
         self.engine().tokenizer()?;
-        self.logits()?;
+        if !self.sequence.has_logits {
+            return Err(Error::NoLogits);
+        }
         options.sampler.validate()?;
         Ok(Text {
+            stream: Stream::new(options.sampler, self.engine().mute().to_vec()),
             session: self,
-            sampler: options.sampler,
             tokens_left: options.max_tokens,
             stop: StopMatcher::new(options.stop)?,
             characters: LossyUtf8::default(),
@@ -106,7 +108,7 @@ impl Text<'_> {
             self.finished = Some(FinishReason::Length);
             return Ok(String::new());
         }
-        let token = self.session.sample_except(self.session.engine().mute(), &self.sampler)?;
+        let token = self.stream.choose(self.session, self.tokens_left)?;
         let tokenizer = self.session.engine().tokenizer()?;
         if tokenizer.end_of_text() == Some(token) {
             self.finished = Some(FinishReason::EndOfText);
@@ -114,7 +116,7 @@ impl Text<'_> {
         }
         let piece = self.characters.push(self.stop.push(tokenizer.token_bytes(token)?)).to_owned();
         self.finished = self.stop.stopped().map(FinishReason::Stop);
-        self.session.accept(token)?;
+        self.stream.accept(self.session, token)?;
         (self.tokens_left, self.tokens) = (self.tokens_left - 1, self.tokens + 1);
         Ok(piece)
     }

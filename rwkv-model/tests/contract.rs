@@ -32,7 +32,7 @@ fn prompts(lengths: &[usize], seed: u64) -> Vec<Vec<u32>> {
 
 /// All that a session shows.
 fn shown(session: &Session) -> (Vec<f32>, Vec<f32>, u64) {
-    (session.state(), session.logits().map(<[f32]>::to_vec).unwrap_or_default(), session.position())
+    (session.state().unwrap(), session.logits().map(<[f32]>::to_vec).unwrap_or_default(), session.position())
 }
 
 fn alone(engine: &Engine, prompt: &[u32]) -> Session {
@@ -163,7 +163,7 @@ fn forks_and_snapshots_go_on_bit_equal() {
 }
 
 fn snapshot_state(engine: &Engine, prompt: &[u32]) -> Vec<f32> {
-    alone(engine, prompt).state()
+    alone(engine, prompt).state().unwrap()
 }
 
 /// What a caller gets wrong is a typed error; no session changes, and the engine works on.

@@ -47,6 +47,20 @@ pub struct StateLayout {
     head_size: usize,
 }
 
+/// Where the parts of one layer's state lie in a record, in elements: what a sequence is on a GPU is a record for each
+/// layer. The matrices are `[H, key N, value N]` there, so that neighbouring lanes read neighbouring words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordLayout {
+    /// [`Part::AttShift`], `[D]`.
+    pub att_shift: usize,
+    /// [`Part::FfnShift`], `[D]`.
+    pub ffn_shift: usize,
+    /// [`Part::Wkv`], `[H, key N, value N]`.
+    pub heads: usize,
+    /// Of a record.
+    pub stride: usize,
+}
+
 /// A state of other extents than wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a state of {found} elements, expected {expected}: {layout}")]
@@ -143,6 +157,54 @@ impl StateLayout {
         Ok(State { att_shift: part(Part::AttShift), wkv: part(Part::Wkv), ffn_shift: part(Part::FfnShift) })
     }
 
+    /// Where the parts of one layer lie in a device's record.
+    #[must_use]
+    pub const fn record(&self) -> RecordLayout {
+        let width = self.n_heads * self.head_size;
+        let heads = 2 * width;
+        RecordLayout { att_shift: 0, ffn_shift: width, heads, stride: heads + width * self.head_size }
+    }
+
+    /// A state in canonical order as records, one for each layer.
+    ///
+    /// # Errors
+    ///
+    /// If `flat` has another length.
+    pub fn to_records(&self, flat: &[f32]) -> Result<Vec<f32>, WrongLength> {
+        self.check(flat.len(), self.len())?;
+        let mut records = Vec::with_capacity(flat.len());
+        for layer in 0..self.n_layers {
+            records.extend_from_slice(&flat[self.layer_range(Part::AttShift, layer)]);
+            records.extend_from_slice(&flat[self.layer_range(Part::FfnShift, layer)]);
+            self.swap(&flat[self.layer_range(Part::Wkv, layer)], &mut records);
+        }
+        Ok(records)
+    }
+
+    /// The state in canonical order that records, one for each layer, hold.
+    ///
+    /// # Errors
+    ///
+    /// If `records` has another length.
+    pub fn from_records(&self, records: &[f32]) -> Result<Vec<f32>, WrongLength> {
+        self.check(records.len(), self.len())?;
+        let RecordLayout { att_shift, ffn_shift, heads, stride } = self.record();
+        let layers = || records.chunks_exact(stride);
+        let mut flat = Vec::with_capacity(records.len());
+        layers().for_each(|record| flat.extend_from_slice(&record[att_shift..ffn_shift]));
+        layers().for_each(|record| self.swap(&record[heads..], &mut flat));
+        layers().for_each(|record| flat.extend_from_slice(&record[ffn_shift..heads]));
+        Ok(flat)
+    }
+
+    /// Appends the matrices of a layer with key and value in each other's place.
+    fn swap(&self, wkv: &[f32], to: &mut Vec<f32>) {
+        let n = self.head_size;
+        for head in wkv.chunks_exact(n * n) {
+            (0..n).for_each(|column| to.extend(head.iter().skip(column).step_by(n)));
+        }
+    }
+
     const fn check(&self, found: usize, expected: usize) -> Result<(), WrongLength> {
         if found == expected { Ok(()) } else { Err(WrongLength { found, expected, layout: *self }) }
     }
@@ -172,6 +234,15 @@ mod tests {
             values.zip(0u16..).for_each(|(v, i)| *v = f32::from(i));
             let flat = layout.flatten(&state).unwrap();
             prop_assert_eq!(flat.len(), layout.len(), "length");
+            let records = layout.to_records(&flat).unwrap();
+            prop_assert_eq!(&layout.from_records(&records).unwrap(), &flat, "by way of records");
+            // Of the last layer, head and column: the element before the last in its row.
+            let (record, wkv) = (layout.record(), layout.layer_range(Part::Wkv, layers - 1));
+            let [last, transposed] = [(size - 1, 0), (0, size - 1)].map(|(x, y)| (heads - 1) * size * size + x * size + y);
+            let at = (layers - 1) * record.stride + record.heads + transposed;
+            prop_assert_eq!(records[at], flat[wkv.start + last], "keys are rows");
+            let shift = layout.layer_range(Part::FfnShift, layers - 1).start;
+            prop_assert_eq!(records[at - transposed - heads * size], flat[shift], "the shift before them");
             prop_assert!(flat.iter().zip(0u16..).all(|(&v, i)| v == f32::from(i)), "order");
             prop_assert_eq!(layout.unflatten(&flat).unwrap(), state, "round trip");
         }

@@ -74,8 +74,7 @@ impl Checkpoint {
         &self,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Model<R, M>, Error> {
-        let reader = Reader { checkpoint: self, progress, done: AtomicU64::new(0), total: self.bytes() };
-        reader.model().map_err(|fault| self.error(fault))
+        self.reader(progress).model().map_err(|fault| self.error(fault))
     }
 
     /// Reads one of its [tensors](Self::tensors), for structures other than [`Model`].
@@ -84,13 +83,17 @@ impl Checkpoint {
     ///
     /// If there is no such tensor, it cannot be read, or holds a value that is not finite.
     pub fn tensor(&self, name: &str) -> Result<Elements, Error> {
-        let reader =
-            Reader { checkpoint: self, progress: &|_| {}, done: AtomicU64::new(0), total: self.bytes() };
-        reader.whole(name).map_err(|fault| self.error(fault))
+        self.reader(&|_| {}).whole(name).map_err(|fault| self.error(fault))
+    }
+
+    /// Reads tensors in any order.
+    pub(crate) fn reader<'a>(&'a self, progress: &'a (dyn Fn(Progress) + Sync)) -> Reader<'a> {
+        Reader { checkpoint: self, progress, done: AtomicU64::new(0), total: self.bytes() }
     }
 }
 
-struct Reader<'a> {
+/// Reads tensors, by official names, and tells how far it has come.
+pub(crate) struct Reader<'a> {
     checkpoint: &'a Checkpoint,
     progress: &'a (dyn Fn(Progress) + Sync),
     done: AtomicU64,
@@ -149,7 +152,8 @@ impl Reader<'_> {
         })
     }
 
-    fn mixes<R: Real>(&self, prefix: &str) -> Result<Vec<R>, Fault> {
+    /// The six mixes of a layer's time mix, in their order.
+    pub(crate) fn mixes<R: Real>(&self, prefix: &str) -> Result<Vec<R>, Fault> {
         let stacked = format!("{prefix}x_x");
         if self.checkpoint.tensors.contains_key(&stacked) {
             return self.vector(&stacked);
@@ -176,7 +180,7 @@ impl Reader<'_> {
     /// A factor of an adapter as a matrix `[outputs, inputs]`. Official files hold it the other way round: it is read
     /// whole and turned (it is small).
     fn factor<M: LoadMatrix>(&self, name: &str, outputs: usize, inputs: usize) -> Result<M, Fault> {
-        if self.checkpoint.lora == LoraLayout::Transposed {
+        if self.factors_are_turned() {
             return self.matrix(name, outputs, inputs);
         }
         let stored = self.whole(name)?;
@@ -194,7 +198,8 @@ impl Reader<'_> {
         M::load(inputs, outputs, kind, |rows| self.elements(name, rows.start * inputs..rows.end * inputs))
     }
 
-    fn vector<R: Real>(&self, name: &str) -> Result<Vec<R>, Fault> {
+    /// A tensor as a vector.
+    pub(crate) fn vector<R: Real>(&self, name: &str) -> Result<Vec<R>, Fault> {
         Ok(self.whole(name)?.widen())
     }
 
@@ -206,8 +211,13 @@ impl Reader<'_> {
         super::require(&self.checkpoint.tensors, name, String::new)
     }
 
+    /// Whether the adapters' factors are not as official files have them.
+    pub(crate) fn factors_are_turned(&self) -> bool {
+        self.checkpoint.lora == LoraLayout::Transposed
+    }
+
     /// The elements `range` of a tensor.
-    fn elements(&self, name: &str, range: Range<usize>) -> Result<Elements, Fault> {
+    pub(crate) fn elements(&self, name: &str, range: Range<usize>) -> Result<Elements, Fault> {
         let entry = self.entry(name)?;
         Ok(match &entry.dtype {
             Dtype::F32 => Elements::F32(self.read(name, entry, range, f32::is_finite)?),

@@ -24,6 +24,7 @@ use rwkv_core::ModelConfig;
 use rwkv_core::config::Ranks;
 
 pub use self::directory::{Dtype, Entry, Format};
+pub(crate) use self::load::Reader;
 pub use self::load::{LoadMatrix, Progress};
 pub use self::names::Dialect;
 use self::source::{FileSource, Source};
@@ -112,6 +113,16 @@ pub enum Fault {
         tensor: String,
         /// Which element.
         index: usize,
+    },
+    /// A weight is beyond what the format of the weights holds.
+    #[error("tensor {tensor} is {value:e} at element {index}, beyond half precision")]
+    Beyond {
+        /// Its official name.
+        tensor: String,
+        /// Which element.
+        index: usize,
+        /// What it is.
+        value: f32,
     },
     /// A tensor's bytes cannot be read.
     #[error("reading tensor {tensor}: {error}")]
@@ -276,7 +287,7 @@ impl Checkpoint {
         &self.metadata
     }
 
-    fn error(&self, fault: Fault) -> Error {
+    pub(crate) fn error(&self, fault: Fault) -> Error {
         Error { file: self.file.clone(), fault }
     }
 }

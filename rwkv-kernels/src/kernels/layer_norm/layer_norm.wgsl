@@ -1,7 +1,7 @@
-// Twin: rwkv-core/src/ops/layer_norm.rs, the layer norm of each row.
+// Twin: rwkv-core/src/ops/layer_norm.rs, the layer norm of each row that is asked for.
 //use reduce
 //
-// One workgroup per row. The mean comes first and the variance from what it leaves, since the one-pass form
+// One workgroup per row of y. The mean comes first and the variance from what it leaves, since the one-pass form
 // cancels; the row is read three times, the second and third time from a cache.
 
 override LANES: u32 = 256u;
@@ -12,14 +12,16 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> x: array<f32>;       // [T, D]
-@group(0) @binding(2) var<storage, read> gain: array<f32>;    // [D]
-@group(0) @binding(3) var<storage, read> bias: array<f32>;    // [D]
-@group(0) @binding(4) var<storage, read_write> y: array<f32>; // [T, D]
+@group(0) @binding(1) var<storage, read> x: array<f32>;       // [S, D]
+@group(0) @binding(2) var<storage, read> rows: array<u32>;    // [T], which row of x each row of y is of
+@group(0) @binding(3) var<storage, read> gain: array<f32>;    // [D]
+@group(0) @binding(4) var<storage, read> bias: array<f32>;    // [D]
+@group(0) @binding(5) var<storage, read_write> y: array<f32>; // [T, D]
 
 @compute @workgroup_size(LANES)
 fn layer_norm(@builtin(workgroup_id) row: vec3<u32>, lane: Lane) {
-    let start = row.x * params.width;
+    let start = rows[row.x] * params.width;
+    let to = row.x * params.width;
     let n = f32(params.width);
 
     var part = 0.0;
@@ -36,6 +38,6 @@ fn layer_norm(@builtin(workgroup_id) row: vec3<u32>, lane: Lane) {
     let scale = inverseSqrt(workgroup_sum(part, lane) / n + params.eps);
 
     for (var j = lane.index; j < params.width; j += LANES) {
-        y[start + j] = (x[start + j] - mean) * scale * gain[j] + bias[j];
+        y[to + j] = (x[start + j] - mean) * scale * gain[j] + bias[j];
     }
 }

@@ -1,18 +1,23 @@
 //! Bindings and lowering of `layer_norm.wgsl`. The operation is defined in [`rwkv_core::ops::layer_norm`].
+//!
+//! The kernel norms the rows of `x` that `rows` names, in its order: the head needs few of a pass. The caller sees to it
+//! that each is a row of `x`.
 
 use rwkv_core::Real as _;
 
-use super::MAX_GROUPS;
+use super::{MAX_GROUPS, indexable};
 pub use crate::reflected::layer_norm::{Params, VARIANTS};
 
 #[cfg(test)]
 #[cfg(feature = "gpu")]
-mod tests;
+pub(super) mod tests;
 
 /// Extents of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dims {
-    /// Rows, `T`.
+    /// Rows of `x`, `S`.
+    pub of: usize,
+    /// Rows of `y`, `T`.
     pub rows: usize,
     /// Channels of a row, `D`.
     pub width: usize,
@@ -35,8 +40,8 @@ pub enum Error {
     /// An operand `[rows, width]` is longer than a `u32` can index.
     #[error("layer_norm: {rows} rows of {width} channels are beyond 32-bit indices")]
     Width {
-        /// The rows asked for.
-        rows: u32,
+        /// The rows, of `x` or `y`.
+        rows: usize,
         /// The channels asked for.
         width: usize,
     },
@@ -56,10 +61,7 @@ pub fn lower(dims: Dims, eps: f64) -> Result<(Params, [u32; 3]), Error> {
     if dims.width == 0 {
         return Err(Error::Empty);
     }
-    // A workgroup steps over a row's end by less than its own size, and must not wrap to its start.
-    let width = u32::try_from(dims.width)
-        .ok()
-        .filter(|width| width.checked_mul(rows.max(1)).is_some_and(|end| end <= u32::MAX - 1023))
-        .ok_or(Error::Width { rows, width: dims.width })?;
+    let most = dims.of.max(dims.rows);
+    let width = indexable(most.max(1), dims.width).ok_or(Error::Width { rows: most, width: dims.width })?;
     Ok((Params { width, eps: f32::of(eps) }, [rows, 1, 1]))
 }

@@ -1,6 +1,6 @@
 //! Choosing the next token.
 //!
-//! From logits `l`, `[V]`, in this order, all in `f32`:
+//! From logits `l`, `[V]`, in this order, all in `f32` but the sums of top-p, which are in `f64`:
 //!
 //! ```text
 //! penalties     l_i -= presence_penalty * [c_i > 0] + frequency_penalty * c_i    c_i: count of i so far
@@ -10,8 +10,8 @@
 //! draw          of these, the largest z_i + g_i,   g_i = -ln(-ln u_i)            the Gumbel-max trick
 //! ```
 //!
-//! Wherever two are equal, the lower token goes first. A logit of negative infinity masks its token: it is
-//! never chosen.
+//! Wherever two are equal, the lower token goes first. A token is masked by name, whatever its logit, or by a logit
+//! of negative infinity, whatever the penalties: it takes no part, and is never chosen.
 //!
 //! Invariant: there is no generator. `u_i` is a pure function of `(seed, position, i)`, so that forks and
 //! rollbacks replay exactly, and a token's noise does not depend on which others are left.
@@ -19,7 +19,7 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
-use rwkv_core::rng::philox4x32;
+use crate::rng::philox4x32;
 
 /// Why no token could be chosen.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -34,7 +34,7 @@ pub enum Error {
         /// What it may be.
         range: &'static str,
     },
-    /// A logit is NaN or positive infinity, before the penalties or after them.
+    /// The logit of a token that is not masked is NaN or positive infinity, before the penalties or after them.
     #[error("the logit of token {token} is {logit}")]
     NotFinite {
         /// The first such token.
@@ -42,7 +42,7 @@ pub enum Error {
         /// Its logit after the penalties.
         logit: f32,
     },
-    /// No token is left to choose: every logit is negative infinity, or there is none.
+    /// No token is left to choose: all are masked, or there is none.
     #[error("all {vocab} tokens are masked")]
     AllMasked {
         /// How many logits there are.
@@ -87,10 +87,21 @@ impl Default for Sampler {
 pub struct Counts(BTreeMap<u32, u32>);
 
 impl Counts {
+    /// Of no token.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self(BTreeMap::new())
+    }
+
     /// Counts one more of `token`.
     pub fn add(&mut self, token: u32) {
         let count = self.0.entry(token).or_default();
         *count = count.saturating_add(1);
+    }
+
+    /// The tokens that were counted, and how often.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.0.iter().map(|(&token, &count)| (token, count))
     }
 
     /// How often `token` was counted.
@@ -158,8 +169,24 @@ impl Sampler {
     ///
     /// If a setting is out of its range, a logit is NaN or positive infinity, or all are negative infinity.
     pub fn sample(&self, logits: &[f32], counts: &Counts, position: u64) -> Result<u32, Error> {
+        self.sample_except(&[], logits, counts, position)
+    }
+
+    /// As [`Self::sample`], but none of the `masked` tokens. Those outside of `logits` play no part.
+    ///
+    /// # Errors
+    ///
+    /// If a setting is out of its range, or of the tokens that are not masked, a logit is NaN or positive infinity, or
+    /// all are negative infinity.
+    pub fn sample_except(
+        &self,
+        masked: &[u32],
+        logits: &[f32],
+        counts: &Counts,
+        position: u64,
+    ) -> Result<u32, Error> {
         self.validate()?;
-        let (best, mut candidates) = self.penalised(logits, counts)?;
+        let (best, mut candidates) = self.penalised(masked, logits, counts)?;
         if self.temperature > 0.0 {
             self.cut(best, &mut candidates);
             Ok(self.draw(best, &candidates, position))
@@ -169,11 +196,24 @@ impl Sampler {
     }
 
     /// The tokens that are not masked, in ascending order, with penalised logits; and the best of them.
-    fn penalised(&self, logits: &[f32], counts: &Counts) -> Result<(Candidate, Vec<Candidate>), Error> {
+    fn penalised(
+        &self,
+        masked: &[u32],
+        logits: &[f32],
+        counts: &Counts,
+    ) -> Result<(Candidate, Vec<Candidate>), Error> {
         let mut candidates: Vec<Candidate> =
             (0..=u32::MAX).zip(logits).map(|(token, &logit)| Candidate { logit, token }).collect();
-        for (&token, &count) in &counts.0 {
+        for &token in masked {
             if let Some(candidate) = candidates.get_mut(token as usize) {
+                candidate.logit = f32::NEG_INFINITY;
+            }
+        }
+        for (&token, &count) in &counts.0 {
+            // Less a penalty that overflows, a mask would be no number.
+            if let Some(candidate) =
+                candidates.get_mut(token as usize).filter(|c| c.logit > f32::NEG_INFINITY)
+            {
                 candidate.logit -= self.presence_penalty + self.frequency_penalty * count as f32;
             }
         }
@@ -203,7 +243,8 @@ impl Sampler {
         }
         if self.top_p < 1.0 {
             let weight = |c: &Candidate| self.tempered(best, c).exp();
-            let goal = self.top_p * candidates.iter().map(weight).sum::<f32>();
+            let total: f64 = candidates.iter().map(|c| f64::from(weight(c))).sum();
+            let goal = f64::from(self.top_p) * total;
             // weights below this floor make up less than half of what may be left out, so that the goal is reached
             // without them, whatever the rounding
             let floor = 0.5 * (1.0 - self.top_p) / candidates.len() as f32;
@@ -235,7 +276,7 @@ impl Sampler {
 
 /// The candidate, from the most probable on, with which the sum of weights reaches `goal`; none if rounding
 /// keeps all of them below it. Leaves the candidates in any order.
-fn reach(candidates: &mut [Candidate], goal: f32, weight: impl Fn(&Candidate) -> f32) -> Option<Candidate> {
+fn reach(candidates: &mut [Candidate], goal: f64, weight: impl Fn(&Candidate) -> f32) -> Option<Candidate> {
     let (mut rest, mut sum, mut size) = (candidates, 0.0, 256);
     while !rest.is_empty() {
         // a few are enough, as a rule; where they are not, four times as many
@@ -246,7 +287,7 @@ fn reach(candidates: &mut [Candidate], goal: f32, weight: impl Fn(&Candidate) ->
         let (front, back) = rest.split_at_mut(size);
         front.sort_unstable_by(Candidate::order);
         for candidate in front {
-            sum += weight(candidate);
+            sum += f64::from(weight(candidate));
             if sum >= goal {
                 return Some(*candidate);
             }
@@ -282,10 +323,9 @@ fn open_unit(bits: u32) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-    use rwkv_core::rng::SplitMix64;
-
     use super::{Candidate, Counts, Error, Sampler, gumbel, noise, open_unit};
+    use crate::rng::SplitMix64;
+    use proptest::prelude::*;
 
     const ALL: Sampler = Sampler {
         temperature: 1.0,
@@ -459,6 +499,44 @@ mod tests {
         }
     }
 
+    /// By name it is masked whatever its logit, and by its logit whatever the penalties.
+    #[test]
+    fn a_mask_hides_all_of_a_token() {
+        let (nan, inf) = (f32::NAN, f32::INFINITY);
+        let mut counts = Counts::default();
+        (0..3).for_each(|_| counts.add(0));
+        for sampler in [ALL, Sampler::greedy(), Sampler { frequency_penalty: f32::MIN, ..ALL }] {
+            let sample = |masked: &[u32], logits: &[f32]| sampler.sample_except(masked, logits, &counts, 1);
+            for hidden in [nan, inf, 9.0, -inf] {
+                assert_eq!(sample(&[0, 9, u32::MAX], &[hidden, 0.0]), Ok(1), "{hidden} by {sampler:?}");
+            }
+            assert_eq!(sample(&[], &[-inf, 0.0]), Ok(1), "{sampler:?}");
+            assert_eq!(sample(&[1, 0], &[0.0, 0.0]), Err(Error::AllMasked { vocab: 2 }), "all");
+            let error = sample(&[1], &[-1.0, 0.0, nan]).unwrap_err();
+            assert!(matches!(error, Error::NotFinite { .. }), "one that is not masked: {error}");
+        }
+    }
+
+    /// A mask of names is one of logits.
+    #[test]
+    fn masked_tokens_leave_the_others_their_draws() {
+        let logits = normals(40, 3);
+        let masked: Vec<u32> = (0..40).filter(|token| token % 3 == 1).collect();
+        let mut by_logit = logits.clone();
+        masked.iter().for_each(|&token| by_logit[token as usize] = f32::NEG_INFINITY);
+        let counts = Counts::default();
+        for position in 0..200 {
+            for sampler in [ALL, Sampler { top_k: 7, ..ALL }, Sampler::default()] {
+                let by_name = sampler.sample_except(&masked, &logits, &counts, position);
+                assert_eq!(
+                    by_name,
+                    sampler.sample(&by_logit, &counts, position),
+                    "{sampler:?} at {position}"
+                );
+            }
+        }
+    }
+
     #[test]
     fn penalties_are_taken_off() {
         let mut counts = Counts::default();
@@ -468,7 +546,7 @@ mod tests {
         assert_eq!((counts.get(0), counts.get(1), counts.get(2)), (1, 3, 0), "counts");
         let penalised = |presence_penalty, frequency_penalty| {
             let sampler = Sampler { presence_penalty, frequency_penalty, ..Sampler::greedy() };
-            let (best, candidates) = sampler.penalised(&[4.0, 4.5, 2.0], &counts).unwrap();
+            let (best, candidates) = sampler.penalised(&[], &[4.0, 4.5, 2.0], &counts).unwrap();
             assert_eq!(
                 sampler.sample(&[4.0, 4.5, 2.0], &counts, 0),
                 Ok(best.token),
@@ -539,11 +617,11 @@ mod tests {
         if sampler.top_p < 1.0 {
             let mut kept = sorted.clone();
             kept.sort_by_key(|c| c.token);
-            let goal = sampler.top_p * kept.iter().map(weight).sum::<f32>();
+            let goal = f64::from(sampler.top_p) * kept.iter().map(|c| f64::from(weight(c))).sum::<f64>();
             let mut sum = 0.0;
             let before = |c: &&Candidate| {
                 let short = sum < goal;
-                sum += weight(c);
+                sum += f64::from(weight(c));
                 short
             };
             let count = sorted.iter().take_while(before).count();
@@ -582,7 +660,7 @@ mod tests {
                 frequency_penalty: penalty / 2.0,
                 seed: draw,
             };
-            let Ok((best, all)) = sampler.penalised(&logits, &counts) else {
+            let Ok((best, all)) = sampler.penalised(&[], &logits, &counts) else {
                 prop_assert!(logits.iter().all(|l| *l == f32::NEG_INFINITY), "only if all are masked");
                 return Ok(());
             };

@@ -1,0 +1,384 @@
+//! `matmul.wgsl` against [`rwkv_core::ops::matmul`] in `f64`, and its numerics contract.
+
+use half::f16;
+use proptest::prelude::*;
+use rwkv_core::ops::activation::Activation;
+use rwkv_core::ops::linear::Matrix;
+use rwkv_core::ops::matmul::{self as twin, Rows};
+use rwkv_core::rng::SplitMix64;
+
+use super::{Dims, Error, Job, MAX_GROUPS, OCTET, TILE_ROWS, VARIANTS, lower};
+use crate::gpu::{Device, variants_for_tests};
+use crate::kernels::activation::tests::{ALL, limit};
+use crate::kernels::layer_norm::tests::{bits, compare, floats};
+use crate::pipeline::Pipeline;
+
+/// One call: the jobs, their matrices as the kernel has them, and the operands.
+struct Case {
+    dims: Dims,
+    jobs: Vec<Job>,
+    weights: Vec<f16>,
+    x: Vec<f32>,
+    y: Vec<f32>,
+}
+
+/// What a job is drawn from.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    inputs: usize,
+    outputs: usize,
+    activation: Activation,
+    accumulate: bool,
+}
+
+impl Case {
+    /// Jobs whose rows and matrices lie side by side with gaps between, in `x`, `y` and the weights. Gaps of `x` and of
+    /// the weights are NaN, so that reading one shows; gaps of `y`, and all of it that is not added to, too.
+    ///
+    /// Inputs are of the size `size`, a tenth of them a hundred times as large. That is also the spread of the channel
+    /// mix's hidden values, of which most are zero: so are these in every other job.
+    fn draw(rows: usize, transposed: bool, shapes: &[Shape], size: f32, seed: u64) -> Self {
+        let mut rng = SplitMix64::new(seed);
+        let gap = |rng: &mut SplitMix64| (rng.next_u64() % 4) as usize;
+        let (mut weights, mut jobs) = (Vec::new(), Vec::new());
+        let (mut x_width, mut y_width) = (0, 0);
+        for &Shape { inputs, outputs, activation, accumulate } in shapes {
+            weights.resize(weights.len() + OCTET * gap(&mut rng), f16::NAN);
+            let (x, y) = (x_width + gap(&mut rng), y_width + gap(&mut rng));
+            (x_width, y_width) = (x + inputs, y + outputs);
+            let rows_of = |offset| Rows { offset, stride: 0 };
+            let at = weights.len() / OCTET;
+            jobs.push(Job {
+                inputs,
+                outputs,
+                weights: at,
+                x: rows_of(x),
+                y: rows_of(y),
+                activation,
+                accumulate,
+            });
+            let scale = 4.0 / (inputs as f32).sqrt();
+            weights.extend((0..inputs * outputs).map(|_| f16::from_f32(scale * rng.uniform(-1.0, 1.0))));
+        }
+        weights.resize(weights.len() + OCTET * gap(&mut rng), f16::NAN);
+        let (x_width, y_width) = (x_width + gap(&mut rng), y_width + gap(&mut rng));
+        let (mut x, mut y) = (vec![f32::NAN; rows * x_width], vec![f32::NAN; rows * y_width]);
+        for (i, job) in jobs.iter_mut().enumerate() {
+            (job.x.stride, job.y.stride) = (x_width, y_width);
+            for t in 0..rows {
+                for x in &mut x[job.x.offset + t * x_width..][..job.inputs] {
+                    let zero = i % 2 == 1 && rng.uniform(0.0, 1.0) < 0.9;
+                    let outlier = if rng.uniform(0.0, 1.0) < 0.1 { 100.0 } else { 1.0 };
+                    *x = if zero { 0.0 } else { outlier * size * rng.normal() };
+                }
+                if job.accumulate {
+                    y[job.y.offset + t * y_width..][..job.outputs].fill_with(|| size * rng.normal());
+                }
+            }
+        }
+        let dims = Dims {
+            rows,
+            tile_rows: TILE_ROWS[0],
+            transposed,
+            weights: weights.len() / OCTET,
+            x: x.len(),
+            y: y.len(),
+        };
+        Self { dims, jobs, weights, x, y }
+    }
+
+    /// The matrix of a job, `[outputs, inputs]`.
+    fn matrix(&self, job: &Job) -> Matrix<f16> {
+        let own = &self.weights[OCTET * job.weights..][..job.inputs * job.outputs];
+        let at =
+            |o: usize, k: usize| if self.dims.transposed { k * job.outputs + o } else { o * job.inputs + k };
+        let each = (0..job.outputs).flat_map(|o| (0..job.inputs).map(move |k| at(o, k)));
+        Matrix::new(job.inputs, each.map(|at| own[at]).collect())
+    }
+
+    /// What is wanted of `y`, and how far off it may be; NaN where nothing is written.
+    ///
+    /// A sum of `K` products rounds once for each multiply-add, or twice if a device does not fuse it; a product passes
+    /// all additions after its own. With `u = 2^-23`, since WGSL lets each round either way, it is off by `(K + 1) u`
+    /// times the sum of absolute products at most. That passes through the activation as [`limit`] says; a sum with
+    /// what is there rounds once more.
+    fn twin(&self) -> (Vec<f64>, Vec<f64>) {
+        let u = f64::from(f32::EPSILON);
+        let wide = |x: &[f32]| x.iter().copied().map(f64::from).collect::<Vec<_>>();
+        let (x, before) = (wide(&self.x), wide(&self.y));
+        let (mut want, mut limits) = (before.clone(), vec![f64::NAN; self.y.len()]);
+        for job in &self.jobs {
+            let matrix = self.matrix(job);
+            let run = |layer: &Matrix<f16>, activation, accumulate, x: &[f64], y: &mut [f64]| {
+                let job = twin::Job { layer, x: job.x, y: job.y, activation, accumulate };
+                twin::matmul(self.dims.rows, &[job], x, y);
+            };
+            let absolute = Matrix::new(
+                job.inputs,
+                matrix.weights().iter().map(|w| f16::from_f32(w.to_f32().abs())).collect(),
+            );
+            let (mut sums, mut sizes) = (before.clone(), before.clone());
+            run(&matrix, Activation::Identity, false, &x, &mut sums);
+            run(
+                &absolute,
+                Activation::Identity,
+                false,
+                &x.iter().map(|x| x.abs()).collect::<Vec<_>>(),
+                &mut sizes,
+            );
+            run(&matrix, job.activation, job.accumulate, &x, &mut want);
+            for t in 0..self.dims.rows {
+                for at in (job.y.offset + t * job.y.stride..).take(job.outputs) {
+                    let e = (job.inputs as f64 + 1.0) * u * sizes[at];
+                    let added = if job.accumulate { u * want[at].abs() } else { 0.0 };
+                    limits[at] = limit(job.activation, sums[at], e) + 1.1 * added;
+                }
+            }
+        }
+        (want, limits)
+    }
+
+    fn run(&self, device: &Device, kernel: &Pipeline, tile_rows: u32) -> Vec<f32> {
+        let (params, jobs, groups) = lower(Dims { tile_rows, ..self.dims }, &self.jobs).unwrap();
+        let pair = |w: &[f16]| u32::from(w[0].to_bits()) | u32::from(w[1].to_bits()) << 16;
+        let weights = self.weights.chunks_exact(2).map(pair).collect();
+        let jobs = bytemuck::cast_slice(&jobs).to_vec();
+        let buffers = [jobs, weights, bits(&self.x), bits(&self.y)];
+        let mut after = device.run(kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
+        let y = after.pop().unwrap();
+        assert_eq!(after, buffers[..3], "the operands are untouched");
+        floats(y)
+    }
+
+    /// Row `t` alone.
+    fn row(&self, t: usize) -> Self {
+        let row =
+            |of: &[f32]| of[t * of.len() / self.dims.rows..(t + 1) * of.len() / self.dims.rows].to_vec();
+        let (x, y) = (row(&self.x), row(&self.y));
+        let dims = Dims { rows: 1, x: x.len(), y: y.len(), ..self.dims };
+        Self { dims, jobs: self.jobs.clone(), weights: self.weights.clone(), x, y }
+    }
+}
+
+/// Every tile, compiled for one orientation.
+fn tiles(transposed: bool) -> Vec<(u32, &'static Device, Pipeline)> {
+    let of = |rows: u32| {
+        let overrides = [("ROWS", f64::from(rows)), ("TRANSPOSED", u8::from(transposed).into())];
+        variants_for_tests(VARIANTS, &overrides)
+            .into_iter()
+            .map(move |(device, kernel)| (rows, device, kernel))
+    };
+    TILE_ROWS.into_iter().flat_map(of).collect()
+}
+
+/// Widths and ranks of small models; of outputs, of a vocabulary too: no multiple of anything.
+fn shape(transposed: bool) -> impl Strategy<Value = Shape> {
+    let (of_8, any) = (
+        prop_oneof![Just(64usize), Just(192), Just(96), Just(24), (1..=40usize).prop_map(|n| 8 * n)].boxed(),
+        prop_oneof![Just(1usize), Just(5), Just(24), Just(96), Just(257), 1..=300usize].boxed(),
+    );
+    let (inputs, outputs) = if transposed { (any, of_8) } else { (of_8, any) };
+    (inputs, outputs, 0..ALL.len(), any_bool()).prop_map(|(inputs, outputs, activation, accumulate)| Shape {
+        inputs,
+        outputs,
+        activation: ALL[activation].1,
+        accumulate,
+    })
+}
+
+fn any_bool() -> impl Strategy<Value = bool> {
+    proptest::bool::ANY
+}
+
+fn rows() -> impl Strategy<Value = usize> {
+    prop_oneof![1..=4usize, Just(31), Just(32), Just(33), 1..=130usize]
+}
+
+fn config() -> ProptestConfig {
+    ProptestConfig { cases: 24, ..ProptestConfig::with_source_file(file!()) }
+}
+
+/// What is written agrees, and nothing else is written.
+fn check(got: &[f32], want: &[f64], limits: &[f64]) -> Result<(), String> {
+    let own: Vec<usize> = (0..got.len()).filter(|&i| !limits[i].is_nan()).collect();
+    let of = |x: &[f64]| own.iter().map(|&i| x[i]).collect::<Vec<_>>();
+    compare(&own.iter().map(|&i| got[i]).collect::<Vec<_>>(), &of(want), &of(limits))?;
+    match (0..got.len()).find(|&i| limits[i].is_nan() && !got[i].is_nan()) {
+        Some(i) => Err(format!("[{i}]: {:e}, where nothing is to be written", got[i])),
+        None => Ok(()),
+    }
+}
+
+#[test]
+fn agrees_with_its_twin() {
+    for transposed in [false, true] {
+        let tiles = tiles(transposed);
+        let jobs = proptest::collection::vec(shape(transposed), 1..=5);
+        // The largest inputs are those of a trained model's channel mix, 1e5 and more.
+        proptest!(config(), |(rows in rows(), jobs in jobs, size in -4f32..10.0, seed: u64)| {
+            let case = Case::draw(rows, transposed, &jobs, size.exp2(), seed);
+            let (want, limits) = case.twin();
+            for (tile, device, kernel) in &tiles {
+                let got = case.run(device, kernel, *tile);
+                check(&got, &want, &limits)
+                    .map_err(|e| TestCaseError::fail(format!("{}, tiles of {tile}{e}", kernel.kernel().label())))?;
+            }
+        });
+    }
+}
+
+/// The numerics contract: a row has its bits beside any others and in any tile.
+#[test]
+fn a_row_has_its_bits_whatever_is_beside_it() {
+    for transposed in [false, true] {
+        let tiles = tiles(transposed);
+        let jobs = proptest::collection::vec(shape(transposed), 1..=3);
+        proptest!(config(), |(rows in rows(), picked: usize, jobs in jobs, seed: u64)| {
+            let case = Case::draw(rows, transposed, &jobs, 1.0, seed);
+            let t = picked % rows;
+            let mut first: Option<Vec<u32>> = None;
+            for (tile, device, kernel) in &tiles {
+                let all = bits(&case.run(device, kernel, *tile));
+                let alone = bits(&case.row(t).run(device, kernel, *tile));
+                let width = alone.len();
+                prop_assert!(all[t * width..(t + 1) * width] == alone, "row {} alone, tiles of {}", t, tile);
+                let first = first.get_or_insert_with(|| all.clone());
+                prop_assert!(*first == all, "tiles of {}", tile);
+            }
+        });
+    }
+}
+
+/// The products of a layer as an engine asks for them, from what `mix_rows` leaves to the residual stream.
+#[test]
+fn the_jobs_of_a_layer() {
+    let (rows, width, ranks) = (33, 64, [24, 16, 8, 40]);
+    let identity = Activation::Identity;
+    let mut rng = SplitMix64::new(1);
+    let mut draw = |n: usize| (0..n).map(|_| rng.uniform(-1.0, 1.0)).collect::<Vec<f32>>();
+    let halves = |x: Vec<f32>| x.into_iter().map(f16::from_f32).collect::<Vec<_>>();
+    // r, k and v of planes 0, 2 and 3 of [T, 6, D]; down of w, a, v and g of planes 1, 4, 3 and 5: a row of [T, P].
+    let planes =
+        [(0, width), (2, width), (3, width), (1, ranks[0]), (4, ranks[1]), (3, ranks[2]), (5, ranks[3])];
+    let p = 3 * width + ranks.iter().sum::<usize>();
+    let (mut jobs, mut y, mut weights) = (Vec::new(), 0, 0);
+    for (plane, outputs) in planes {
+        let x = Rows { offset: plane * width, stride: 6 * width };
+        let activation = match plane {
+            1 => Activation::Tanh,
+            5 => Activation::Sigmoid,
+            _ => identity,
+        };
+        let y_rows = Rows { offset: y, stride: p };
+        jobs.push(Job { inputs: width, outputs, weights, x, y: y_rows, activation, accumulate: false });
+        (y, weights) = (y + outputs, weights + width * outputs / OCTET);
+    }
+    let dims = |transposed, weights, x, y| Dims { rows, tile_rows: TILE_ROWS[0], transposed, weights, x, y };
+    let down = Case {
+        dims: dims(false, weights, rows * 6 * width, rows * p),
+        jobs,
+        weights: halves(draw(weights * OCTET)),
+        x: draw(rows * 6 * width),
+        y: vec![f32::NAN; rows * p],
+    };
+    // Up, from columns of [T, P] to the planes of [T, 4, D].
+    let (mut jobs, mut from, mut weights) = (Vec::new(), 3 * width, 0);
+    for (plane, inputs) in ranks.into_iter().enumerate() {
+        let (x, y) = (Rows { offset: from, stride: p }, Rows { offset: plane * width, stride: 4 * width });
+        jobs.push(Job { inputs, outputs: width, weights, x, y, activation: identity, accumulate: false });
+        (from, weights) = (from + inputs, weights + inputs * width / OCTET);
+    }
+    let mut up = Case {
+        dims: dims(true, weights, rows * p, rows * 4 * width),
+        jobs,
+        weights: halves(draw(weights * OCTET)),
+        x: Vec::new(),
+        y: vec![f32::NAN; rows * 4 * width],
+    };
+    for (of_down, of_up) in tiles(false).iter().zip(&tiles(true)) {
+        let (tile, device, kernel) = of_down;
+        let (want, limits) = down.twin();
+        let got = down.run(device, kernel, *tile);
+        assert!(limits.iter().all(|limit| !limit.is_nan()), "every element of [T, P] is written");
+        check(&got, &want, &limits).unwrap();
+        up.x = got;
+        let (tile, device, kernel) = of_up;
+        let (want, limits) = up.twin();
+        assert!(limits.iter().all(|limit| !limit.is_nan()), "every element of [T, 4, D] is written");
+        check(&up.run(device, kernel, *tile), &want, &limits).unwrap();
+    }
+}
+
+#[test]
+fn refuses_what_it_cannot_run() {
+    let rows = |offset, stride| Rows { offset, stride };
+    let job = Job {
+        inputs: 16,
+        outputs: 65,
+        weights: 3,
+        x: rows(2, 20),
+        y: rows(1, 70),
+        activation: Activation::Tanh,
+        accumulate: true,
+    };
+    // As short as they can be.
+    let dims = Dims { rows: 33, tile_rows: 32, transposed: false, weights: 133, x: 658, y: 2306 };
+    let (params, records, groups) = lower(dims, &[job, job]).unwrap();
+    assert_eq!((params.rows, params.jobs, groups), (33, 2, [4, 2, 1]), "plain");
+    let words: &[u32] = bytemuck::cast_slice(&records);
+    assert_eq!(words[..12], [0, 16, 65, 3, 2, 20, 1, 70, 1, 1, 0, 0], "first");
+    assert_eq!(words[12..16], [2, 16, 65, 3], "second");
+    let lowered = |dims, job| lower(dims, &[job]).map(|(.., groups)| groups);
+    assert_eq!(lowered(Dims { tile_rows: 64, ..dims }, job), Ok([2, 1, 1]), "other tiles");
+    assert_eq!(lowered(Dims { rows: 0, ..dims }, job), Ok([2, 0, 1]), "no rows");
+    assert_eq!(lower(dims, &[]).map(|(.., groups)| groups), Ok([0, 2, 1]), "no jobs");
+
+    assert_eq!(lowered(Dims { tile_rows: 48, ..dims }, job), Err(Error::Tile { got: 48 }), "tile");
+    for (inputs, outputs) in [(0, 65), (16, 0)] {
+        let empty = Error::Empty { job: 0, inputs, outputs };
+        assert_eq!(lowered(dims, Job { inputs, outputs, ..job }), Err(empty), "empty");
+    }
+    assert_eq!(lowered(dims, Job { inputs: 12, ..job }), Err(Error::Octets { job: 0, got: 12 }), "inputs");
+    let transposed = Dims { transposed: true, ..dims };
+    assert_eq!(lowered(transposed, job), Err(Error::Octets { job: 0, got: 65 }), "outputs");
+    assert_eq!(lowered(transposed, Job { inputs: 5, outputs: 64, ..job }), Ok([1, 2, 1]), "a rank of 5");
+    let overlap = Error::Overlap { job: 0, outputs: 65, stride: 64 };
+    assert_eq!(lowered(dims, Job { y: rows(1, 64), ..job }), Err(overlap), "rows of y");
+    assert_eq!(lowered(Dims { rows: 1, ..dims }, Job { y: rows(1, 64), ..job }), Ok([2, 1, 1]), "one row");
+
+    let outside = |operand, len| Err(Error::Outside { job: 0, operand, len });
+    assert_eq!(lowered(Dims { weights: 132, ..dims }, job), outside("weights", 132), "weights");
+    assert_eq!(lowered(Dims { x: 657, ..dims }, job), outside("x", 657), "x");
+    assert_eq!(lowered(Dims { y: 2305, ..dims }, job), outside("y", 2305), "y");
+    let endless = Dims { weights: usize::MAX, x: usize::MAX, y: usize::MAX, ..dims };
+    for far in [1 << 32, usize::MAX] {
+        let at = |job| lowered(endless, job);
+        assert_eq!(at(Job { weights: far, ..job }), outside("weights", usize::MAX), "weights");
+        for x in [rows(far, 20), rows(2, far)] {
+            assert_eq!(at(Job { x, ..job }), outside("x", usize::MAX), "x");
+        }
+        for y in [rows(far, 70), rows(1, far)] {
+            assert_eq!(at(Job { y, ..job }), outside("y", usize::MAX), "y");
+        }
+    }
+    let far = Job { x: rows(0, 1 << 32), ..job };
+    assert_eq!(
+        lowered(Dims { rows: 1, ..endless }, far),
+        outside("x", usize::MAX),
+        "a stride that is not used"
+    );
+    let wide = Job { inputs: 8, outputs: 64 * 65_536, y: rows(0, 64 * 65_536), ..job };
+    let tiles = Error::Tiles { got: 65_536, max: MAX_GROUPS };
+    assert_eq!(lowered(endless, wide), Err(tiles), "outputs");
+    let most = Job { outputs: 64 * 65_535, ..wide };
+    assert_eq!(
+        lower(endless, &[most, job]).map(drop),
+        Err(Error::Tiles { got: 65_537, max: MAX_GROUPS }),
+        "of all"
+    );
+    let max = 32 * MAX_GROUPS;
+    assert_eq!(lowered(Dims { rows: max as usize, ..endless }, job), Ok([2, MAX_GROUPS, 1]), "the most rows");
+    for got in [max as usize + 1, usize::MAX] {
+        assert_eq!(lowered(Dims { rows: got, ..endless }, job), Err(Error::Rows { got, max }), "rows");
+    }
+}

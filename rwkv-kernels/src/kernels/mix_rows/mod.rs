@@ -1,0 +1,160 @@
+//! Bindings and lowering of `mix_rows.wgsl`. The operation is defined in [`rwkv_core::ops::mix_rows`].
+//!
+//! The extents are lowered by [`lower`], the segments, which all layers of a pass share, by [`cursors`].
+
+use std::collections::BTreeSet;
+
+use rwkv_core::Real as _;
+use rwkv_core::ops::layer_norm::LN_EPS;
+use rwkv_core::ops::mix_rows::Segment;
+
+use super::{MAX_GROUPS, indexable};
+pub use crate::reflected::mix_rows::{Params, VARIANTS};
+
+#[cfg(test)]
+#[cfg(feature = "gpu")]
+mod tests;
+
+/// In a cursor, in place of a record.
+const NONE: u32 = u32::MAX;
+
+/// Extents of one call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dims {
+    /// Rows of all segments, `T`.
+    pub rows: usize,
+    /// Channels of a row, `D`.
+    pub width: usize,
+    /// Mixes, `M`.
+    pub mixes: usize,
+    /// Records of the state.
+    pub records: usize,
+    /// Elements of a record.
+    pub stride: usize,
+    /// Where in a record the kept row begins.
+    pub offset: usize,
+}
+
+/// Why a call cannot be encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The kernel reads four elements at a time.
+    #[error("mix_rows: a {what} of {got} is no multiple of 4")]
+    Quads {
+        /// Of what.
+        what: &'static str,
+        /// The elements asked for.
+        got: usize,
+    },
+    /// The kept row does not lie in its record.
+    #[error("mix_rows: {width} channels from {offset} are not in a record of {stride}")]
+    Record {
+        /// Channels of a row.
+        width: usize,
+        /// Where the row begins.
+        offset: usize,
+        /// Elements of a record.
+        stride: usize,
+    },
+    /// One dispatch holds one workgroup per row, and not so many workgroups.
+    #[error("mix_rows: {got} rows are more than {max}")]
+    Rows {
+        /// The rows asked for.
+        got: usize,
+        /// The most that one dispatch can hold.
+        max: u32,
+    },
+    /// An operand is longer than a `u32` can index.
+    #[error("mix_rows: {rows} rows of {width} elements are beyond 32-bit indices")]
+    Index {
+        /// Its rows.
+        rows: usize,
+        /// Elements of a row.
+        width: usize,
+    },
+    /// A segment without rows has none to keep.
+    #[error("mix_rows: segment {segment} is empty")]
+    Empty {
+        /// Which.
+        segment: usize,
+    },
+    /// There is no such record.
+    #[error("mix_rows: segment {segment} has record {record} of {records}")]
+    NoRecord {
+        /// Which segment.
+        segment: usize,
+        /// The record asked for.
+        record: usize,
+        /// How many there are.
+        records: usize,
+    },
+    /// Workgroups run in any order, so that a record which one writes is of no other, and not read.
+    #[error(
+        "mix_rows: record {record}, which segment {segment} writes, is read or written by another or read by itself"
+    )]
+    Shared {
+        /// Which segment.
+        segment: usize,
+        /// The record.
+        record: usize,
+    },
+}
+
+/// Lowers the extents of one call to the uniform block and the workgroup count.
+///
+/// # Errors
+///
+/// If the kernel cannot run the call, whatever the device: see [`Error`].
+pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
+    let Dims { rows, width, mixes, records, stride, offset } = dims;
+    for (what, got) in [("width", width), ("record", stride), ("place in a record", offset)] {
+        if !got.is_multiple_of(4) || (what == "width" && got == 0) {
+            return Err(Error::Quads { what, got });
+        }
+    }
+    if offset.checked_add(width).is_none_or(|end| end > stride) {
+        return Err(Error::Record { width, offset, stride });
+    }
+    let groups = u32::try_from(rows)
+        .ok()
+        .filter(|&rows| rows <= MAX_GROUPS)
+        .ok_or(Error::Rows { got: rows, max: MAX_GROUPS })?;
+    let index = |rows: usize, width: usize| indexable(rows, width).ok_or(Error::Index { rows, width });
+    let (stride, offset) = (index(records.max(1), stride)?, index(1, offset)?);
+    index(mixes.saturating_add(2).max(rows.saturating_mul(mixes)), width)?;
+    let (width, mixes) = (index(rows.max(1), width)?, index(1, mixes)?);
+    Ok((Params { width, stride, offset, mixes, eps: f32::of(LN_EPS) }, [groups, 1, 1]))
+}
+
+/// Lowers the segments of a pass to the records that each of its rows reads and writes, `[T]`.
+///
+/// # Errors
+///
+/// If a segment is empty, there are more rows than one dispatch can hold, or a record is not among the `records` there
+/// are or shared.
+pub fn cursors(segments: &[Segment], records: usize) -> Result<Vec<[u32; 2]>, Error> {
+    let reads: BTreeSet<usize> = segments.iter().map(|s| s.from).collect();
+    let mut writes = BTreeSet::new();
+    let mut cursors = Vec::new();
+    for (segment, s) in segments.iter().enumerate() {
+        let record = |record: usize| {
+            let found = u32::try_from(record).ok().filter(|&of| record < records && of != NONE);
+            found.ok_or(Error::NoRecord { segment, record, records })
+        };
+        let (from, to) = (record(s.from)?, record(s.to)?);
+        if reads.contains(&s.to) || !writes.insert(s.to) {
+            return Err(Error::Shared { segment, record: s.to });
+        }
+        if s.rows == 0 {
+            return Err(Error::Empty { segment });
+        }
+        let (first, got) = (cursors.len(), cursors.len().saturating_add(s.rows));
+        if got > MAX_GROUPS as usize {
+            return Err(Error::Rows { got, max: MAX_GROUPS });
+        }
+        cursors.resize(got, [NONE; 2]);
+        cursors[first][0] = from;
+        cursors[got - 1][1] = to;
+    }
+    Ok(cursors)
+}

@@ -1,0 +1,623 @@
+//! The dispatches of a layer, in three forms that compute the same.
+//!
+//! | form | for | dispatches |
+//! |---|---|---|
+//! | [`Layers::step`] | one token of one sequence | `mix_in`, `time_mix`, `linear`, `mix_in`, `channel_mix_value` |
+//! | [`Layers::batch`] | any rows | `mix_rows`, `matmul`, `matmul`, `time_mix`, `matmul`, `mix_rows`, `matmul`, `matmul` |
+//! | [`Layers::unfused`] | one sequence | one for each operation: what fusion is measured against |
+
+use std::collections::BTreeMap;
+
+use rwkv_core::ModelConfig;
+use rwkv_core::ops::activation::Activation;
+use rwkv_core::ops::matmul::Rows;
+use rwkv_kernels::gpu::Device;
+use rwkv_kernels::kernels::{
+    channel_mix_value, embedding, layer_norm, linear, matmul, mix_in, mix_rows, sample, time_mix,
+};
+use rwkv_kernels::pipeline::{Pipeline, checked};
+use rwkv_kernels::{Capabilities, Kernel, choose};
+
+use super::plan::{Grid, Plan, Planner, Shape, Step};
+use super::records::Records;
+use super::weights::{Layer, Weights};
+use super::{Error, Setup, count};
+
+/// Where the mixes of the time mix are among them.
+const MIX_R: u32 = 0;
+const MIX_W: u32 = 1;
+const MIX_K: u32 = 2;
+const MIX_V: u32 = 3;
+const MIX_A: u32 = 4;
+const MIX_G: u32 = 5;
+
+/// Mixes of the time mix.
+const MIXES: usize = 6;
+
+/// Adapters of the time mix.
+const ADAPTERS: usize = 4;
+
+/// The kernels of a model, compiled.
+#[derive(Debug)]
+pub(super) struct Kernels {
+    embedding: Pipeline,
+    layer_norm: Pipeline,
+    mix_rows: Pipeline,
+    sample: Pipeline,
+    /// By the rows of a tile, plain and transposed.
+    matmul: BTreeMap<u32, [Pipeline; 2]>,
+    /// With the adapters' products given.
+    time_mix: Pipeline,
+    /// For one token, if the device has the memory for them.
+    step: Option<StepKernels>,
+}
+
+/// The kernels of the form for one token, and how its work is divided.
+#[derive(Debug)]
+struct StepKernels {
+    mix_in: Pipeline,
+    /// With the adapters' second factors multiplied in it.
+    time_mix: Pipeline,
+    linear: Pipeline,
+    value: Pipeline,
+    /// Rows of the stack to a workgroup.
+    mix_tile: u32,
+    /// Outputs to a workgroup.
+    linear_tile: u32,
+    /// Columns to a workgroup.
+    columns: u32,
+}
+
+/// Compiles a kernel in the best variant that a device has.
+///
+/// Indices are not checked on the device: see the comment on safety.
+fn compile(device: &Device, variants: &[Kernel], overrides: &[(&str, f64)]) -> Result<Pipeline, Error> {
+    let capabilities = device.capabilities();
+    let Some(kernel) = choose(variants, &capabilities) else {
+        let (name, needs) = (variants[0].label(), Capabilities::WEBGPU);
+        return Err(rwkv_kernels::pipeline::Error::Capabilities { name, needs, has: capabilities }.into());
+    };
+    // SAFETY: the kernels are of rwkv-kernels. The plans below bind buffers of this module's making, whose extents and
+    // whose parameters come from the same `ModelConfig` by way of `lower`, which refuses what does not fit. The
+    // tables of a pass (tokens, cursors, segments, wanted rows) are written by the executor alone: tokens are checked
+    // against the vocabulary, or are the sampler's, which the embedding holds to it; records are those that `Records`
+    // gave out; rows are counted from the tokens, of which there are no more than the scratch has rows.
+    #[expect(unsafe_code, reason = "a plan's buffers hold what its parameters say")]
+    let pipeline = unsafe { Pipeline::new_unchecked(device.device(), kernel, overrides) };
+    Ok(pipeline?)
+}
+
+/// Lanes of a workgroup, as far as the device has them. Where lanes are not wide, on the CPU, they only cost.
+fn lanes(device: &Device) -> impl Fn(u32) -> u32 {
+    let most = if device.is_gpu() { 1 << device.capabilities().invocations.ilog2() } else { 64 };
+    move |wanted| wanted.min(most)
+}
+
+impl Kernels {
+    pub(super) fn new(device: &Device, config: &ModelConfig, setup: &Setup) -> Result<Self, Error> {
+        let lanes = lanes(device);
+        let norm = [("LANES", f64::from(lanes(256)))];
+        let mut of_matmul = BTreeMap::new();
+        for rows in matmul::TILE_ROWS {
+            let of = |transposed: f64| {
+                compile(device, matmul::VARIANTS, &[("ROWS", rows.into()), ("TRANSPOSED", transposed)])
+            };
+            of_matmul.insert(rows, [of(0.0)?, of(1.0)?]);
+        }
+        let given = [("LANES", f64::from(lanes(256))), ("LORA_UP", 0.0)];
+        Ok(Self {
+            embedding: compile(device, embedding::VARIANTS, &norm)?,
+            layer_norm: compile(device, layer_norm::VARIANTS, &norm)?,
+            mix_rows: compile(device, mix_rows::VARIANTS, &norm)?,
+            sample: compile(device, sample::VARIANTS, &[("LANES", f64::from(lanes(1024)))])?,
+            matmul: of_matmul,
+            time_mix: compile(device, time_mix::VARIANTS, &given)?,
+            step: if setup.fused { StepKernels::new(device, config)? } else { None },
+        })
+    }
+
+    pub(super) const fn sample(&self) -> &Pipeline {
+        &self.sample
+    }
+
+    pub(super) const fn has_step(&self) -> bool {
+        self.step.is_some()
+    }
+
+    /// The rows of a tile for a pass of so many.
+    pub(super) fn tile_rows(&self, rows: u32) -> u32 {
+        let tiles = self.matmul.keys().copied();
+        tiles.clone().find(|&tile| rows <= tile).or(tiles.last()).unwrap_or_default()
+    }
+
+    /// What was chosen.
+    pub(super) fn labels(&self) -> Vec<String> {
+        let mut all = vec![&self.embedding, &self.layer_norm, &self.mix_rows, &self.sample, &self.time_mix];
+        all.extend(self.matmul.values().flatten());
+        if let Some(step) = &self.step {
+            all.extend([&step.mix_in, &step.time_mix, &step.linear, &step.value]);
+        }
+        let mut labels: Vec<_> = all.into_iter().map(|pipeline| pipeline.kernel().label()).collect();
+        labels.sort();
+        labels.dedup();
+        labels
+    }
+}
+
+impl StepKernels {
+    /// The kernels, or none where a row does not fit into the memory of a workgroup.
+    fn new(device: &Device, config: &ModelConfig) -> Result<Option<Self>, Error> {
+        let capabilities = device.capabilities();
+        let lanes = lanes(device);
+        let width = count(config.width);
+        // Large workgroups, since each norms the row anew; long rows are multiplied two at a time. Measured on an H200.
+        let (mix_lanes, team_rows) = (lanes(1024), if width < 2048 { 1 } else { 2 });
+        if 4 * (width + mix_lanes) > capabilities.workgroup_bytes {
+            return Ok(None);
+        }
+        // Teams are subgroups of 32 on most devices; others go through a tile more or fewer times.
+        let tile = |lanes: u32, rows: u32| (lanes / 32).max(1) * rows;
+        // `time_mix` and `channel_mix_value` need 32 to 64 bytes a lane.
+        let half = if capabilities.workgroup_bytes >= 32 << 10 { lanes(512) } else { lanes(256) };
+        let columns = if width <= 1024 { 16 } else { 32 };
+        let f = f64::from;
+        Ok(Some(Self {
+            mix_in: compile(
+                device,
+                mix_in::VARIANTS,
+                &[("LANES", f(mix_lanes)), ("TEAM_ROWS", f(team_rows)), ("WIDTH", f(width))],
+            )?,
+            time_mix: compile(device, time_mix::VARIANTS, &[("LANES", f(half)), ("LORA_UP", 1.0)])?,
+            linear: compile(device, linear::VARIANTS, &[("LANES", f(lanes(256))), ("TEAM_ROWS", 1.0)])?,
+            value: compile(
+                device,
+                channel_mix_value::VARIANTS,
+                &[("LANES", f(half)), ("COLUMNS", f(columns))],
+            )?,
+            mix_tile: tile(mix_lanes, team_rows),
+            linear_tile: tile(lanes(256), 1),
+            columns,
+        }))
+    }
+}
+
+/// What lives no longer than a pass. Rows are those of a pass, `T` at most.
+#[derive(Debug)]
+pub(super) struct Scratch {
+    pub(super) logit_rows: usize,
+    /// `[T]`.
+    pub(super) tokens: wgpu::Buffer,
+    /// Record read and record written, where there are: `[T]`.
+    cursors: wgpu::Buffer,
+    /// `[T]`.
+    segments: wgpu::Buffer,
+    /// Rows whose logits are wanted, `[R]`.
+    pub(super) wanted: wgpu::Buffer,
+    /// No record read and none written: for the head.
+    no_cursor: wgpu::Buffer,
+    /// Residual stream, `[T, D]`.
+    x: wgpu::Buffer,
+    /// Normed and shifted, `[T, 6, D]`.
+    mixed: wgpu::Buffer,
+    /// What the heads read, `[T, P]`.
+    inputs: wgpu::Buffer,
+    /// Products of the adapters, `[T, 4, D]`.
+    up: wgpu::Buffer,
+    /// Layer 0's values, `[T, D]`.
+    v_first: wgpu::Buffer,
+    /// Gated readout, `[T, D]`.
+    readout: wgpu::Buffer,
+    /// `[T, F]`.
+    hidden: wgpu::Buffer,
+    /// Normed rows whose logits are wanted, `[R, D]`.
+    normed: wgpu::Buffer,
+    /// `[R, V]`.
+    pub(super) logits: wgpu::Buffer,
+    /// Parameters of `matmul` over the rows of a pass, by the number of jobs, and over the rows of logits.
+    of_rows: [wgpu::Buffer; MAX_JOBS],
+    of_logits: wgpu::Buffer,
+    /// T.
+    rows: usize,
+    /// Elements of the buffers that `matmul` reads and writes.
+    len: Lengths,
+}
+
+/// Products of one dispatch of `matmul`, at most: three projections and four adapters.
+const MAX_JOBS: usize = 7;
+
+#[derive(Clone, Copy, Debug)]
+struct Lengths {
+    mixed: usize,
+    inputs: usize,
+    up: usize,
+    x: usize,
+    hidden: usize,
+    normed: usize,
+    logits: usize,
+}
+
+impl Scratch {
+    pub(super) fn new(device: &Device, config: &ModelConfig, rows: usize) -> Result<Self, Error> {
+        let ModelConfig { width, hidden, vocab, ranks, .. } = *config;
+        let limits = device.device().limits();
+        let max = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        let room = usize::try_from(max / size_of::<f32>() as u64).unwrap_or(usize::MAX);
+        let logit_rows = rows.min(room / vocab);
+        let inputs = 3 * width + ranks.w + ranks.a + ranks.v + ranks.g;
+        let len = Lengths {
+            mixed: rows * MIXES * width,
+            inputs: rows * inputs,
+            up: rows * ADAPTERS * width,
+            x: rows * width,
+            hidden: rows * hidden,
+            normed: logit_rows * width,
+            logits: logit_rows * vocab,
+        };
+        let longest = len.mixed.max(len.inputs).max(len.hidden);
+        if longest > room || logit_rows == 0 {
+            let bytes = (longest.max(vocab) * size_of::<f32>()) as u64;
+            return Err(Error::TooLarge { what: format!("{rows} rows of a pass"), bytes, max });
+        }
+        let made = checked::<_, Error>(device.device(), || {
+            let buffer = |label, words: usize, usage| {
+                device.device().create_buffer(&wgpu::BufferDescriptor {
+                    label: Some(label),
+                    size: (words * size_of::<f32>()).next_multiple_of(16) as u64,
+                    usage: usage | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC,
+                    mapped_at_creation: false,
+                })
+            };
+            let storage = |label, words| buffer(label, words, wgpu::BufferUsages::STORAGE);
+            let uniform = || buffer("params", 4, wgpu::BufferUsages::UNIFORM);
+            Self {
+                logit_rows,
+                tokens: storage("tokens", rows),
+                cursors: storage("cursors", 2 * rows),
+                segments: storage("segments", 4 * rows),
+                wanted: storage("wanted rows", logit_rows),
+                no_cursor: storage("no cursor", 2),
+                x: storage("x", len.x),
+                mixed: storage("mixed", len.mixed),
+                inputs: storage("inputs", len.inputs),
+                up: storage("up", len.up),
+                v_first: storage("v_first", len.x),
+                readout: storage("readout", len.x),
+                hidden: storage("hidden", len.hidden),
+                normed: storage("normed", len.normed),
+                logits: storage("logits", len.logits),
+                of_rows: std::array::from_fn(|_| uniform()),
+                of_logits: uniform(),
+                rows,
+                len,
+            }
+        })?;
+        device.queue().write_buffer(&made.no_cursor, 0, bytemuck::bytes_of(&[mix_in::NONE; 2]));
+        Ok(made)
+    }
+
+    /// Writes the tables of a pass.
+    pub(super) fn write(&self, queue: &wgpu::Queue, cursors: &[[u32; 2]], segments: &[time_mix::Segment]) {
+        queue.write_buffer(&self.cursors, 0, bytemuck::cast_slice(cursors));
+        queue.write_buffer(&self.segments, 0, bytemuck::cast_slice(segments));
+    }
+
+    /// Writes the tables of a pass over one token of one sequence.
+    pub(super) fn write_step(&self, queue: &wgpu::Queue, from: u32, to: u32) {
+        self.write(queue, &[[from, to]], &[time_mix::Segment { first: 0, rows: 1, from, to }]);
+        queue.write_buffer(&self.wanted, 0, bytemuck::bytes_of(&0u32));
+    }
+
+    /// Tells kernels how many rows a pass has.
+    pub(super) fn write_shape(&self, queue: &wgpu::Queue, shape: Shape) {
+        for (jobs, buffer) in (1..).zip(&self.of_rows) {
+            let params = matmul::Params { rows: shape.rows, jobs };
+            queue.write_buffer(buffer, 0, bytemuck::bytes_of(&params));
+        }
+        let params = matmul::Params { rows: shape.logits, jobs: 1 };
+        queue.write_buffer(&self.of_logits, 0, bytemuck::bytes_of(&params));
+    }
+}
+
+/// What plans are laid down from.
+pub(super) struct Layers<'a> {
+    pub(super) device: &'a Device,
+    pub(super) config: &'a ModelConfig,
+    pub(super) kernels: &'a Kernels,
+    pub(super) weights: &'a Weights,
+    pub(super) scratch: &'a Scratch,
+    pub(super) records: &'a Records,
+}
+
+/// What a kernel says of extents that it cannot do.
+fn refused<E: std::fmt::Display>(part: &'static str) -> impl Fn(E) -> Error {
+    move |why| Error::Extents { part, why: why.to_string() }
+}
+
+/// What is multiplied by `matmul` in one dispatch.
+struct Product<'a> {
+    part: &'static str,
+    weights: &'a wgpu::Buffer,
+    transposed: bool,
+    x: (&'a wgpu::Buffer, usize),
+    y: (&'a wgpu::Buffer, usize),
+    jobs: Vec<matmul::Job>,
+    /// Whether its rows are those of the logits.
+    of_logits: bool,
+}
+
+impl Layers<'_> {
+    const fn planner(&self) -> Planner<'_> {
+        Planner { device: self.device }
+    }
+
+    /// The form for one token of one sequence.
+    pub(super) fn step(&self) -> Result<Plan, Error> {
+        let Some(kernels) = &self.kernels.step else { return Ok(Plan::default()) };
+        let mut body = vec![self.embed(Grid::Fixed([1; 3]))?];
+        for (weights, records) in self.weights.layers.iter().zip(&self.records.layers) {
+            body.extend(self.step_layer(kernels, weights, records)?);
+        }
+        let (s, width) = (self.scratch, self.config.width);
+        let stack =
+            [mix_in::Stacked { outputs: self.config.vocab, mix: None, activation: Activation::Identity }];
+        let dims = mix_in::Dims { width, stride: width, offset: 0 };
+        let (params, tiles, groups) =
+            mix_in::lower(dims, &stack, kernels.mix_tile).map_err(refused("head"))?;
+        let tiles = self.planner().table(&tiles);
+        let (ln_out, head) = (&self.weights.ln_out, &self.weights.head);
+        // The head has no shift: of the state it touches nothing.
+        let buffers = [&tiles, &s.no_cursor, &s.x, ln_out, head, &s.normed, &s.logits];
+        let head = self.planner().step(
+            "head",
+            &kernels.mix_in,
+            params,
+            &buffers,
+            Grid::Fixed(groups),
+            head.size(),
+        )?;
+        Ok(Plan { body, head: vec![head] })
+    }
+
+    fn step_layer(
+        &self,
+        kernels: &StepKernels,
+        weights: &Layer,
+        records: &wgpu::Buffer,
+    ) -> Result<[Step; 5], Error> {
+        let (s, planner, layout) = (self.scratch, self.planner(), self.records.layout);
+        let ModelConfig { width, hidden, .. } = *self.config;
+        let mix = |part, offset, stack: &[mix_in::Stacked], vectors, matrix: &wgpu::Buffer, y| {
+            let dims = mix_in::Dims { width, stride: layout.stride, offset };
+            let (params, tiles, groups) =
+                mix_in::lower(dims, stack, kernels.mix_tile).map_err(refused(part))?;
+            let tiles = planner.table(&tiles);
+            let buffers = [&tiles, &s.cursors, &s.x, vectors, matrix, records, y];
+            planner.step(part, &kernels.mix_in, params, &buffers, Grid::Fixed(groups), matrix.size())
+        };
+        let key = [mix_in::Stacked { outputs: hidden, mix: Some(0), activation: Activation::SquaredRelu }];
+
+        let (params, groups) = time_mix::lower(self.heads(weights, 1)).map_err(refused("heads"))?;
+        // `up` is not read: any other buffer that is only read stands in for it.
+        let heads =
+            [&s.segments, &s.inputs, &weights.up, &s.inputs, &weights.heads, records, &s.v_first, &s.readout];
+        let heads = planner.step(
+            "heads",
+            &kernels.time_mix,
+            params,
+            &heads,
+            Grid::Fixed(groups),
+            weights.up.size() + self.state_bytes(),
+        )?;
+
+        let dims = linear::Dims { rows: 1, inputs: width, outputs: width, accumulate: true };
+        let (params, groups) = linear::lower(dims, kernels.linear_tile).map_err(refused("output"))?;
+        let (buffers, bytes) = ([&weights.output, &s.readout, &s.x], weights.output.size());
+        let output = planner.step("output", &kernels.linear, params, &buffers, Grid::Fixed(groups), bytes)?;
+
+        let dims = channel_mix_value::Dims { rows: 1, width, hidden };
+        let (params, groups) = channel_mix_value::lower(dims, kernels.columns).map_err(refused("value"))?;
+        let (buffers, bytes) = ([&weights.value, &s.hidden, &s.x], weights.value.size());
+        let value = planner.step("value", &kernels.value, params, &buffers, Grid::Fixed(groups), bytes)?;
+        Ok([
+            mix(
+                "projections",
+                layout.att_shift,
+                &stack(weights, width),
+                &weights.att,
+                &weights.stack,
+                &s.inputs,
+            )?,
+            heads,
+            output,
+            mix("key", layout.ffn_shift, &key, &weights.ffn, &weights.key, &s.hidden)?,
+            value,
+        ])
+    }
+
+    /// The form for any rows, in tiles of `tile` of them.
+    pub(super) fn batch(&self, tile: u32) -> Result<Plan, Error> {
+        let mut body = vec![self.embed(Grid::Rows)?];
+        for (weights, records) in self.weights.layers.iter().zip(&self.records.layers) {
+            body.extend(self.batch_layer(tile, weights, records)?);
+        }
+        let (s, width, vocab) = (self.scratch, self.config.width, self.config.vocab);
+        let dims = layer_norm::Dims { of: s.rows, rows: s.logit_rows, width };
+        let (params, _) =
+            layer_norm::lower(dims, rwkv_core::ops::layer_norm::LN_EPS).map_err(refused("ln_out"))?;
+        let [gain, bias] = &self.weights.ln_out_parts;
+        let buffers = [&s.x, &s.wanted, gain, bias, &s.normed];
+        let norm =
+            self.planner().step("ln_out", &self.kernels.layer_norm, params, &buffers, Grid::LogitRows, 0)?;
+        let head = self.product(
+            tile,
+            Product {
+                part: "head",
+                weights: &self.weights.head,
+                transposed: false,
+                x: (&s.normed, s.len.normed),
+                y: (&s.logits, s.len.logits),
+                jobs: vec![job(width, vocab, 0, (0, width), (0, vocab), Activation::Identity, false)],
+                of_logits: true,
+            },
+        )?;
+        Ok(Plan { body, head: vec![norm, head] })
+    }
+
+    fn batch_layer(&self, tile: u32, weights: &Layer, records: &wgpu::Buffer) -> Result<[Step; 8], Error> {
+        let (s, planner, layout) = (self.scratch, self.planner(), self.records.layout);
+        let ModelConfig { width, hidden, .. } = *self.config;
+        let mix = |part, offset, mixes, vectors| {
+            let dims = mix_rows::Dims {
+                rows: s.rows,
+                width,
+                mixes,
+                records: self.records.capacity(),
+                stride: layout.stride,
+                offset,
+            };
+            let (params, _) = mix_rows::lower(dims).map_err(refused(part))?;
+            let buffers = [&s.x, &s.cursors, vectors, records, &s.mixed];
+            planner.step(part, &self.kernels.mix_rows, params, &buffers, Grid::Rows, 0)
+        };
+
+        let per_row = weights.inputs(width);
+        let (mut projections, mut start) = (Vec::new(), 0);
+        for of in stack(weights, width) {
+            let mix = of.mix.unwrap_or_default() as usize;
+            let (x, y) = ((mix * width, MIXES * width), (start, per_row));
+            projections.push(job(width, of.outputs, start * width / 8, x, y, of.activation, false));
+            start += of.outputs;
+        }
+        let r = weights.ranks;
+        let (mut adapters, mut rank) = (Vec::new(), 0);
+        for (i, own) in [r.w, r.a, r.v, r.g].into_iter().enumerate().filter(|(_, own)| *own > 0) {
+            let (x, y) = ((3 * width + rank, per_row), (i * width, ADAPTERS * width));
+            adapters.push(job(own, width, rank * width / 8, x, y, Activation::Identity, false));
+            rank += own;
+        }
+        let product = |product| self.product(tile, product);
+        let all = |part, weights, x, y, jobs| Product {
+            part,
+            weights,
+            transposed: false,
+            x,
+            y,
+            jobs,
+            of_logits: false,
+        };
+        let (x, inputs) = ((&s.x, s.len.x), (&s.inputs, s.len.inputs));
+        let (mixed, hidden_rows) = ((&s.mixed, s.len.mixed), (&s.hidden, s.len.hidden));
+        let output = job(width, width, 0, (0, width), (0, width), Activation::Identity, true);
+        let key = job(width, hidden, 0, (0, width), (0, hidden), Activation::SquaredRelu, false);
+        let value = job(hidden, width, 0, (0, hidden), (0, width), Activation::Identity, true);
+
+        let (params, _) = time_mix::lower(self.heads(weights, s.rows)).map_err(refused("heads"))?;
+        let heads =
+            [&s.segments, &s.inputs, &weights.up, &s.up, &weights.heads, records, &s.v_first, &s.readout];
+        let grid = Grid::Segments(count(self.config.n_heads));
+        let heads =
+            planner.step("heads", &self.kernels.time_mix, params, &heads, grid, self.state_bytes())?;
+        Ok([
+            mix("ln1", layout.att_shift, MIXES, &weights.att)?,
+            product(all("projections", &weights.stack, mixed, inputs, projections))?,
+            product(Product {
+                transposed: true,
+                ..all("adapters", &weights.up, inputs, (&s.up, s.len.up), adapters)
+            })?,
+            heads,
+            product(all("output", &weights.output, (&s.readout, s.len.x), x, vec![output]))?,
+            mix("ln2", layout.ffn_shift, 1, &weights.ffn)?,
+            product(all("key", &weights.key, mixed, hidden_rows, vec![key]))?,
+            product(Product {
+                transposed: true,
+                ..all("value", &weights.value, hidden_rows, x, vec![value])
+            })?,
+        ])
+    }
+
+    /// One operation after the other.
+    pub(super) fn unfused(&self) -> Result<Plan, Error> {
+        self.batch(32)
+    }
+
+    fn embed(&self, grid: Grid) -> Result<Step, Error> {
+        let (s, ModelConfig { vocab, width, .. }) = (self.scratch, *self.config);
+        let dims = embedding::Dims { rows: s.rows, vocab, width };
+        let (params, _) = embedding::lower(dims).map_err(refused("embedding"))?;
+        let [gain, bias] = &self.weights.ln0;
+        let buffers = [&s.tokens, &self.weights.embedding, gain, bias, &s.x];
+        let pipeline = &self.kernels.embedding;
+        self.planner().step("embedding", pipeline, params, &buffers, grid, 2 * width as u64)
+    }
+
+    fn product(&self, tile: u32, of: Product<'_>) -> Result<Step, Error> {
+        let s = self.scratch;
+        let dims = matmul::Dims {
+            rows: if of.of_logits { s.logit_rows } else { s.rows },
+            tile_rows: tile,
+            transposed: of.transposed,
+            weights: usize::try_from(of.weights.size()).unwrap_or(usize::MAX) / 16,
+            x: of.x.1,
+            y: of.y.1,
+        };
+        let (_, records, [x, ..]) = matmul::lower(dims, &of.jobs).map_err(refused(of.part))?;
+        let (params, grid) = if of.of_logits {
+            (&s.of_logits, Grid::LogitTiles { x, rows: tile })
+        } else {
+            (&s.of_rows[of.jobs.len() - 1], Grid::Tiles { x, rows: tile })
+        };
+        let pipeline = &self.kernels.matmul[&tile][usize::from(of.transposed)];
+        let jobs = self.planner().table(&records);
+        let buffers = [&jobs, of.weights, of.x.0, of.y.0];
+        self.planner().step_with(of.part, pipeline, params, &buffers, grid, of.weights.size())
+    }
+
+    fn heads(&self, weights: &Layer, rows: usize) -> time_mix::Dims {
+        let (config, layout) = (self.config, self.records.layout);
+        time_mix::Dims {
+            rows,
+            segments: 1,
+            heads: config.n_heads,
+            head_size: config.head_size,
+            ranks: weights.ranks,
+            inputs: weights.inputs(config.width),
+            stride: layout.stride,
+            offset: layout.heads,
+        }
+    }
+
+    /// What the heads read and write of one sequence's state in a layer.
+    const fn state_bytes(&self) -> u64 {
+        2 * (self.config.wkv_len() * size_of::<f32>()) as u64
+    }
+}
+
+/// The matrices that read the shifted token, as they are stacked.
+fn stack(weights: &Layer, width: usize) -> Vec<mix_in::Stacked> {
+    let r = weights.ranks;
+    let all = [
+        (width, MIX_R, Activation::Identity),
+        (width, MIX_K, Activation::Identity),
+        (width, MIX_V, Activation::Identity),
+        (r.w, MIX_W, Activation::Tanh),
+        (r.a, MIX_A, Activation::Identity),
+        (r.v, MIX_V, Activation::Identity),
+        (r.g, MIX_G, Activation::Sigmoid),
+    ];
+    let stacked = |(outputs, mix, activation)| mix_in::Stacked { outputs, mix: Some(mix), activation };
+    all.into_iter().filter(|(outputs, ..)| *outputs > 0).map(stacked).collect()
+}
+
+/// A job of `matmul`; rows by offset and stride.
+fn job(
+    inputs: usize,
+    outputs: usize,
+    weights: usize,
+    x: (usize, usize),
+    y: (usize, usize),
+    activation: Activation,
+    accumulate: bool,
+) -> matmul::Job {
+    let rows = |(offset, stride)| Rows { offset, stride };
+    matmul::Job { inputs, outputs, weights, x: rows(x), y: rows(y), activation, accumulate }
+}

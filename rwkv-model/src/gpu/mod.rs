@@ -1,0 +1,473 @@
+//! The GPU executor: a model's weights on a device, sequences in records, passes that are laid down once.
+//!
+//! | part | what it holds |
+//! |---|---|
+//! | [`weights`] | the model, as the kernels read it |
+//! | [`records`] | what sequences leave behind |
+//! | [`layer`] | the dispatches of a layer: five for one token, eight for many, or one for each operation |
+//! | [`plan`] | a pass, laid down once |
+//! | [`ahead`] | tokens generated ahead of the host |
+//! | [`profile`] | how long each dispatch took |
+//!
+//! Passes are encoded and submitted under a lock, in order, and the host does not wait for them: only for logits or
+//! tokens that it asks for. Whatever goes wrong on the device in between shows at the next call.
+
+mod ahead;
+mod layer;
+mod plan;
+mod profile;
+mod records;
+mod weights;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rwkv_core::ModelConfig;
+use rwkv_core::model::Logits;
+use rwkv_kernels::gpu::{self as device, Device};
+use rwkv_kernels::kernels::time_mix::{HEAD_SIZE, Segment};
+use rwkv_kernels::pipeline::checked;
+use rwkv_kernels::{kernels, pipeline};
+
+pub(crate) use self::ahead::Ahead;
+use self::layer::{Kernels, Scratch};
+use self::plan::{Plan, Shape};
+pub use self::profile::{Dispatch, Profile};
+pub(crate) use self::records::Record;
+use self::records::Records;
+pub use self::weights::WeightFormat;
+use self::weights::Weights;
+use crate::checkpoint::{self, Checkpoint, Progress};
+
+/// Why the GPU executor cannot do something.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no device, or it did not do as asked.
+    #[error(transparent)]
+    Device(#[from] device::Error),
+    /// A kernel could not be compiled or bound.
+    #[error(transparent)]
+    Pipeline(#[from] pipeline::Error),
+    /// The device refused a buffer, for want of memory for instance.
+    #[error("the device refused: {0}")]
+    Refused(#[from] wgpu::Error),
+    /// The device stopped working.
+    #[error("the device failed: {0}")]
+    Lost(String),
+    /// The device did not finish.
+    #[error("the device did not finish: {0}")]
+    Poll(#[from] wgpu::PollError),
+    /// A buffer could not be mapped.
+    #[error("a buffer could not be mapped: {0}")]
+    Map(#[from] wgpu::MapRangeError),
+    /// The checkpoint.
+    #[error(transparent)]
+    Checkpoint(checkpoint::Error),
+    /// A model that the kernels are not made for.
+    #[error("heads of {got} channels: the kernels are made for {want}")]
+    HeadSize {
+        /// Of the model.
+        got: usize,
+        /// Of the kernels.
+        want: usize,
+    },
+    /// Extents that a kernel cannot do.
+    #[error("{part}: {why}")]
+    Extents {
+        /// What of a pass.
+        part: &'static str,
+        /// What the kernel says.
+        why: String,
+    },
+    /// A buffer larger than the device binds.
+    #[error("{what}: {bytes} bytes, the device binds {max}")]
+    TooLarge {
+        /// What it holds.
+        what: String,
+        /// What it takes.
+        bytes: u64,
+        /// What there can be.
+        max: u64,
+    },
+    /// More sequences than the device holds.
+    #[error("{wanted} states on the device, which holds {max}")]
+    Records {
+        /// As many as would be there.
+        wanted: u64,
+        /// As many as there can be.
+        max: u64,
+    },
+    /// Several sequences in a pass that runs one operation after the other.
+    #[error("{got} sequences in a pass: without fusion there is one")]
+    Unfused {
+        /// As many as there were.
+        got: usize,
+    },
+}
+
+/// Whether there is a real GPU, and kernels for the model.
+pub(crate) fn suits(config: &ModelConfig) -> bool {
+    let real = || device::adapters().first().is_some_and(|of| of.device_type != wgpu::DeviceType::Cpu);
+    config.head_size == HEAD_SIZE && real()
+}
+
+/// How the executor is set up.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Setup {
+    pub(crate) adapter: Option<String>,
+    pub(crate) weights: WeightFormat,
+    pub(crate) pass_tokens: usize,
+    pub(crate) batch_invariant: bool,
+    pub(crate) fused: bool,
+    pub(crate) timestamps: bool,
+}
+
+/// A sequence's share of a pass.
+/// It has at least one token.
+#[derive(Debug)]
+pub(crate) struct Job<'a> {
+    pub(crate) tokens: &'a [u32],
+    /// Where the sequence stands; moved on by the pass.
+    pub(crate) record: &'a mut Record,
+    pub(crate) logits: Logits,
+}
+
+/// A model on a device.
+#[derive(Debug)]
+pub(crate) struct Executor {
+    device: Device,
+    config: ModelConfig,
+    setup: Setup,
+    kernels: Kernels,
+    weights: Weights,
+    scratch: Scratch,
+    work: Mutex<Work>,
+}
+
+/// What changes from pass to pass.
+#[derive(Debug)]
+struct Work {
+    records: Records,
+    /// For one token of one sequence, if the device has the memory for it.
+    step: Option<Plan>,
+    /// For any number, by the rows of a tile.
+    batch: BTreeMap<u32, Plan>,
+    /// One dispatch for each operation.
+    unfused: Option<Plan>,
+    /// The record whose logits are the first row of the scratch.
+    holds: Option<u32>,
+    /// What kernels were last told of the extents of a pass.
+    told: Option<Shape>,
+    profile: Option<profile::Recorder>,
+}
+
+impl Executor {
+    /// Opens a device and uploads the model; `progress` is told how loading goes, from several threads.
+    pub(crate) fn open(
+        checkpoint: &Checkpoint,
+        setup: Setup,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Self, Error> {
+        let config = *checkpoint.config();
+        if config.head_size != HEAD_SIZE {
+            return Err(Error::HeadSize { got: config.head_size, want: HEAD_SIZE });
+        }
+        let features = rwkv_kernels::Features { subgroup: true, ..Default::default() };
+        let request =
+            device::Request { adapter: setup.adapter.clone(), features, timestamps: setup.timestamps };
+        let device = Device::open_with(&request)?;
+        let kernels = Kernels::new(&device, &config, &setup)?;
+        let scratch = Scratch::new(&device, &config, setup.pass_tokens)?;
+        let records = Records::new(&device, &config)?;
+        let weights = Weights::upload(&device, checkpoint, progress)?;
+        let profile = setup.timestamps.then(|| profile::Recorder::new(&device)).flatten();
+        let work = Work {
+            records,
+            step: None,
+            batch: BTreeMap::new(),
+            unfused: None,
+            holds: None,
+            told: None,
+            profile,
+        };
+        let executor = Self { device, config, setup, kernels, weights, scratch, work: Mutex::new(work) };
+        // What would be refused later is refused now.
+        let mut work = executor.lock();
+        executor.plan(&mut work, Shape { rows: 1, segments: 1, logits: 1 })?;
+        executor.plan(&mut work, Shape { rows: 2, segments: 1, logits: 1 })?;
+        drop(work);
+        Ok(executor)
+    }
+
+    pub(crate) const fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub(crate) const fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The variants of kernels that were chosen, by label.
+    pub(crate) fn variants(&self) -> Vec<String> {
+        self.kernels.labels()
+    }
+
+    /// Sequences of a pass, at most.
+    pub(crate) const fn segments(&self) -> usize {
+        if self.setup.fused { self.scratch.logit_rows } else { 1 }
+    }
+
+    /// Rows of logits of a pass, at most.
+    pub(crate) const fn logit_rows(&self) -> usize {
+        self.scratch.logit_rows
+    }
+
+    /// The state before the first token.
+    pub(crate) fn empty(&self) -> Record {
+        self.lock().records.empty()
+    }
+
+    /// Dispatches in the layers, of a pass over one token and of one over several.
+    pub(crate) fn dispatches(&self) -> Result<[usize; 2], Error> {
+        let mut work = self.lock();
+        let mut count = |rows| {
+            let plan = self.plan(&mut work, Shape { rows, segments: 1, logits: 1 })?;
+            Ok::<_, Error>(plan.body.len() - 1) // less the embedding
+        };
+        Ok([count(1)?, count(2)?])
+    }
+
+    /// Runs the sequences side by side. Returns the logits `[rows, V]` of those that asked for all; the others' are
+    /// kept in their records.
+    pub(crate) fn pass(&self, jobs: &mut [Job<'_>]) -> Result<Vec<f32>, Error> {
+        self.sound()?;
+        let mut work = self.lock();
+        if !self.setup.fused && jobs.len() > 1 {
+            return Err(Error::Unfused { got: jobs.len() });
+        }
+        let written = self.take(&mut work, jobs.len())?;
+        let tokens: Vec<u32> = jobs.iter().flat_map(|job| job.tokens).copied().collect();
+        let mut cursors = vec![[kernels::mix_in::NONE; 2]; tokens.len()];
+        let (mut segments, mut wanted) = (Vec::with_capacity(jobs.len()), Vec::new());
+        for (job, to) in jobs.iter().zip(&written) {
+            let first = segments.last().map_or(0, |of: &Segment| of.first + of.rows);
+            let rows = count(job.tokens.len());
+            let end = first + rows;
+            cursors[first as usize][0] = job.record.index();
+            cursors[end as usize - 1][1] = to.index();
+            segments.push(Segment { first, rows, from: job.record.index(), to: to.index() });
+            wanted.extend(end - count(job.logits.rows(job.tokens.len()))..end);
+        }
+        let shape =
+            Shape { rows: count(tokens.len()), segments: count(jobs.len()), logits: count(wanted.len()) };
+
+        let queue = self.device.queue();
+        self.scratch.write(queue, &cursors, &segments);
+        queue.write_buffer(&self.scratch.tokens, 0, bytemuck::cast_slice(&tokens));
+        queue.write_buffer(&self.scratch.wanted, 0, bytemuck::cast_slice(&wanted));
+        let mut encoder = self.encoder();
+        self.encode(&mut work, &mut encoder, shape, None)?;
+        // The rows of logits, in the order of jobs: kept in the records, or read.
+        let row = (self.config.vocab * size_of::<f32>()) as u64;
+        let (mut at, mut all) = (0, Vec::new());
+        if shape.logits > 0 {
+            work.holds = None;
+        }
+        for (job, to) in jobs.iter().zip(&written) {
+            let rows = job.logits.rows(job.tokens.len()) as u64;
+            if rows > 0 {
+                let (from, into) = ((at + rows - 1) * row, work.records.logits_offset(to));
+                encoder.copy_buffer_to_buffer(&self.scratch.logits, from, &work.records.logits, into, row);
+                if at + rows == 1 {
+                    work.holds = Some(to.index());
+                }
+            }
+            if job.logits == Logits::All {
+                let bytes = at * row..(at + rows) * row;
+                all.push(self.read_later(&mut encoder, &self.scratch.logits, bytes)?);
+            }
+            at += rows;
+        }
+        queue.submit([encoder.finish()]);
+        drop(work);
+        let read: Vec<Vec<f32>> = all.iter().map(|buffer| self.read(buffer)).collect::<Result<_, _>>()?;
+        self.sound()?;
+        for (job, to) in jobs.iter_mut().zip(written) {
+            *job.record = to;
+        }
+        Ok(read.concat())
+    }
+
+    /// The logits `[V]` after the last token of a record.
+    pub(crate) fn logits(&self, record: &Record) -> Result<Vec<f32>, Error> {
+        let work = self.lock();
+        let start = work.records.logits_offset(record);
+        let end = start + (self.config.vocab * size_of::<f32>()) as u64;
+        let mut encoder = self.encoder();
+        let buffer = self.read_later(&mut encoder, &work.records.logits, start..end)?;
+        self.device.queue().submit([encoder.finish()]);
+        drop(work);
+        self.read(&buffer)
+    }
+
+    /// A record's state, layer by layer, each as its layout says.
+    pub(crate) fn state(&self, record: &Record) -> Result<Vec<f32>, Error> {
+        let work = self.lock();
+        let bytes = (work.records.layout.stride * size_of::<f32>()) as u64;
+        let total = bytes * self.config.n_layers as u64;
+        let buffer = self.staging(total)?;
+        let mut encoder = self.encoder();
+        for (layer, from) in (0..).zip(&work.records.layers) {
+            encoder.copy_buffer_to_buffer(from, work.records.offset(record), &buffer, layer * bytes, bytes);
+        }
+        self.device.queue().submit([encoder.finish()]);
+        drop(work);
+        self.read(&buffer)
+    }
+
+    /// A record that holds a state, layer by layer.
+    pub(crate) fn start_from(&self, state: &[f32]) -> Result<Record, Error> {
+        self.sound()?;
+        let mut work = self.lock();
+        let record = self.take(&mut work, 1)?.remove(0);
+        let offset = work.records.offset(&record);
+        for (layer, values) in work.records.layers.iter().zip(state.chunks_exact(work.records.layout.stride))
+        {
+            self.device.queue().write_buffer(layer, offset, bytemuck::cast_slice(values));
+        }
+        Ok(record)
+    }
+
+    /// How long the dispatches of all passes since the last call took; empty without timestamps.
+    pub(crate) fn profile(&self) -> Result<Profile, Error> {
+        let mut work = self.lock();
+        work.profile.as_mut().map_or(Ok(Profile::default()), |of| of.take(&self.device))
+    }
+
+    /// Waits until all is done.
+    pub(crate) fn wait(&self) -> Result<(), Error> {
+        self.device.device().poll(wgpu::PollType::wait_indefinitely())?;
+        self.sound()
+    }
+
+    /// An error if the device failed since.
+    fn sound(&self) -> Result<(), Error> {
+        self.device.fault().map_or(Ok(()), |what| Err(Error::Lost(what.to_owned())))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Work> {
+        // What a panic leaves half done is not shown to anyone: records that were taken are free again.
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes records for a pass; plans that are bound to buffers which had to grow are laid down anew.
+    fn take(&self, work: &mut Work, n: usize) -> Result<Vec<Record>, Error> {
+        let (taken, grown) = work.records.take(&self.device, n)?;
+        work.holds = work.holds.filter(|&held| taken.iter().all(|record| record.index() != held));
+        if grown {
+            (work.step, work.unfused) = (None, None);
+            work.batch.clear();
+        }
+        Ok(taken)
+    }
+
+    /// The plan for a pass.
+    fn plan<'w>(&self, work: &'w mut Work, shape: Shape) -> Result<&'w Plan, Error> {
+        let layers = layer::Layers {
+            device: &self.device,
+            config: &self.config,
+            kernels: &self.kernels,
+            weights: &self.weights,
+            scratch: &self.scratch,
+            records: &work.records,
+        };
+        let one = shape.rows == 1 && !self.setup.batch_invariant;
+        if !self.setup.fused {
+            let plan = work.unfused.take().map_or_else(|| layers.unfused(), Ok)?;
+            return Ok(work.unfused.insert(plan));
+        }
+        if one && self.kernels.has_step() {
+            let plan = work.step.take().map_or_else(|| layers.step(), Ok)?;
+            return Ok(work.step.insert(plan));
+        }
+        let tile = self.kernels.tile_rows(shape.rows);
+        if !work.batch.contains_key(&tile) {
+            work.batch.insert(tile, layers.batch(tile)?);
+        }
+        Ok(&work.batch[&tile])
+    }
+
+    /// Encodes a pass; `first` is a dispatch to go before it.
+    fn encode(
+        &self,
+        work: &mut Work,
+        encoder: &mut wgpu::CommandEncoder,
+        shape: Shape,
+        first: Option<&plan::Step>,
+    ) -> Result<(), Error> {
+        let mut profile = work.profile.take();
+        if work.told.replace(shape) != Some(shape) {
+            self.scratch.write_shape(self.device.queue(), shape);
+        }
+        let plan = self.plan(work, shape)?;
+        let head: &[plan::Step] = if shape.logits > 0 { &plan.head } else { &[] };
+        let steps: Vec<_> = first.into_iter().chain(&plan.body).chain(head).collect();
+        {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            match &mut profile {
+                None => steps.iter().for_each(|step| step.encode(&mut pass, shape)),
+                Some(profile) => profile.encode(&mut pass, &steps, shape),
+            }
+        }
+        if let Some(profile) = &mut profile {
+            profile.resolve(encoder);
+        }
+        work.profile = profile;
+        Ok(())
+    }
+
+    fn encoder(&self) -> wgpu::CommandEncoder {
+        self.device.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default())
+    }
+
+    /// A buffer that the host can read.
+    fn staging(&self, bytes: u64) -> Result<wgpu::Buffer, Error> {
+        checked(self.device.device(), || {
+            self.device.device().create_buffer(&wgpu::BufferDescriptor {
+                label: Some("staging"),
+                size: bytes,
+                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+                mapped_at_creation: false,
+            })
+        })
+    }
+
+    /// Copies bytes of a buffer where [`Self::read`] finds them.
+    fn read_later(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        from: &wgpu::Buffer,
+        bytes: Range<u64>,
+    ) -> Result<wgpu::Buffer, Error> {
+        let len = bytes.end - bytes.start;
+        let to = self.staging(len)?;
+        encoder.copy_buffer_to_buffer(from, bytes.start, &to, 0, len);
+        Ok(to)
+    }
+
+    /// Waits for what was submitted and reads a buffer.
+    fn read(&self, buffer: &wgpu::Buffer) -> Result<Vec<f32>, Error> {
+        // A failure shows when the range is asked for below.
+        buffer.slice(..).map_async(wgpu::MapMode::Read, |_| ());
+        self.device.device().poll(wgpu::PollType::wait_indefinitely())?;
+        self.sound()?;
+        let bytes = buffer.slice(..).get_mapped_range()?;
+        Ok(bytemuck::pod_collect_to_vec(&bytes))
+    }
+}
+
+/// A number of tokens, which are in memory several times over and of which a pass has few.
+fn count(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}

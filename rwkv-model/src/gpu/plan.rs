@@ -1,0 +1,127 @@
+//! What a pass does, laid down once: pipelines, bind groups and parameters for every dispatch.
+
+use rwkv_kernels::gpu::Device;
+use rwkv_kernels::pipeline::Pipeline;
+use wgpu::util::DeviceExt as _;
+
+use super::Error;
+
+/// The extents of one pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub(super) rows: u32,
+    pub(super) segments: u32,
+    /// Rows whose logits are wanted.
+    pub(super) logits: u32,
+}
+
+/// The workgroups of a dispatch.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Grid {
+    /// The same at every pass.
+    Fixed([u32; 3]),
+    /// One for each row.
+    Rows,
+    /// So many for each segment.
+    Segments(u32),
+    /// So many for every `rows` rows.
+    Tiles { x: u32, rows: u32 },
+    /// One for each row of logits.
+    LogitRows,
+    /// So many for every `rows` rows of logits.
+    LogitTiles { x: u32, rows: u32 },
+}
+
+impl Grid {
+    const fn groups(self, shape: Shape) -> [u32; 3] {
+        match self {
+            Self::Fixed(groups) => groups,
+            Self::Rows => [shape.rows, 1, 1],
+            Self::Segments(x) => [x, shape.segments, 1],
+            Self::Tiles { x, rows } => [x, shape.rows.div_ceil(rows), 1],
+            Self::LogitRows => [shape.logits, 1, 1],
+            Self::LogitTiles { x, rows } => [x, shape.logits.div_ceil(rows), 1],
+        }
+    }
+}
+
+/// One dispatch.
+#[derive(Debug)]
+pub(super) struct Step {
+    pub(super) pipeline: Pipeline,
+    pub(super) group: wgpu::BindGroup,
+    pub(super) grid: Grid,
+    /// What it does, for people.
+    pub(super) part: &'static str,
+    /// Bytes of weights and states that a pass of one row reads and writes.
+    pub(super) bytes: u64,
+}
+
+impl Step {
+    pub(super) fn encode(&self, pass: &mut wgpu::ComputePass<'_>, shape: Shape) {
+        self.pipeline.encode(pass, &self.group, self.grid.groups(shape));
+    }
+}
+
+/// All dispatches of a pass, in order.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    /// From the tokens to the residual stream.
+    pub(super) body: Vec<Step>,
+    /// From the residual stream to the logits.
+    pub(super) head: Vec<Step>,
+}
+
+/// Lays steps down.
+pub(super) struct Planner<'a> {
+    pub(super) device: &'a Device,
+}
+
+impl Planner<'_> {
+    /// A step that binds a uniform of its own.
+    pub(super) fn step<P: bytemuck::Pod>(
+        &self,
+        part: &'static str,
+        pipeline: &Pipeline,
+        params: P,
+        buffers: &[&wgpu::Buffer],
+        grid: Grid,
+        bytes: u64,
+    ) -> Result<Step, Error> {
+        let params = self.uniform(params);
+        self.step_with(part, pipeline, &params, buffers, grid, bytes)
+    }
+
+    /// A step that binds a uniform which others bind too.
+    pub(super) fn step_with(
+        &self,
+        part: &'static str,
+        pipeline: &Pipeline,
+        params: &wgpu::Buffer,
+        buffers: &[&wgpu::Buffer],
+        grid: Grid,
+        bytes: u64,
+    ) -> Result<Step, Error> {
+        let all = [params].into_iter().chain(buffers.iter().copied());
+        let group = pipeline.bind(self.device.device(), all.map(wgpu::Buffer::as_entire_buffer_binding))?;
+        Ok(Step { pipeline: pipeline.clone(), group, grid, part, bytes })
+    }
+
+    /// A uniform.
+    pub(super) fn uniform<P: bytemuck::Pod>(&self, params: P) -> wgpu::Buffer {
+        self.init("params", bytemuck::bytes_of(&params), wgpu::BufferUsages::UNIFORM)
+    }
+
+    /// A table that kernels read.
+    pub(super) fn table<T: bytemuck::Pod>(&self, elements: &[T]) -> wgpu::Buffer {
+        self.init("table", bytemuck::cast_slice(elements), wgpu::BufferUsages::STORAGE)
+    }
+
+    fn init(&self, label: &str, contents: &[u8], usage: wgpu::BufferUsages) -> wgpu::Buffer {
+        self.device.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
+            label: Some(label),
+            contents,
+            usage: usage | wgpu::BufferUsages::COPY_DST,
+        })
+    }
+}

@@ -1,0 +1,329 @@
+//! A model's weights on the device: uploaded from the checkpoint in one stream, laid out as the kernels read them.
+//!
+//! | buffer | layout |
+//! |---|---|
+//! | `stack` | rows of `D`: receptance, key, value, then the first factors of the adapters w, a, v, g |
+//! | `up` | rows of `D`: the second factors of the adapters w, a, v, g |
+//! | `output`, `key`, `head` | as in the file, `[outputs, inputs]` |
+//! | `value` | hidden-major, `[F, D]`, so that a hidden unit which is zero leaves a row unread |
+//! | `embedding` | as in the file, `[V, D]` |
+//!
+//! Matrices are halves; those of other types are converted, and refused if a weight is beyond what a half holds.
+//! Vectors are `f32`. The host never holds more than one matrix.
+
+use std::ops::Range;
+
+use half::f16;
+use rayon::prelude::*;
+use rwkv_core::config::Ranks;
+use rwkv_core::{Elements, ModelConfig};
+use rwkv_kernels::gpu::Device;
+use rwkv_kernels::pipeline::checked;
+use wgpu::WriteOnly;
+
+use super::Error;
+use crate::checkpoint::{Checkpoint, Fault, Progress, Reader};
+
+/// How the weights of matrices are stored on the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum WeightFormat {
+    /// Half precision.
+    #[default]
+    F16,
+}
+
+impl WeightFormat {
+    /// Bytes of `n` weights.
+    #[must_use]
+    pub const fn bytes(self, n: usize) -> u64 {
+        match self {
+            Self::F16 => 2 * n as u64,
+        }
+    }
+}
+
+/// Weights read at a time by one thread.
+const BLOCK: usize = 1 << 18;
+
+/// A model on the device.
+#[derive(Debug)]
+pub(super) struct Weights {
+    pub(super) embedding: wgpu::Buffer,
+    /// ln0, gain and bias.
+    pub(super) ln0: [wgpu::Buffer; 2],
+    pub(super) layers: Vec<Layer>,
+    /// ln_out, gain and bias, `[2, D]`.
+    pub(super) ln_out: wgpu::Buffer,
+    /// The same in two.
+    pub(super) ln_out_parts: [wgpu::Buffer; 2],
+    pub(super) head: wgpu::Buffer,
+}
+
+/// A layer on the device.
+#[derive(Debug)]
+pub(super) struct Layer {
+    /// Of the adapters; `v` is 0 in layer 0.
+    pub(super) ranks: Ranks,
+    pub(super) stack: wgpu::Buffer,
+    pub(super) up: wgpu::Buffer,
+    pub(super) output: wgpu::Buffer,
+    pub(super) key: wgpu::Buffer,
+    pub(super) value: wgpu::Buffer,
+    /// ln1's gain and bias, then the mixes r w k v a g; `[8, D]`.
+    pub(super) att: wgpu::Buffer,
+    /// w0, a0, v0, k_k, k_a, r_k, gain and bias of the group norm; `[8, D]`.
+    pub(super) heads: wgpu::Buffer,
+    /// ln2's gain and bias, then the mix; `[3, D]`.
+    pub(super) ffn: wgpu::Buffer,
+}
+
+impl Layer {
+    /// Outputs of the stack: what the heads read of a token.
+    pub(super) const fn inputs(&self, width: usize) -> usize {
+        3 * width + self.ranks.w + self.ranks.a + self.ranks.v + self.ranks.g
+    }
+}
+
+impl Weights {
+    /// Uploads the weights; `progress` is told of every stretch read, from several threads.
+    pub(super) fn upload(
+        device: &Device,
+        checkpoint: &Checkpoint,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Self, Error> {
+        let upload = Upload { device, reader: checkpoint.reader(progress), config: *checkpoint.config() };
+        upload.model().map_err(|error| match error {
+            Failed::Fault(fault) => Error::Checkpoint(checkpoint.error(fault)),
+            Failed::Device(error) => error,
+        })
+    }
+}
+
+/// What stopped an upload.
+enum Failed {
+    /// The checkpoint.
+    Fault(Fault),
+    /// The device.
+    Device(Error),
+}
+
+impl From<Fault> for Failed {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self::Device(error)
+    }
+}
+
+struct Upload<'a> {
+    device: &'a Device,
+    reader: Reader<'a>,
+    config: ModelConfig,
+}
+
+/// Rows of a matrix on their way into a buffer.
+struct Piece {
+    /// The tensor.
+    name: String,
+    rows: usize,
+    columns: usize,
+    /// Whether the file has it the other way round.
+    turned: bool,
+}
+
+impl Upload<'_> {
+    fn model(&self) -> Result<Weights, Failed> {
+        let ModelConfig { width, vocab, n_layers, .. } = self.config;
+        let plain = |name: &str, rows| Piece { name: name.to_owned(), rows, columns: width, turned: false };
+        let mut layers = Vec::with_capacity(n_layers);
+        for layer in 0..n_layers {
+            layers.push(self.layer(layer)?);
+            // What was staged for the layer goes, so that the host never holds much of the model.
+            self.device.queue().submit([]);
+            self.device.device().poll(wgpu::PollType::wait_indefinitely()).map_err(Error::from)?;
+        }
+        let vector = |name: &str| self.vectors(&[name]);
+        Ok(Weights {
+            embedding: self.matrix("embedding", &[plain("emb.weight", vocab)])?,
+            ln0: [vector("blocks.0.ln0.weight")?, vector("blocks.0.ln0.bias")?],
+            layers,
+            ln_out: self.vectors(&["ln_out.weight", "ln_out.bias"])?,
+            ln_out_parts: [vector("ln_out.weight")?, vector("ln_out.bias")?],
+            head: self.matrix("head", &[plain("head.weight", vocab)])?,
+        })
+    }
+
+    fn layer(&self, layer: usize) -> Result<Layer, Failed> {
+        let ModelConfig { width, hidden, ranks, .. } = self.config;
+        let name = |of: &str| format!("blocks.{layer}.{of}");
+        let plain = |of: &str, rows, columns| Piece { name: name(of), rows, columns, turned: false };
+        // The factors are `[D, rank]` and `[rank, D]` in official files, and the other way round in others.
+        let turned = self.reader.factors_are_turned();
+        let factor = |of: &str, rank, turned| Piece { name: name(of), rows: rank, columns: width, turned };
+        let ranks = Ranks { v: if layer == 0 { 0 } else { ranks.v }, ..ranks };
+        let adapters = [("w", ranks.w), ("a", ranks.a), ("v", ranks.v), ("g", ranks.g)];
+        let factors = |end: char, turned| {
+            let of =
+                move |&(adapter, rank): &(&str, usize)| factor(&format!("att.{adapter}{end}"), rank, turned);
+            adapters.iter().filter(|(_, rank)| *rank > 0).map(of).collect::<Vec<_>>()
+        };
+        let mut stack: Vec<_> = ["receptance", "key", "value"]
+            .map(|of| plain(&format!("att.{of}.weight"), width, width))
+            .into_iter()
+            .collect();
+        stack.extend(factors('1', !turned));
+
+        let norm = |of: &str| [name(&format!("{of}.weight")), name(&format!("{of}.bias"))];
+        let att = |of: &str| name(&format!("att.{of}"));
+        let vectors = |parts: &[Vec<f32>]| self.floats("vectors", &parts.concat());
+        let vector = |of: &str| self.reader.vector::<f32>(of);
+        let [ln1, ln2, ln_x] = ["ln1", "ln2", "att.ln_x"].map(norm);
+        let v0 = if layer == 0 { vec![0.0; width] } else { vector(&att("v0"))? };
+        Ok(Layer {
+            ranks,
+            stack: self.matrix("stack", &stack)?,
+            up: self.matrix("up", &factors('2', turned))?,
+            output: self.matrix("output", &[plain("att.output.weight", width, width)])?,
+            key: self.matrix("key", &[plain("ffn.key.weight", hidden, width)])?,
+            value: self.matrix(
+                "value",
+                &[Piece { name: name("ffn.value.weight"), rows: hidden, columns: width, turned: true }],
+            )?,
+            att: vectors(&[vector(&ln1[0])?, vector(&ln1[1])?, self.reader.mixes(&att(""))?])?,
+            heads: vectors(&[
+                vector(&att("w0"))?,
+                vector(&att("a0"))?,
+                v0,
+                vector(&att("k_k"))?,
+                vector(&att("k_a"))?,
+                vector(&att("r_k"))?,
+                vector(&ln_x[0])?,
+                vector(&ln_x[1])?,
+            ])?,
+            ffn: vectors(&[vector(&ln2[0])?, vector(&ln2[1])?, vector(&name("ffn.x_k"))?])?,
+        })
+    }
+
+    /// Several vectors, one after the other.
+    fn vectors(&self, names: &[&str]) -> Result<wgpu::Buffer, Failed> {
+        let parts: Vec<Vec<f32>> =
+            names.iter().map(|name| self.reader.vector(name)).collect::<Result<_, _>>()?;
+        self.floats("vectors", &parts.concat())
+    }
+
+    fn floats(&self, label: &str, values: &[f32]) -> Result<wgpu::Buffer, Failed> {
+        self.buffer(label, size_of_val(values), |mut to| {
+            to.copy_from_slice(bytemuck::cast_slice(values));
+            Ok(())
+        })
+    }
+
+    /// Matrices, one after the other.
+    fn matrix(&self, label: &str, pieces: &[Piece]) -> Result<wgpu::Buffer, Failed> {
+        let bytes = |piece: &Piece| piece.rows * piece.columns * size_of::<f16>();
+        self.buffer(label, pieces.iter().map(bytes).sum(), |mut to| {
+            for piece in pieces {
+                let part = to.split_off(..bytes(piece)).unwrap_or_default();
+                if piece.turned { self.turned(piece, part) } else { self.straight(piece, part) }?;
+            }
+            Ok(())
+        })
+    }
+
+    /// A matrix as it lies in the file.
+    fn straight(&self, piece: &Piece, to: WriteOnly<'_, [u8]>) -> Result<(), Fault> {
+        write(to, |part| halves(&piece.name, part.start, self.reader.elements(&piece.name, part)?))
+    }
+
+    /// A matrix that lies in the file the other way round, `[columns, rows]`.
+    fn turned(&self, piece: &Piece, to: WriteOnly<'_, [u8]>) -> Result<(), Fault> {
+        let Piece { name, rows, columns, .. } = piece;
+        let lines = (BLOCK / rows).max(1) * rows;
+        let starts: Vec<_> = (0..rows * columns).step_by(lines).collect();
+        let read = |&start: &usize| {
+            let end = (start + lines).min(rows * columns);
+            halves(name, start, self.reader.elements(name, start..end)?)
+        };
+        let stored: Vec<Vec<f16>> = starts.par_iter().map(read).collect::<Result<_, _>>()?;
+        write(to, |part| {
+            let mut block = vec![f16::ZERO; part.len()];
+            // Line by line, so that each is read where it lies: the parts that a line has in the block are `columns` apart.
+            for (column, line) in stored.iter().flat_map(|lines| lines.chunks_exact(*rows)).enumerate() {
+                let first = part.start.saturating_sub(column).div_ceil(*columns);
+                let own = block.iter_mut().skip(first * columns + column - part.start).step_by(*columns);
+                own.zip(&line[first..]).for_each(|(to, &value)| *to = value);
+            }
+            Ok(block)
+        })
+    }
+
+    /// A buffer that `fill` writes.
+    fn buffer(
+        &self,
+        label: &str,
+        bytes: usize,
+        fill: impl FnOnce(WriteOnly<'_, [u8]>) -> Result<(), Fault>,
+    ) -> Result<wgpu::Buffer, Failed> {
+        let limits = self.device.device().limits();
+        let max = limits.max_buffer_size.min(limits.max_storage_buffer_binding_size);
+        if bytes as u64 > max {
+            return Err(Error::TooLarge { what: label.to_owned(), bytes: bytes as u64, max }.into());
+        }
+        let buffer = checked::<_, Error>(self.device.device(), || {
+            self.device.device().create_buffer(&wgpu::BufferDescriptor {
+                label: Some(label),
+                size: bytes.next_multiple_of(16) as u64,
+                usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST,
+                mapped_at_creation: true,
+            })
+        })?;
+        {
+            let mut view = buffer.get_mapped_range_mut(..).map_err(Error::from)?;
+            fill(view.slice(..bytes))?;
+        }
+        buffer.unmap();
+        Ok(buffer)
+    }
+}
+
+/// Bytes that one thread writes at a time: at any width of a model, enough rows of a turned matrix that a line of a
+/// cache, read for one of them, serves others.
+const CHUNK: usize = 1 << 18;
+
+/// Writes halves that `make` gives for ranges of them, several at a time.
+fn write(
+    to: WriteOnly<'_, [u8]>,
+    make: impl Fn(Range<usize>) -> Result<Vec<f16>, Fault> + Sync,
+) -> Result<(), Fault> {
+    const HALF: usize = size_of::<f16>();
+    let (chunks, mut rest) = to.into_chunks::<CHUNK>();
+    let written = chunks.len() * CHUNK / HALF;
+    // A chunk of known length may pass to another thread.
+    let chunks: Vec<_> = chunks.into_iter().enumerate().collect();
+    chunks.into_par_iter().try_for_each(|(i, chunk)| {
+        let first = i * CHUNK / HALF;
+        let values = make(first..first + CHUNK / HALF)?;
+        WriteOnly::<[u8]>::from(chunk).copy_from_slice(bytemuck::cast_slice(&values));
+        Ok::<_, Fault>(())
+    })?;
+    rest.copy_from_slice(bytemuck::cast_slice(&make(written..written + rest.len() / HALF)?));
+    Ok(())
+}
+
+/// Weights as halves, or the first that is beyond them. `first` is the index of the first in its tensor.
+fn halves(tensor: &str, first: usize, elements: Elements) -> Result<Vec<f16>, Fault> {
+    let narrow = |(i, value): (usize, f32)| {
+        let half = f16::from_f32(value);
+        let beyond = || Fault::Beyond { tensor: tensor.to_owned(), index: first + i, value };
+        half.is_finite().then_some(half).ok_or_else(beyond)
+    };
+    match elements {
+        Elements::F16(values) => Ok(values),
+        Elements::BF16(values) => values.into_iter().map(f32::from).enumerate().map(narrow).collect(),
+        Elements::F32(values) => values.into_iter().enumerate().map(narrow).collect(),
+    }
+}
