@@ -3,6 +3,7 @@
 //! Every case is checked before it is timed: the engine's logits against the reference in f64, every other way to run it
 //! against those, bit for bit. Every figure stands beside the limit it is measured against, taken in the same run.
 
+mod gpu;
 mod machine;
 mod quality;
 mod random_model;
@@ -12,11 +13,27 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::ensure;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
 /// Measures the engine.
 #[derive(Parser)]
+#[command(args_conflicts_with_subcommands = true)]
 struct Args {
+    #[command(subcommand)]
+    part: Option<Part>,
+    #[command(flatten)]
+    cpu: CpuArgs,
+}
+
+/// A part of what can be measured; the CPU by default.
+#[derive(Subcommand)]
+enum Part {
+    /// The GPU, at the shapes of released models.
+    Gpu(gpu::GpuArgs),
+}
+
+#[derive(clap::Args)]
+struct CpuArgs {
     /// Where the random model is written, and deleted again: 0.9 GB.
     #[arg(long, default_value = "target/bench")]
     scratch: PathBuf,
@@ -34,6 +51,10 @@ struct Args {
 #[expect(clippy::print_stdout, reason = "the report")]
 fn run(args: &Args) -> anyhow::Result<()> {
     println!("{}\n", machine::describe());
+    if let Some(Part::Gpu(args)) = &args.part {
+        return gpu::report(args);
+    }
+    let args = &args.cpu;
     let fast = speed::report(&args.scratch, args.repeats.max(1))?;
     println!();
     let exact = quality::report(&args.assets, args.quick)?;

@@ -8,9 +8,16 @@ use rayon::prelude::*;
 use rwkv_core::rng::SplitMix64;
 use safetensors::{Dtype, View};
 
-/// The shape of the released 0.4B model.
-pub(crate) const SHAPE_0_4B: Shape =
-    Shape { layers: 24, width: 1024, vocab: 65536, ranks: [("w", 64), ("a", 64), ("v", 32), ("g", 128)] };
+/// The shapes of released models.
+pub(crate) const SHAPES: [Shape; 4] = [
+    Shape::new("0.4B", 24, 1024, [64, 64, 32, 128]),
+    Shape::new("1.5B", 24, 2048, [96, 96, 64, 256]),
+    Shape::new("2.9B", 32, 2560, [96, 96, 64, 320]),
+    Shape::new("7.2B", 32, 4096, [128, 128, 96, 480]),
+];
+
+/// Tokens of the released vocabulary.
+const VOCAB: usize = 65536;
 
 /// What the channel mix reads is this much above zero, and its key weights are below zero by as much as moves a hidden
 /// unit by [`LEAN`] deviations.
@@ -22,11 +29,20 @@ const LEAN: f32 = 1.64;
 /// Elements generated from one seed.
 const STRETCH: usize = 1 << 16;
 
+/// Extents of a model.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
+    pub(crate) name: &'static str,
     layers: usize,
     width: usize,
-    vocab: usize,
-    ranks: [(&'static str, usize); 4],
+    /// Of the adapters w, a, v, g.
+    ranks: [usize; 4],
+}
+
+impl Shape {
+    const fn new(name: &'static str, layers: usize, width: usize, ranks: [usize; 4]) -> Self {
+        Self { name, layers, width, ranks }
+    }
 }
 
 /// A tensor that is made when it is written. Values are uniform, of the deviation and around the mean given.
@@ -72,8 +88,8 @@ pub(crate) fn write(shape: &Shape, path: &Path) -> anyhow::Result<()> {
     };
     // a row of n weights of deviation n^-1/2 keeps the size of what it multiplies
     let fan = |inputs: usize| (inputs as f32).sqrt().recip();
-    push("emb.weight".to_owned(), &[shape.vocab, d], 0.0, 0.5);
-    push("head.weight".to_owned(), &[shape.vocab, d], 0.0, fan(d));
+    push("emb.weight".to_owned(), &[VOCAB, d], 0.0, 0.5);
+    push("head.weight".to_owned(), &[VOCAB, d], 0.0, fan(d));
     push("blocks.0.ln0.weight".to_owned(), &[d], 1.0, 0.1);
     push("blocks.0.ln0.bias".to_owned(), &[d], 0.0, 0.02);
     push("ln_out.weight".to_owned(), &[d], 1.0, 0.1);
@@ -89,7 +105,7 @@ pub(crate) fn write(shape: &Shape, path: &Path) -> anyhow::Result<()> {
         for mix in ["x_r", "x_w", "x_k", "x_v", "x_a", "x_g"] {
             push(&format!("att.{mix}"), &[1, 1, d], 0.5, 0.3);
         }
-        for (adapter, rank) in shape.ranks {
+        for (adapter, rank) in ["w", "a", "v", "g"].into_iter().zip(shape.ranks) {
             push(&format!("att.{adapter}1"), &[d, rank], 0.0, fan(d));
             push(&format!("att.{adapter}2"), &[rank, d], 0.0, fan(rank));
         }

@@ -8,10 +8,11 @@ use rwkv_core::Real;
 use rwkv_core::compare::nmse;
 use rwkv_core::model::{Logits, Model, Options, Segment, State};
 use rwkv_core::ops::linear::Matrix;
+use rwkv_model::engine::Device;
 use rwkv_model::{Checkpoint, Engine, EngineOptions};
 
 use crate::machine::{Reading, peak_memory};
-use crate::random_model::{self, SHAPE_0_4B};
+use crate::random_model::{self, SHAPES};
 
 /// Tokens of the prefill case.
 const PROMPT: usize = 512;
@@ -36,7 +37,7 @@ fn token(index: usize) -> u32 {
 pub(crate) fn report(scratch: &Path, repeats: usize) -> anyhow::Result<bool> {
     std::fs::create_dir_all(scratch).with_context(|| scratch.display().to_string())?;
     let path = scratch.join("random-0.4b.safetensors");
-    random_model::write(&SHAPE_0_4B, &path)?;
+    random_model::write(&SHAPES[0], &path)?;
     let cases = Cases::new(&path, repeats);
     std::fs::remove_file(&path)?;
     let cases = cases?;
@@ -85,8 +86,8 @@ pub(crate) fn report(scratch: &Path, repeats: usize) -> anyhow::Result<bool> {
 }
 
 /// A case's times, in seconds.
-struct Times {
-    median: f64,
+pub(crate) struct Times {
+    pub(crate) median: f64,
     low: f64,
     high: f64,
     count: usize,
@@ -106,7 +107,7 @@ impl std::fmt::Display for Times {
 }
 
 impl Times {
-    fn new(mut seconds: Vec<f64>) -> Self {
+    pub(crate) fn new(mut seconds: Vec<f64>) -> Self {
         seconds.sort_by(f64::total_cmp);
         let count = seconds.len();
         Self { median: seconds[count / 2], low: seconds[0], high: seconds[count - 1], count }
@@ -133,7 +134,8 @@ struct Cases {
 impl Cases {
     fn new(path: &Path, repeats: usize) -> anyhow::Result<Self> {
         let begun = Instant::now();
-        let dense_only = EngineOptions { skip_zeros: false, ..EngineOptions::default() };
+        let on_cpu = EngineOptions { device: Device::Cpu, ..EngineOptions::default() };
+        let dense_only = EngineOptions { skip_zeros: false, ..on_cpu.clone() };
         let checkpoint = Checkpoint::open(path)?;
         let engine = Engine::new(&checkpoint, dense_only, &|_| {})?;
         let load = begun.elapsed().as_secs_f64();
@@ -148,7 +150,7 @@ impl Cases {
         let config = *checkpoint.config();
         let streamed = 2 * config.streamed_params();
         let sum = Reading::new(streamed);
-        let skipping = Engine::new(&checkpoint, EngineOptions::default(), &|_| {})?;
+        let skipping = Engine::new(&checkpoint, on_cpu, &|_| {})?;
         same_bits(&engine, &skipping, &prompt)?;
         let (mut dense, mut sparse) = (engine.session(), skipping.session());
         let mut sessions: Vec<_> = (0..BATCH).map(|_| engine.session()).collect();

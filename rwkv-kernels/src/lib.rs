@@ -290,7 +290,7 @@ mod tests {
         assert_eq!((portable.workgroup_size, portable.workgroup_bytes), ([256, 1, 1], 1024), "from `LANES`");
         assert_eq!(portable.overrides, [Override { name: "LANES", default: 256.0 }], "one override");
         let names: Vec<_> = portable.bindings.iter().map(|b| b.name).collect();
-        assert_eq!(names, ["params", "x", "gain", "bias", "y"], "in order");
+        assert_eq!(names, ["params", "x", "rows", "gain", "bias", "y"], "in order");
         assert_eq!(portable.params_bytes, size_of::<crate::kernels::layer_norm::Params>(), "one struct");
     }
 }

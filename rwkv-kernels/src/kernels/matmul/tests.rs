@@ -173,21 +173,14 @@ fn tiles(transposed: bool) -> Vec<(u32, &'static Device, Pipeline)> {
 
 /// Widths and ranks of small models; of outputs, of a vocabulary too: no multiple of anything.
 fn shape(transposed: bool) -> impl Strategy<Value = Shape> {
-    let (of_8, any) = (
+    let (of_8, some) = (
         prop_oneof![Just(64usize), Just(192), Just(96), Just(24), (1..=40usize).prop_map(|n| 8 * n)].boxed(),
         prop_oneof![Just(1usize), Just(5), Just(24), Just(96), Just(257), 1..=300usize].boxed(),
     );
-    let (inputs, outputs) = if transposed { (any, of_8) } else { (of_8, any) };
-    (inputs, outputs, 0..ALL.len(), any_bool()).prop_map(|(inputs, outputs, activation, accumulate)| Shape {
-        inputs,
-        outputs,
-        activation: ALL[activation].1,
-        accumulate,
+    let (inputs, outputs) = if transposed { (some, of_8) } else { (of_8, some) };
+    (inputs, outputs, 0..ALL.len(), any::<bool>()).prop_map(|(inputs, outputs, activation, accumulate)| {
+        Shape { inputs, outputs, activation: ALL[activation].1, accumulate }
     })
-}
-
-fn any_bool() -> impl Strategy<Value = bool> {
-    proptest::bool::ANY
 }
 
 fn rows() -> impl Strategy<Value = usize> {

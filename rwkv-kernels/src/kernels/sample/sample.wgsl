@@ -224,7 +224,8 @@ fn shift_for(span: u32) -> u32 {
 //
 // Values `first` to `last`, of which the cut is one, fall into buckets of 2^shift; the last bucket takes all that are
 // beyond it. The values are distances, and of tokens at one and the same distance the tokens themselves. Each round
-// finds the bucket of the cut. It is over as soon as all of that is kept, which is so of a single token.
+// finds the bucket of the cut. It is over as soon as all of that is kept, which is so of a single token: after the first
+// round, each takes a bit at least of the 32 of a distance or the 24 of a token.
 fn narrow(kept: Cut, top: u32, weighted: bool, at: u32, row: Row, lane: u32) -> Cut {
     let temperature = bitcast<f32>(samplers[at + TEMPERATURE]);
     let top_p = bitcast<f32>(samplers[at + TOP_P]);
@@ -241,7 +242,7 @@ fn narrow(kept: Cut, top: u32, weighted: bool, at: u32, row: Row, lane: u32) -> 
     var tied = false;
     var tie = 0u;
 
-    for (var round = 0u; ; round++) {
+    for (var round = 0u; round < 64u; round++) {
         atomicStore(&n_in[lane], 0u);
         atomicStore(&low_of[lane], 0u);
         atomicStore(&high_of[lane], 0u);
@@ -322,7 +323,7 @@ fn narrow(kept: Cut, top: u32, weighted: bool, at: u32, row: Row, lane: u32) -> 
         }
         shift = shift_for(last - first);
     }
-    return kept; // never: each round narrows the values, and one token is all of its bucket
+    return kept; // never
 }
 
 // ---- The draw ----
@@ -450,7 +451,7 @@ fn sample(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_ind
         for (var stage = 0u; stage < 2u; stage++) {
             let weighted = stage == 1u;
             let fewer = top_k > 0u && top_k < params.vocab;
-            if select(fewer, bitcast<f32>(samplers[at + TOP_P]) < 0.99, weighted) {
+            if select(fewer, bitcast<f32>(samplers[at + TOP_P]) < 1.0, weighted) {
                 kept = narrow(kept, top.x, weighted, at, row, lane);
             }
         }

@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::mem::offset_of;
 
 use proptest::prelude::*;
+use rwkv_core::Real as _;
 use rwkv_core::ops::sample::{Counts, Error as SamplerError, Sampler};
 use rwkv_core::rng::{SplitMix64, philox4x32};
 
@@ -184,7 +185,7 @@ struct Token {
     value: (f64, f64),
 }
 
-/// Logarithm of the odds, with what it adds to the draw.
+/// Noise of the Gumbel distribution, `-ln(-ln u)`.
 fn gumbel(bits: u32) -> f64 {
     -(-((f64::from(bits >> 9) + 0.5) / f64::from(1 << 23)).ln()).ln()
 }
@@ -192,7 +193,7 @@ fn gumbel(bits: u32) -> f64 {
 /// The tokens that are not masked.
 fn exact(row: &Row, masked: &[u32]) -> Vec<Token> {
     let Sampler { temperature, presence_penalty, frequency_penalty, seed, .. } = row.sampler;
-    let is_f32 = |x: f64| f64::from(x as f32) == x;
+    let is_f32 = |x: f64| f64::from(f32::of(x)) == x;
     let mut hidden = vec![false; row.logits.len()];
     masked.iter().for_each(|&token| hidden[token as usize] = true);
     let mut all = Vec::new();
@@ -515,7 +516,7 @@ fn the_noise_is_that_of_the_twin() {
     bits.resize_with(n, || words(rng.next_u64())[0]);
     let x: Vec<f32> = (0..n)
         .map(|i| match i % 3 {
-            0 => (f64::from(bits[i] >> 9) + 0.5) as f32 / (1 << 23) as f32,
+            0 => f32::of((f64::from(bits[i] >> 9) + 0.5) / f64::from(1 << 23)),
             1 => 1.0 - rng.uniform(0.0, 1.0) * rng.uniform(-24.0, -1.0).exp2().max(0.5_f32.powi(24)),
             _ => rng.uniform(-24.0, 4.0).exp2(),
         })

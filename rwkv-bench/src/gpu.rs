@@ -1,0 +1,265 @@
+//! Speed of the GPU executor at the shapes of released models, beside web-rwkv's and the limit.
+//!
+//! Each model is random F16 weights, the same file for both engines. The logits are first compared with the CPU
+//! executor's, then the device is kept busy for half a second, then windows are timed.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use rwkv_core::compare::nmse;
+use rwkv_model::engine::Device;
+use rwkv_model::gpu::Profile;
+use rwkv_model::{Checkpoint, Engine, EngineOptions, Sampler, Session};
+
+use crate::random_model::{self, SHAPES, Shape};
+use crate::speed::Times;
+
+/// Measures the GPU.
+#[derive(Args)]
+pub(crate) struct GpuArgs {
+    /// The shapes, by name.
+    #[arg(long, value_delimiter = ',', default_value = "0.4B,1.5B,2.9B,7.2B")]
+    shapes: Vec<String>,
+    /// The GPU: part of its name, or its number.
+    #[arg(long)]
+    adapter: Option<String>,
+    /// Where the random models are written, and deleted again: 15 GB for the largest.
+    #[arg(long, default_value = "target/bench")]
+    scratch: PathBuf,
+    /// The program of `rwkv-bench/web-rwkv`, to measure beside.
+    #[arg(long)]
+    peer: Option<PathBuf>,
+    /// Prompt lengths.
+    #[arg(long, value_delimiter = ',', default_value = "512,2048")]
+    prefill: Vec<usize>,
+    /// Sequences side by side.
+    #[arg(long, value_delimiter = ',', default_value = "8,32,128")]
+    batch: Vec<usize>,
+    /// Without comparing with one dispatch for each operation.
+    #[arg(long)]
+    no_unfused: bool,
+    /// Where a Chrome trace of a decode step goes.
+    #[arg(long)]
+    trace: Option<PathBuf>,
+}
+
+/// Tokens of a window.
+const WINDOW: usize = 64;
+
+/// Windows that are timed.
+const WINDOWS: usize = 9;
+
+/// How long a device is kept busy before it is timed: an idle one is clocked down.
+const WARM: Duration = Duration::from_millis(500);
+
+/// Both executors round as often, in another order, and the GPU's matrices are halves as the file's: their logits
+/// differ by rounding, which random weights of 24 to 32 layers amplify to some 1e-5 of their size.
+const LIMIT: f64 = 1e-8;
+
+fn token(index: usize) -> u32 {
+    u32::try_from(index * 7919 % 65521).unwrap_or_default()
+}
+
+#[expect(clippy::print_stdout, reason = "the report")]
+pub(crate) fn report(args: &GpuArgs) -> anyhow::Result<()> {
+    std::fs::create_dir_all(&args.scratch).with_context(|| args.scratch.display().to_string())?;
+    for name in &args.shapes {
+        let shape = SHAPES.iter().find(|shape| shape.name == name);
+        let shape = shape.with_context(|| format!("no shape {name}, there are 0.4B, 1.5B, 2.9B, 7.2B"))?;
+        println!("{name}");
+        measure(args, shape)?;
+    }
+    Ok(())
+}
+
+#[expect(clippy::print_stdout, reason = "the report")]
+fn measure(args: &GpuArgs, shape: &Shape) -> anyhow::Result<()> {
+    let path = args.scratch.join(format!("random-{}.safetensors", shape.name));
+    random_model::write(shape, &path)?;
+    let checkpoint = Checkpoint::open(&path)?;
+    let device = Device::Gpu(args.adapter.clone());
+    let options = EngineOptions { device, timestamps: true, ..EngineOptions::default() };
+
+    let begun = Instant::now();
+    let engine = Engine::new(&checkpoint, options.clone(), &|_| {})?;
+    engine.wait()?;
+    let load = begun.elapsed().as_secs_f64();
+    let report = engine.report()?;
+    println!("  device            {}", report.device);
+    println!("  kernels           {}", report.kernels.join(" "));
+    println!("  dispatches        {} a token, {} a pass", report.step_dispatches, report.batch_dispatches);
+    println!("  load              {load:8.2} s, {:.1} GB/s", checkpoint.bytes() as f64 / load / 1e9);
+    let error = verify(&checkpoint, &engine)?;
+    println!("  logits            {error:.1e} from the CPU executor's");
+
+    let bytes = 2.0 * engine.config().streamed_params() as f64;
+    let fused = decode(&engine)?;
+    let rate = WINDOW as f64 / fused.median;
+    println!(
+        "  decode            {rate:8.1} tokens/s, {:.0} GB/s if all weights were read {fused}",
+        bytes * rate / 1e9
+    );
+    for &tokens in &args.prefill {
+        let prompt: Vec<u32> = (0..tokens).map(token).collect();
+        let times = windows(&engine, WINDOWS, || {
+            engine.session().prefill(&prompt)?;
+            Ok(engine.wait()?)
+        })?;
+        println!("  prefill {tokens:<9} {:8.0} tokens/s {times}", tokens as f64 / times.median);
+    }
+    for &n in &args.batch {
+        let mut sessions: Vec<Session> = (0..n).map(|_| engine.session()).collect();
+        let times = windows(&engine, WINDOWS, || {
+            for at in 0..8 {
+                let tokens: Vec<[u32; 1]> = (0..n).map(|i| [token(i + at)]).collect();
+                let mut batch: Vec<_> = sessions.iter_mut().zip(&tokens).map(|(s, t)| (s, &t[..])).collect();
+                engine.step(&mut batch)?;
+            }
+            Ok(engine.wait()?)
+        })?;
+        println!("  decode, {n:>3} side by side {:8.1} tokens/s {times}", 8.0 * n as f64 / times.median);
+    }
+    let mut session = engine.session();
+    session.prefill(&[1])?;
+    warm(&mut session)?;
+    engine.profile()?;
+    for _ in session.generate(Sampler::greedy()).take(16) {}
+    let profile = engine.profile()?;
+    kernels(&profile);
+    if let Some(path) = &args.trace {
+        std::fs::write(path, trace(&profile))?;
+    }
+    drop((session, engine));
+
+    if !args.no_unfused {
+        let engine = Engine::new(&checkpoint, EngineOptions { fused: false, ..options }, &|_| {})?;
+        verify(&checkpoint, &engine)?;
+        let unfused = decode(&engine)?;
+        println!(
+            "  decode, not fused {:8.1} tokens/s, {} dispatches; fused is {:+.0} % {unfused}",
+            WINDOW as f64 / unfused.median,
+            engine.report()?.step_dispatches,
+            100.0 * (unfused.median / fused.median - 1.0)
+        );
+    }
+    if let Some(peer) = &args.peer {
+        compare(args, peer, &path)?;
+    }
+    std::fs::remove_file(&path)?;
+    Ok(())
+}
+
+/// The error of a prompt and of single tokens after it, relative to the CPU's logits.
+fn verify(checkpoint: &Checkpoint, engine: &Engine) -> anyhow::Result<f64> {
+    let cpu = EngineOptions { device: Device::Cpu, ..EngineOptions::default() };
+    let cpu = Engine::new(checkpoint, cpu, &|_| {})?;
+    let (mut ours, mut theirs) = (engine.session(), cpu.session());
+    let mut worst = 0f64;
+    for part in [4, 1, 1] {
+        let tokens: Vec<u32> = (0..part).map(|i| token(i + ours.position() as usize)).collect();
+        ours.prefill(&tokens)?;
+        theirs.prefill(&tokens)?;
+        let want: Vec<f64> = theirs.logits()?.iter().copied().map(f64::from).collect();
+        worst = worst.max(nmse(ours.logits()?, &want, LIMIT).context("the CPU's logits")?);
+    }
+    Ok(worst.sqrt())
+}
+
+/// Times [`WINDOW`] tokens, generated one after the other.
+fn decode(engine: &Engine) -> anyhow::Result<Times> {
+    let mut session = engine.session();
+    session.prefill(&[1])?;
+    warm(&mut session)?;
+    let mut tokens = session.generate(Sampler::greedy());
+    let mut times = Vec::new();
+    for _ in 0..WINDOWS {
+        let begun = Instant::now();
+        for token in tokens.by_ref().take(WINDOW) {
+            token?;
+        }
+        times.push(begun.elapsed().as_secs_f64());
+    }
+    Ok(Times::new(times))
+}
+
+fn warm(session: &mut Session) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    for token in session.generate(Sampler::greedy()) {
+        token?;
+        if begun.elapsed() > WARM {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Runs a case for [`WARM`], and then times it.
+fn windows(engine: &Engine, n: usize, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<Times> {
+    let begun = Instant::now();
+    while begun.elapsed() < WARM {
+        run()?;
+    }
+    engine.wait()?;
+    let time = |_| {
+        let begun = Instant::now();
+        run()?;
+        anyhow::Ok(begun.elapsed().as_secs_f64())
+    };
+    Ok(Times::new((0..n).map(time).collect::<Result<_, _>>()?))
+}
+
+/// Prints the time of each part of a step.
+#[expect(clippy::print_stdout, reason = "the report")]
+fn kernels(profile: &Profile) {
+    let mut parts: BTreeMap<(&str, &str), (u32, f64, u64)> = BTreeMap::new();
+    for of in &profile.dispatches {
+        let part = parts.entry((of.part, &of.kernel)).or_default();
+        *part = (part.0 + 1, part.1 + of.ns, part.2 + of.bytes);
+    }
+    let total: f64 = parts.values().map(|(_, ns, _)| ns).sum();
+    println!("    part         kernel                      calls  us each     GB/s   share");
+    for ((part, kernel), (calls, ns, bytes)) in parts {
+        println!(
+            "    {part:<12} {kernel:<27} {calls:>5} {:>8.2} {:>8.0} {:>6.1}%",
+            ns / 1e3 / f64::from(calls),
+            bytes as f64 / ns,
+            100.0 * ns / total
+        );
+    }
+}
+
+/// A trace for `chrome://tracing`.
+fn trace(profile: &Profile) -> String {
+    let event = |of: &rwkv_model::gpu::Dispatch| {
+        let (part, kernel) = (of.part, &of.kernel);
+        let (start, us) = (of.start_ns / 1e3, of.ns / 1e3);
+        format!(
+            r#"{{"name":"{part}","cat":"{kernel}","ph":"X","ts":{start:.3},"dur":{us:.3},"pid":0,"tid":0,"args":{{"kernel":"{kernel}","bytes":{}}}}}"#,
+            of.bytes
+        )
+    };
+    format!("[{}]\n", profile.dispatches.iter().map(event).collect::<Vec<_>>().join(",\n"))
+}
+
+/// Runs the peer on the same model.
+fn compare(args: &GpuArgs, peer: &Path, model: &Path) -> anyhow::Result<()> {
+    let converted = model.with_extension("st");
+    let run = |of: &mut Command| {
+        let done = of.status()?;
+        ensure!(done.success(), "{of:?}: {done}");
+        anyhow::Ok(())
+    };
+    run(Command::new(peer).arg("convert").args([model, &converted]))?;
+    let mut command = Command::new(peer);
+    command.arg(&converted).args(["--decode", "64", "--json"]);
+    if let Some(adapter) = &args.adapter {
+        command.args(["--adapter", adapter]);
+    }
+    let done = run(&mut command);
+    std::fs::remove_file(&converted)?;
+    done
+}
