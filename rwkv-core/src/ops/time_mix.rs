@@ -96,3 +96,122 @@ pub fn time_mix<R: Real, M: Linear<R>>(
         out,
     );
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Inputs, Weights, time_mix};
+    use crate::compare::max_abs;
+    use crate::ops::decay::DECAY_SCALE;
+    use crate::ops::kappa::KAPPA_EPS;
+    use crate::ops::linear::Matrix;
+    use crate::ops::readout::GN_EPS;
+    use crate::ops::wkv7::Dims;
+    use crate::real::sigmoid;
+    use crate::rng::SplitMix64;
+
+    const DIMS: Dims = Dims { tokens: 3, heads: 2, head_size: 4 };
+    const WIDTH: usize = DIMS.heads * DIMS.head_size;
+    /// Of w, a, v and g.
+    const RANKS: [usize; 4] = [3, 1, 2, 5];
+
+    /// What the weights and inputs are, by name.
+    struct Case {
+        ups: [Matrix<f64>; 4],
+        low: [Vec<f64>; 4],
+        /// `w0 a0 v0 k_k k_a r_k`, gain and bias, each `[D]`.
+        vectors: [Vec<f64>; 8],
+        /// `r k v` and the values of the first layer, each `[T, D]`.
+        rows: [Vec<f64>; 4],
+        state: Vec<f64>,
+    }
+
+    impl Case {
+        fn draw() -> Self {
+            let mut rng = SplitMix64::new(5);
+            let mut draw = |len| (0..len).map(|_| f64::from(rng.normal())).collect::<Vec<_>>();
+            let ups = RANKS.map(|rank| Matrix::new(rank, draw(WIDTH * rank)));
+            let low = RANKS.map(|rank| draw(DIMS.tokens * rank));
+            let vectors = [(); 8].map(|()| draw(WIDTH));
+            let mut rows = [(); 4].map(|()| draw(DIMS.vector_len()));
+            rows[1][4..8].fill(0.0); // a zero key has no direction
+            Self { ups, low, vectors, rows, state: draw(DIMS.state_len()) }
+        }
+
+        /// Values of the first layer, state and output, as the operation has them.
+        fn run(&self, first_layer: bool) -> [Vec<f64>; 3] {
+            let ([w, a, v, g], [w0, a0, v0, k_k, k_a, r_k, gain, bias]) = (&self.ups, &self.vectors);
+            let v = (!first_layer).then_some((v, &v0[..]));
+            let weights = Weights { w: (w, w0), a: (a, a0), v, g, k_k, k_a, r_k, gain, bias };
+            let ([r, k, v, v_first], [w_low, a_low, v_low, g_low]) = (&self.rows, &self.low);
+            let v_low: &[f64] = if first_layer { &[] } else { v_low };
+            let (mut v_first, mut state) = (v_first.clone(), self.state.clone());
+            let mut out = vec![f64::NAN; DIMS.vector_len()];
+            let x = Inputs { r, k, v, w_low, a_low, v_low, g_low };
+            time_mix(DIMS, weights, x, &mut v_first, &mut state, &mut out);
+            [v_first, state, out]
+        }
+
+        /// The same by the formulas of the model, channel by channel, without any other operation.
+        fn by_hand(&self, first_layer: bool) -> [Vec<f64>; 3] {
+            let n = DIMS.head_size;
+            let [w0, a0, v0, k_k, k_a, r_k, gain, bias] = &self.vectors;
+            let [r, k0, v0_, _] = &self.rows;
+            let (mut v_first, mut state) = (self.rows[3].clone(), self.state.clone());
+            let mut out = vec![f64::NAN; DIMS.vector_len()];
+            for (t, h) in (0..DIMS.tokens).flat_map(|t| (0..DIMS.heads).map(move |h| (t, h))) {
+                let channels = h * n..(h + 1) * n;
+                let at = |c: usize| t * WIDTH + c;
+                let up = |of: usize, c: usize| {
+                    let rank = RANKS[of];
+                    let (weights, low) = (&self.ups[of].weights()[c * rank..], &self.low[of][t * rank..]);
+                    (0..rank).map(|i| weights[i] * low[i]).sum::<f64>()
+                };
+                let decay = |c: usize| (-DECAY_SCALE * sigmoid(w0[c] + up(0, c))).exp();
+                let eta = |c: usize| sigmoid(a0[c] + up(1, c));
+                let own = |c: usize| v0_[at(c)];
+                let mut v = |c: usize| {
+                    if first_layer {
+                        v_first[at(c)] = own(c);
+                        return own(c);
+                    }
+                    own(c) + (v_first[at(c)] - own(c)) * sigmoid(v0[c] + up(2, c))
+                };
+                let v: Vec<_> = channels.clone().map(&mut v).collect();
+                let norm = channels.clone().map(|c| (k0[at(c)] * k_k[c]).powi(2)).sum::<f64>().sqrt();
+                let kappa = |c: usize| k0[at(c)] * k_k[c] / norm.max(KAPPA_EPS);
+                let k = |c: usize| k0[at(c)] * (1.0 + (eta(c) - 1.0) * k_a[c]);
+                let mut y = Vec::new();
+                for i in 0..n {
+                    let row = &mut state[(h * n + i) * n..][..n];
+                    let q: f64 = row.iter().zip(channels.clone()).map(|(s, c)| s * -kappa(c)).sum();
+                    for (s, c) in row.iter_mut().zip(channels.clone()) {
+                        *s = *s * decay(c) + q * kappa(c) * eta(c) + v[i] * k(c);
+                    }
+                    y.push(row.iter().zip(channels.clone()).map(|(s, c)| s * r[at(c)]).sum::<f64>());
+                }
+                let mean = y.iter().sum::<f64>() / n as f64;
+                let variance = y.iter().map(|y| (y - mean).powi(2)).sum::<f64>() / n as f64;
+                let bonus: f64 = channels.clone().map(|c| r[at(c)] * k(c) * r_k[c]).sum();
+                for (i, c) in channels.enumerate() {
+                    let normed = (y[i] - mean) / (variance + GN_EPS).sqrt() * gain[c] + bias[c];
+                    out[at(c)] = (normed + bonus * v[i]) * up(3, c);
+                }
+            }
+            [v_first, state, out]
+        }
+    }
+
+    #[test]
+    fn is_what_the_formulas_of_the_model_say() {
+        let case = Case::draw();
+        for first_layer in [true, false] {
+            let (got, want) = (case.run(first_layer), case.by_hand(first_layer));
+            for ((got, want), what) in got.iter().zip(&want).zip(["v_first", "state", "out"]) {
+                let agree = max_abs(got, want, 1e-11);
+                assert!(agree.is_ok(), "{what}, first layer {first_layer}: {agree:?}");
+            }
+            let kept = if first_layer { &case.rows[2] } else { &case.rows[3] };
+            assert_eq!(&got[0], kept, "v_first is written in the first layer and kept in the others");
+        }
+    }
+}

@@ -25,6 +25,9 @@ pub mod wkv7;
 
 #[cfg(test)]
 #[cfg(feature = "gpu")]
+mod intervals;
+#[cfg(test)]
+#[cfg(feature = "gpu")]
 mod testing;
 
 /// Workgroups of one dispatch along one dimension, at most: the default limit of WebGPU.

@@ -17,7 +17,8 @@ var<workgroup> partials: array<f32, LANES>;
 
 // The sum of `x` over all invocations, in each of them. Every invocation must call it.
 //
-// An `x` passes at most size - 1 additions in a subgroup of that size, then one for each subgroup.
+// An `x` passes at most size - 1 additions in a subgroup of that size, then as many over the subgroups, each of whose
+// lanes may have added several.
 fn workgroup_sum(x: f32, lane: Lane) -> f32 {
     let partial = subgroupAdd(x);
     // One of the subgroup writes: its first active invocation, which need not be that of id 0.
@@ -25,10 +26,11 @@ fn workgroup_sum(x: f32, lane: Lane) -> f32 {
         partials[lane.subgroup] = partial;
     }
     workgroupBarrier();
-    var sum = partials[0];
-    for (var i = 1u; i < lane.subgroups; i++) {
+    var sum = 0.0;
+    for (var i = lane.of_subgroup; i < lane.subgroups; i += min(lane.subgroup_size, LANES)) {
         sum += partials[i];
     }
+    sum = subgroupAdd(sum);
     workgroupBarrier(); // before the next sum writes where this one is read
     return sum;
 }

@@ -144,6 +144,10 @@ impl Kernels {
     }
 }
 
+fn env(name: &str, default: u32) -> u32 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
 impl StepKernels {
     /// The kernels, or none where a row does not fit into the memory of a workgroup.
     fn new(device: &Device, config: &ModelConfig) -> Result<Option<Self>, Error> {
@@ -151,15 +155,18 @@ impl StepKernels {
         let lanes = lanes(device);
         let width = count(config.width);
         // Large workgroups, since each norms the row anew; long rows are multiplied two at a time. Measured on an H200.
-        let (mix_lanes, team_rows) = (lanes(1024), if width < 2048 { 1 } else { 2 });
-        if 4 * (width + mix_lanes) > capabilities.workgroup_bytes {
+        let (mix_lanes, team_rows) =
+            (env("MIX_LANES", lanes(1024)), env("TEAM_ROWS", if width < 2048 { 1 } else { 2 }));
+        if 4 * (width + mix_lanes) > capabilities.workgroup_bytes || width > 16 * mix_lanes {
             return Ok(None);
         }
         // Teams are subgroups of 32 on most devices; others go through a tile more or fewer times.
         let tile = |lanes: u32, rows: u32| (lanes / 32).max(1) * rows;
         // `time_mix` and `channel_mix_value` need 32 to 64 bytes a lane.
         let half = if capabilities.workgroup_bytes >= 32 << 10 { lanes(512) } else { lanes(256) };
-        let columns = if width <= 1024 { 16 } else { 32 };
+        let columns = env("COLUMNS", if width <= 1024 { 16 } else { 32 });
+        let (hl, vl, ll) =
+            (env("HEADS_LANES", half), env("VALUE_LANES", half), env("LINEAR_LANES", lanes(256)));
         let f = f64::from;
         Ok(Some(Self {
             mix_in: compile(
@@ -167,15 +174,15 @@ impl StepKernels {
                 mix_in::VARIANTS,
                 &[("LANES", f(mix_lanes)), ("TEAM_ROWS", f(team_rows)), ("WIDTH", f(width))],
             )?,
-            time_mix: compile(device, time_mix::VARIANTS, &[("LANES", f(half)), ("LORA_UP", 1.0)])?,
-            linear: compile(device, linear::VARIANTS, &[("LANES", f(lanes(256))), ("TEAM_ROWS", 1.0)])?,
+            time_mix: compile(device, time_mix::VARIANTS, &[("LANES", f(hl)), ("LORA_UP", 1.0)])?,
+            linear: compile(device, linear::VARIANTS, &[("LANES", f(ll)), ("TEAM_ROWS", 1.0)])?,
             value: compile(
                 device,
                 channel_mix_value::VARIANTS,
-                &[("LANES", f(half)), ("COLUMNS", f(columns))],
+                &[("LANES", f(vl)), ("COLUMNS", f(columns))],
             )?,
             mix_tile: tile(mix_lanes, team_rows),
-            linear_tile: tile(lanes(256), 1),
+            linear_tile: tile(ll, 1),
             columns,
         }))
     }
@@ -362,7 +369,7 @@ impl Layers<'_> {
             [mix_in::Stacked { outputs: self.config.vocab, mix: None, activation: Activation::Identity }];
         let dims = mix_in::Dims { width, stride: width, offset: 0 };
         let (params, tiles, groups) =
-            mix_in::lower(dims, &stack, kernels.mix_tile).map_err(refused("head"))?;
+            mix_in::lower(dims, &stack, kernels.mix_tile * env("HEAD_TILES", 4)).map_err(refused("head"))?;
         let tiles = self.planner().table(&tiles);
         let (ln_out, head) = (&self.weights.ln_out, &self.weights.head);
         // The head has no shift: of the state it touches nothing.

@@ -50,22 +50,23 @@ fn channel_mix_value(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
         for (var j = 0u; j < 2u; j++) {
             for (var c = 0u; c < 4u; c++) {
                 if part[j][c] != 0.0 {
-                    held[next / 4u][next % 4u] = f32(4u * (base + j * LANES + l) + c);
+                    held[next] = f32(4u * (base + j * LANES + l) + c);
                     next++;
                 }
             }
         }
         workgroupBarrier();
         for (var i = l / lanes; i < scanned.y; i += LANES / lanes) {
-            let unit = u32(held[i / 4u][i % 4u]);
+            let unit = u32(held[i]);
             let value = hidden[start + unit / 4u][unit % 4u];
             let w = weights[unit * width8 + column];
             low += value * low4(w);
             high += value * high4(w);
         }
-        workgroupBarrier(); // before the list is written again
+        // The scan has barriers between this and the next list.
     }
 
+    workgroupBarrier(); // before the sums are written where the list is read
     sums[l] = column_part(low, high, l);
     workgroupBarrier();
     let own = group.x * COLUMNS + l;

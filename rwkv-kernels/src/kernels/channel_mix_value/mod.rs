@@ -1,7 +1,8 @@
 //! [`channel_mix_value`](rwkv_core::ops::channel_mix_value): the channel mix's value layer over a row or a few, added
 //! to the residual. The matrix lies hidden-major, `[F, D]`, and only rows of hidden units that are not zero are read.
 
-#[cfg(all(test, feature = "gpu"))]
+#[cfg(test)]
+#[cfg(feature = "gpu")]
 mod tests;
 
 pub use crate::reflected::channel_mix_value::*;

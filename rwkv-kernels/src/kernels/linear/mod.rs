@@ -1,7 +1,8 @@
 //! [`linear`](rwkv_core::ops::linear): a linear layer over a row or a few, one row of weights to a team. With
 //! `accumulate` the product is added to `y`, as the output layer adds to the residual.
 
-#[cfg(all(test, feature = "gpu"))]
+#[cfg(test)]
+#[cfg(feature = "gpu")]
 mod tests;
 
 pub use crate::reflected::linear::*;
@@ -29,7 +30,7 @@ pub enum Error {
         inputs: usize,
     },
     /// More elements than the kernel can index, or none.
-    #[error("{0:?}: nothing to do, or too much for 32-bit indices")]
+    #[error("{0:?}: nothing to do, or too much for 31-bit indices")]
     Extents(Dims),
     /// More workgroups along a dimension than a dispatch has.
     #[error("{got:?} workgroups, at most {max} along a dimension")]
@@ -51,7 +52,8 @@ pub fn lower(dims: Dims, tile: u32) -> Result<(Params, [u32; 3]), Error> {
     if inputs == 0 || !inputs.is_multiple_of(8) {
         return Err(Error::Inputs { inputs });
     }
-    let fits = |a: usize, b: usize| a.checked_mul(b).is_some_and(|n| n > 0 && u32::try_from(n).is_ok());
+    // A workgroup steps over the last output by its tile or the rows of its teams, and must not wrap to the first.
+    let fits = |a: usize, b: usize| a.checked_mul(b).is_some_and(|n| n > 0 && i32::try_from(n).is_ok());
     if !(fits(rows, inputs) && fits(rows, outputs) && fits(outputs, inputs / 8)) {
         return Err(Error::Extents(dims));
     }

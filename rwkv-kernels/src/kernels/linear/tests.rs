@@ -1,1 +1,135 @@
-//! Tests.
+//! `linear.wgsl` and its variants against [`rwkv_core::ops::linear`] in `f64`.
+
+use proptest::prelude::*;
+use rwkv_core::ops::linear::{Linear as _, Matrix};
+use rwkv_core::rng::SplitMix64;
+
+use super::{Dims, Error, VARIANTS, lower};
+use crate::gpu::{Device, variants_for_tests};
+use crate::kernels::MAX_GROUPS;
+use crate::kernels::intervals::{Halves, Interval, Sum, exact, floats, held, of_lanes, wide, words};
+use crate::pipeline::Pipeline;
+
+/// Operands of one call.
+struct Case {
+    dims: Dims,
+    weights: Halves,
+    x: Vec<f32>,
+    y: Vec<f32>,
+}
+
+impl Case {
+    /// Rows of any scale, added to what is a thousand times larger or smaller, or to nothing.
+    fn draw(dims: Dims, seed: u64) -> Self {
+        let Dims { rows, inputs, outputs, accumulate } = dims;
+        let mut rng = SplitMix64::new(seed);
+        let weights = Halves::draw(&mut rng, inputs * outputs);
+        let mut scaled = |len| {
+            let scale = rng.uniform(-10.0, 10.0).exp2();
+            (0..len).map(|_| scale * rng.normal()).collect::<Vec<_>>()
+        };
+        let (x, y) = (scaled(rows * inputs), scaled(rows * outputs));
+        Self { dims, weights, x, y: if accumulate { y } else { vec![f32::NAN; rows * outputs] } }
+    }
+
+    fn twin(&self) -> Vec<f64> {
+        let mut y = vec![f64::NAN; self.y.len()];
+        Matrix::new(self.dims.inputs, self.weights.values()).apply(&wide(&self.x), &mut y);
+        if self.dims.accumulate {
+            y.iter_mut().zip(&self.y).for_each(|(y, &before)| *y += f64::from(before));
+        }
+        y
+    }
+
+    /// A product passes at most 4 additions in its eight, one for each other eight of the row, whichever lane has
+    /// them, and the one to `y`.
+    fn bounds(&self) -> Vec<Interval> {
+        let (weights, inputs) = (exact(&self.weights.values()), self.dims.inputs);
+        let mut y = Vec::new();
+        for (x, before) in exact(&self.x).chunks(inputs).zip(self.y.chunks(self.dims.outputs)) {
+            for (weights, &before) in weights.chunks(inputs).zip(before) {
+                let product = weights.iter().zip(x).map(|(&w, &x)| w * x).collect::<Sum>().by(4 + inputs / 8);
+                let sum = || Interval::exact(before) + product;
+                y.push(if self.dims.accumulate { sum() } else { product });
+            }
+        }
+        y
+    }
+
+    fn run(&self, device: &Device, kernel: &Pipeline, tile: u32) -> Vec<f32> {
+        let (params, groups) = lower(self.dims, tile).unwrap();
+        let buffers = [self.weights.words(), words(&self.x), words(&self.y)];
+        let after = device.run(kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
+        assert_eq!(after[..2], buffers[..2], "the operands are untouched");
+        floats(&after[2])
+    }
+}
+
+#[test]
+fn agrees_with_its_twin() {
+    for (lanes, team_rows) in [(64, 1), (64, 2), (128, 1), (256, 1), (256, 2), (512, 2), (1024, 1), (1024, 2)]
+    {
+        let overrides = [("LANES", lanes.into()), ("TEAM_ROWS", team_rows.into())];
+        let variants = variants_for_tests(&of_lanes(VARIANTS, lanes), &overrides);
+        let config = ProptestConfig { cases: 24, ..ProptestConfig::with_source_file(file!()) };
+        let extents = (1..=3usize, 1..=70usize, 1..=150usize, any::<bool>());
+        proptest!(config, |((rows, inputs, outputs, accumulate) in extents, tile in 1..=80u32, seed: u64)| {
+            let case = Case::draw(Dims { rows, inputs: 8 * inputs, outputs, accumulate }, seed);
+            let bounds = case.bounds();
+            held("twin", &case.twin(), &bounds)?;
+            for (device, kernel) in &variants {
+                let got = case.run(device, kernel, tile);
+                held(&format!("{} {lanes} {team_rows}: y", kernel.kernel().label()), &got, &bounds)?;
+                prop_assert_eq!(words(&got), words(&case.run(device, kernel, tile)), "again");
+            }
+        });
+    }
+}
+
+/// The numerics contract: a row has its bits whatever is beside it, and an output whatever the tile.
+#[test]
+fn rows_and_tiles_do_not_matter() {
+    let variants = variants_for_tests(VARIANTS, &[]);
+    let case = Case::draw(Dims { rows: 3, inputs: 328, outputs: 61, accumulate: true }, 3);
+    for (device, kernel) in &variants {
+        let all = words(&case.run(device, kernel, 17));
+        assert_eq!(words(&case.run(device, kernel, 64)), all, "another tile");
+        for (row, want) in all.chunks(61).enumerate() {
+            let dims = Dims { rows: 1, ..case.dims };
+            let (x, y) = (case.x[row * 328..][..328].to_vec(), case.y[row * 61..][..61].to_vec());
+            let alone = Case { dims, weights: case.weights.clone(), x, y };
+            assert_eq!(words(&alone.run(device, kernel, 17)), want, "row {row} alone");
+        }
+    }
+}
+
+#[test]
+fn refuses_what_it_cannot_run() {
+    let dims = |rows, inputs, outputs| Dims { rows, inputs, outputs, accumulate: true };
+    let lowered = |dims, tile| {
+        lower(dims, tile).map(|(params, groups)| {
+            assert_eq!((params.inputs as usize, params.accumulate), (dims.inputs, 1), "passed on");
+            (params.outputs, params.tile, groups)
+        })
+    };
+    assert_eq!(lowered(dims(2, 24, 65), 32), Ok((65, 32, [3, 2, 1])), "a part of a tile");
+    assert_eq!(lowered(dims(2, 24, 65), 0), Ok((65, 1, [65, 2, 1])), "a tile has a row");
+    for inputs in [0, 12] {
+        assert_eq!(lowered(dims(1, inputs, 1), 1), Err(Error::Inputs { inputs }), "{inputs} inputs");
+    }
+    let extents = |rows, inputs, outputs| {
+        let of = dims(rows, inputs, outputs);
+        assert_eq!(lowered(of, 64), Err(Error::Extents(of)), "{of:?}");
+    };
+    extents(0, 8, 1);
+    extents(1, 8, 0);
+    extents(1, 8, 1 << 31);
+    extents(1, 1 << 18, 1 << 16);
+    extents(1 << 20, 1 << 11, 1);
+    extents(1 << 20, 8, 1 << 11);
+    extents(usize::MAX, 8, 2);
+    assert!(lower(dims(1, 1 << 18, (1 << 16) - 1), 1).is_ok(), "2^31 - 2^15 elements of eight weights");
+    for (of, got) in [(dims(1, 8, 65_536), [65_536, 1]), (dims(65_536, 8, 1), [1, 65_536])] {
+        assert_eq!(lowered(of, 1), Err(Error::Groups { got, max: MAX_GROUPS }), "{of:?}");
+    }
+}

@@ -8,7 +8,10 @@
 
 override LANES: u32 = 256u;
 override TEAM_ROWS: u32 = 1u;
-override WIDTH: u32 = 64u; // D
+override WIDTH: u32 = 64u; // D, at most 16 LANES
+
+// Elements of the row that a lane holds, at most.
+const OWN: u32 = 4u;
 
 struct Params {
     eps: f32,
@@ -36,38 +39,57 @@ fn input(i: u32) -> vec4<f32> {
 @compute @workgroup_size(LANES)
 fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     let tile = tiles[group.x];
+    let before = cursor[0].x;
+    let after = cursor[0].y;
     let last = tile.y - 1u;
     let team = team_of(lane);
     let width4 = WIDTH / 4u;
     let width8 = WIDTH / 8u;
-    var fetched = fetch(tile.x + team.index * TEAM_ROWS, last, team, width8);
+    let own = (width4 + LANES - 1u) / LANES; // of the row's elements, held by this lane
+    let mixes = tile.z != NONE;
 
+    // All that is read comes before the first barrier.
+    var fetched = fetch(tile.x + team.index * TEAM_ROWS, last, team, width8);
+    var row: array<vec4<f32>, OWN>;
+    var gain: array<vec4<f32>, OWN>;
+    var bias: array<vec4<f32>, OWN>;
+    var shift: array<vec4<f32>, OWN>;
+    var mix: array<vec4<f32>, OWN>;
     var part = 0.0;
-    for (var i = lane.index; i < width4; i += LANES) {
-        let v = x[i];
-        mixed[i] = v;
-        part += (v.x + v.y) + (v.z + v.w);
+    for (var j = 0u; j < own; j++) {
+        let i = lane.index + j * LANES;
+        if i < width4 {
+            row[j] = x[i];
+            gain[j] = vectors[i];
+            bias[j] = vectors[width4 + i];
+            if mixes {
+                if before != NONE {
+                    shift[j] = state[(before * params.stride + params.offset) / 4u + i];
+                } // else it is zero: the start of a sequence
+                mix[j] = vectors[(2u + tile.z) * width4 + i];
+            }
+            part += (row[j].x + row[j].y) + (row[j].z + row[j].w);
+        }
     }
     let mean = workgroup_sum(part, lane) / f32(WIDTH);
     part = 0.0;
-    for (var i = lane.index; i < width4; i += LANES) {
-        let centred = mixed[i] - mean;
-        part += dot(centred, centred);
+    for (var j = 0u; j < own; j++) {
+        row[j] -= mean;
+        if lane.index + j * LANES < width4 {
+            part += dot(row[j], row[j]);
+        }
     }
     let scale = inverseSqrt(workgroup_sum(part, lane) / f32(WIDTH) + params.eps);
 
-    let before = cursor[0].x;
-    let after = cursor[0].y;
-    for (var i = lane.index; i < width4; i += LANES) {
-        let normed = (mixed[i] - mean) * scale * vectors[i] + vectors[width4 + i];
-        if group.x == 0u && after != NONE {
-            // Out of place: other workgroups still read the record before.
-            state[(after * params.stride + params.offset) / 4u + i] = normed;
-        }
-        mixed[i] = normed;
-        if tile.z != NONE && before != NONE {
-            let shift = state[(before * params.stride + params.offset) / 4u + i];
-            mixed[i] = normed + (shift - normed) * vectors[(2u + tile.z) * width4 + i];
+    for (var j = 0u; j < own; j++) {
+        let i = lane.index + j * LANES;
+        if i < width4 {
+            let normed = row[j] * scale * gain[j] + bias[j];
+            if group.x == 0u && after != NONE {
+                // Out of place: other workgroups still read the record before.
+                state[(after * params.stride + params.offset) / 4u + i] = normed;
+            }
+            mixed[i] = select(normed, normed + (shift[j] - normed) * mix[j], mixes);
         }
     }
     workgroupBarrier();

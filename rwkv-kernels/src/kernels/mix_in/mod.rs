@@ -5,9 +5,10 @@
 //! reads the normed token: such a stack of one is the [head](rwkv_core::ops::head).
 //!
 //! The shift is kept in records (see [`lower`]): the one that `cursor` names first is read, the other is written.
-//! They must differ.
+//! They must differ. A sequence that starts has none to read: the token before its first is zero.
 
-#[cfg(all(test, feature = "gpu"))]
+#[cfg(test)]
+#[cfg(feature = "gpu")]
 mod tests;
 
 use rwkv_core::ops::activation::Activation;
@@ -72,7 +73,7 @@ pub enum Error {
         offset: usize,
     },
     /// The stack has no rows, or more than the kernel can index.
-    #[error("{rows} rows of {width} weights: none, or too many for 32-bit indices")]
+    #[error("{rows} rows of {width} weights: none, or too many for 31-bit indices")]
     Rows {
         /// In all.
         rows: usize,
@@ -91,7 +92,7 @@ pub enum Error {
 
 /// The parameters, tiles and workgroups for a stack of matrices, `tile` rows to a workgroup.
 ///
-/// The pipeline's override `WIDTH` must be the width. Records are addressed in 32 bits: the caller keeps the buffer
+/// The pipeline's override `WIDTH` must be the width, and `LANES` at least a sixteenth of it. Records are addressed in 32 bits: the caller keeps the buffer
 /// within what a binding can be.
 ///
 /// # Errors
@@ -112,7 +113,8 @@ pub fn lower(dims: Dims, stack: &[Stacked], tile: u32) -> Result<(Params, Vec<Ti
     };
 
     let rows = stack.iter().fold(0usize, |rows, of| rows.saturating_add(of.outputs));
-    let indexed = rows.checked_mul(width / 8).is_some_and(|n| u32::try_from(n).is_ok());
+    // A team steps over its tile's end, and must not wrap to the first row.
+    let indexed = rows.checked_mul(width / 8).is_some_and(|n| i32::try_from(n).is_ok());
     let Some(rows) = u32::try_from(rows).ok().filter(|&rows| rows > 0 && indexed) else {
         return Err(Error::Rows { rows, width });
     };

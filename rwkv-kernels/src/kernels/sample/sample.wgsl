@@ -65,38 +65,41 @@ fn number_of(key: u32) -> f32 {
     return bitcast<f32>(select(~key, key ^ 0x80000000u, key >= 0x80000000u));
 }
 
-// The key of a token's penalised logit; tokens beyond the vocabulary are masked. What is not finite is told by its
-// bits, since a compiler may take it that there is no such number.
-fn key_at(token: u32, row: Row) -> u32 {
-    let inside = min(token, params.vocab - 1u);
-    let hidden = (mask[inside / 32u] >> (inside % 32u)) & 1u;
-    var logit = logits[row.start + inside];
-    if token != inside || hidden == 1u || bitcast<u32>(logit) == NEGATIVE_INFINITY {
+// The key of a token's penalised logit, of which `word` is the mask's; tokens beyond the vocabulary are masked. What is
+// not finite is told by its bits, since a compiler may take it that there is no such number.
+fn key_with(token: u32, logit: f32, word: u32, row: Row) -> u32 {
+    let bits = bitcast<u32>(logit);
+    let hidden = (word >> (token % 32u)) & 1u;
+    if token >= params.vocab || hidden == 1u || bits == NEGATIVE_INFINITY {
         return MASKED;
     }
-    if (bitcast<u32>(logit) & 0x7fffffffu) >= 0x7f800000u {
+    if (bits & 0x7fffffffu) >= 0x7f800000u {
         return NO_NUMBER;
     }
     if row.presence != 0.0 || row.frequency != 0.0 {
-        let count = counts[row.start + inside];
+        let count = counts[row.start + token];
         if count > 0u {
             // Finite less infinite at worst: infinite.
-            logit -= row.presence + row.frequency * f32(count);
-            if bitcast<u32>(logit) == NEGATIVE_INFINITY {
-                return MASKED;
-            }
+            let penalised = logit - (row.presence + row.frequency * f32(count));
+            return select(key_of(penalised), MASKED, bitcast<u32>(penalised) == NEGATIVE_INFINITY);
         }
     }
     return key_of(logit);
 }
 
-// Of four tokens, so that their loads are under way together.
+// Of four tokens. All loads come first, so that they are under way together.
 fn keys_at(token: u32, step: u32, row: Row) -> vec4<u32> {
+    let all = token + vec4(0u, step, 2u * step, 3u * step);
+    let inside = min(all, vec4(params.vocab - 1u));
+    let at = row.start + inside;
+    let logit = vec4(logits[at.x], logits[at.y], logits[at.z], logits[at.w]);
+    let words = inside / 32u;
+    let word = vec4(mask[words.x], mask[words.y], mask[words.z], mask[words.w]);
     return vec4(
-        key_at(token, row),
-        key_at(token + step, row),
-        key_at(token + 2u * step, row),
-        key_at(token + 3u * step, row),
+        key_with(all.x, logit.x, word.x, row),
+        key_with(all.y, logit.y, word.y, row),
+        key_with(all.z, logit.z, word.z, row),
+        key_with(all.w, logit.w, word.w, row),
     );
 }
 

@@ -2,10 +2,11 @@
 //! layer, in one dispatch, for packed segments of any length.
 //!
 //! A segment is consecutive rows of one sequence. Its state is read from one record and written to another, which may
-//! be the same. Records hold the heads at `offset` as `[H, key N, value N]`: value rows side by side, so that
-//! neighbouring invocations read neighbouring words.
+//! be the same, but no other segment's. Records hold the heads at `offset` as `[H, key N, value N]`: value rows side by
+//! side, so that neighbouring invocations read neighbouring words.
 
-#[cfg(all(test, feature = "gpu"))]
+#[cfg(test)]
+#[cfg(feature = "gpu")]
 mod tests;
 
 use rwkv_core::config::Ranks;

@@ -51,12 +51,17 @@ var<workgroup> removal: array<f32, N>; // kappa before it is normalised
 var<workgroup> rate: array<f32, N>; // eta
 var<workgroup> bonus: array<f32, N>; // r k r_k
 var<workgroup> gate: array<f32, N>;
-var<workgroup> answer: array<vec4<f32>, N / 4u>; // what the state answers
+var<workgroup> answer: array<f32, N>; // what the state answers
 
 // What invocations have of a sum over the groups.
 var<workgroup> parts: array<f32, LANES * 4u>;
 var<workgroup> squares: array<f32, LANES / N>;
 var<workgroup> bonuses: array<f32, LANES / N>;
+
+// By scalars, since two invocations must not write components of one vector.
+fn answers(j: u32) -> vec4<f32> {
+    return vec4(answer[4u * j], answer[4u * j + 1u], answer[4u * j + 2u], answer[4u * j + 3u]);
+}
 
 struct Columns {
     low: vec4<f32>,
@@ -89,6 +94,12 @@ fn time_mix(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_i
     let channel = head * N + i;
     let width = params.width;
 
+    // The vectors of this channel.
+    var own: array<f32, 8>;
+    for (var j = 0u; j < 8u; j++) {
+        own[j] = vectors[j * width + channel];
+    }
+
     // Row i of the state, by key of this group.
     var s: array<f32, N>;
     let heads = params.offset + (head * N + g * keys) * N + i;
@@ -97,8 +108,16 @@ fn time_mix(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_i
     }
 
     for (var row = segment.x; row < segment.x + segment.y; row++) {
+        // All that is read of a token comes before the first barrier.
+        let at = row * params.inputs + channel;
+        let r = inputs[at];
+        let k = inputs[at + width];
+        var v = inputs[at + 2u * width];
+        var first = v;
+        if params.first_layer == 0u {
+            first = v_first[row * width + channel];
+        }
         if LORA_UP {
-            // All that is read comes before the first barrier.
             let a_start = params.rank_w;
             let v_start = a_start + params.rank_a;
             let g_start = v_start + params.rank_v;
@@ -122,25 +141,20 @@ fn time_mix(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_i
                 let at = row * 4u * width + channel;
                 lora = vec4(up[at], up[at + width], up[at + 2u * width], up[at + 3u * width]);
             }
-            let at = row * params.inputs + channel;
-            let r = inputs[at];
-            let k = inputs[at + width];
-            var v = inputs[at + 2u * width];
-            let eta = sigmoid(vectors[width + channel] + lora.y);
+            let eta = sigmoid(own[1] + lora.y);
             if params.first_layer != 0u {
                 v_first[row * width + channel] = v;
             } else {
-                let first = v_first[row * width + channel];
-                v += (first - v) * sigmoid(vectors[2u * width + channel] + lora.z);
+                v += (first - v) * sigmoid(own[2] + lora.z);
             }
-            let modulated = k * (1.0 + (eta - 1.0) * vectors[4u * width + channel]);
+            let modulated = k * (1.0 + (eta - 1.0) * own[4]);
             receptance[i] = r;
-            decay[i] = expm1(-params.decay_scale * sigmoid(vectors[channel] + lora.x));
+            decay[i] = expm1(-params.decay_scale * sigmoid(own[0] + lora.x));
             key[i] = modulated;
             value[i] = v;
-            removal[i] = k * vectors[3u * width + channel];
+            removal[i] = k * own[3];
             rate[i] = eta;
-            bonus[i] = r * modulated * vectors[5u * width + channel];
+            bonus[i] = r * modulated * own[5];
             gate[i] = lora.w;
         }
         workgroupBarrier();
@@ -187,25 +201,25 @@ fn time_mix(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_i
             for (var p = 0u; p < groups; p++) {
                 y += parts[LANES + p * N + i];
             }
-            answer[i / 4u][i % 4u] = y;
+            answer[i] = y;
         }
         workgroupBarrier();
         if g == 0u {
             var sum = vec4(0.0);
             for (var j = 0u; j < N / 4u; j++) {
-                sum += answer[j];
+                sum += answers(j);
             }
             let mean = dot(sum, vec4(1.0)) / f32(N);
             sum = vec4(0.0);
             for (var j = 0u; j < N / 4u; j++) {
-                let centred = answer[j] - mean;
+                let centred = answers(j) - mean;
                 sum += centred * centred;
             }
             let scale = inverseSqrt(dot(sum, vec4(1.0)) / f32(N) + params.norm_eps);
-            let normed = (y - mean) * scale * vectors[6u * width + channel] + vectors[7u * width + channel];
+            let normed = (y - mean) * scale * own[6] + own[7];
             out[row * width + channel] = (normed + extra * v_i) * gate[i];
         }
-        workgroupBarrier(); // before the next token comes
+        // No barrier: after the last one, an invocation reads nothing that another writes before the next one.
     }
 
     for (var j = 0u; j < keys; j++) {

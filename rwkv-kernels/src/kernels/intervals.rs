@@ -1,0 +1,256 @@
+//! What the tests of the fused kernels share: intervals that hold whatever rounding can do, weights in halves, buffers
+//! of words.
+
+use std::fmt::Debug;
+use std::ops::{Add, Div, Mul, Sub};
+
+use proptest::test_runner::TestCaseError;
+use rwkv_core::Real;
+use rwkv_core::ops::activation::Activation;
+use rwkv_core::real;
+use rwkv_core::rng::SplitMix64;
+
+use crate::Kernel;
+use crate::gpu::device_for_tests;
+
+/// Bounds every rounding, relatively: WGSL lets a sum or a product round either way.
+const U: f64 = f32::EPSILON as f64;
+
+/// What is lost at most of a result that is too small for a normal `f32`.
+const TINY: f64 = f32::MIN_POSITIVE as f64;
+
+/// All that an expression may give in `f32` on any device, and its exact value.
+///
+/// Operations widen what they give by their error in WGSL, times `1 ulp <= U`; one of 2 ulp and more, whose result may
+/// be in the binade below, by twice that. So a formula written in intervals is its own error analysis.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) struct Interval {
+    lo: f64,
+    hi: f64,
+}
+
+impl Interval {
+    pub(super) const ZERO: Self = Self { lo: 0.0, hi: 0.0 };
+
+    /// Nothing but this `f32`.
+    pub(super) fn exact(x: f32) -> Self {
+        Self { lo: x.into(), hi: x.into() }
+    }
+
+    /// A constant, rounded to `f32`.
+    pub(super) fn constant(x: f64) -> Self {
+        Self { lo: x, hi: x }.off(1.0)
+    }
+
+    /// Off by so many roundings.
+    fn off(self, roundings: f64) -> Self {
+        assert!(self.lo <= self.hi, "{self:?}: of what is not defined");
+        let by = |x: f64| x.abs() * roundings * U + TINY;
+        Self { lo: self.lo - by(self.lo), hi: self.hi + by(self.hi) }
+    }
+
+    /// Of a function that never falls.
+    fn map(self, f: impl Fn(f64) -> f64) -> Self {
+        Self { lo: f(self.lo), hi: f(self.hi) }
+    }
+
+    fn size(self) -> f64 {
+        self.lo.abs().max(self.hi.abs())
+    }
+
+    pub(super) fn square(self) -> Self {
+        let least = if self.lo <= 0.0 && self.hi >= 0.0 { 0.0 } else { self.lo.abs().min(self.hi.abs()) };
+        Self { lo: least.powi(2), hi: self.size().powi(2) }.off(1.0)
+    }
+
+    pub(super) fn max(self, least: Self) -> Self {
+        Self { lo: self.lo.max(least.lo), hi: self.hi.max(least.hi) }
+    }
+
+    /// Of what is not negative: 2 ulp and a division.
+    pub(super) fn sqrt(self) -> Self {
+        self.map(|x| x.max(0.0).sqrt()).off(9.0)
+    }
+
+    /// Of what is positive: 2 ulp.
+    pub(super) fn inverse_sqrt(self) -> Self {
+        Self { lo: self.hi, hi: self.lo }.map(|x| 1.0 / x.sqrt()).off(4.0)
+    }
+
+    /// Of what is positive, as all that is divided by here.
+    pub(super) fn recip(self) -> Self {
+        Self { lo: self.hi, hi: self.lo }.map(|x| 1.0 / x).off(5.0)
+    }
+
+    /// `1 / (1 + exp(-x))`: `exp` is off by `3 + 2 |x|` ulp, of which the share of `exp(-x)` in the sum stays, `1 - s`;
+    /// then come a sum and a division.
+    pub(super) fn sigmoid(self) -> Self {
+        let s = self.map(real::sigmoid);
+        s.off((1.0 - s.lo) * (3.0 + 2.0 * self.size()) * 2.0 + 6.0)
+    }
+
+    /// Within what `expm1.wgsl` states.
+    pub(super) fn exp_m1(self) -> Self {
+        self.map(f64::exp_m1).off(2.8e-7 / U)
+    }
+
+    /// As WGSL has it, off by 1e-5.
+    fn tanh(self) -> Self {
+        Self { lo: self.lo.tanh() - 1e-5, hi: self.hi.tanh() + 1e-5 }
+    }
+
+    pub(super) fn activated(self, by: Activation) -> Self {
+        match by {
+            Activation::Identity => self,
+            Activation::Tanh => self.tanh(),
+            Activation::Sigmoid => self.sigmoid(),
+            Activation::SquaredRelu => self.max(Self::ZERO).square(),
+        }
+    }
+
+    /// Whether it holds `x`, which is finite then.
+    fn holds(self, x: f64) -> bool {
+        self.lo <= x && x <= self.hi && x.is_finite()
+    }
+}
+
+impl Debug for Interval {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:e} +- {:e}", f64::midpoint(self.lo, self.hi), (self.hi - self.lo) / 2.0)
+    }
+}
+
+impl Add for Interval {
+    type Output = Self;
+    fn add(self, x: Self) -> Self {
+        Self { lo: self.lo + x.lo, hi: self.hi + x.hi }.off(1.0)
+    }
+}
+
+impl Sub for Interval {
+    type Output = Self;
+    fn sub(self, x: Self) -> Self {
+        Self { lo: self.lo - x.hi, hi: self.hi - x.lo }.off(1.0)
+    }
+}
+
+impl Mul for Interval {
+    type Output = Self;
+    fn mul(self, x: Self) -> Self {
+        let ends = [self.lo * x.lo, self.lo * x.hi, self.hi * x.lo, self.hi * x.hi];
+        let (lo, hi) = (ends.into_iter().fold(f64::MAX, f64::min), ends.into_iter().fold(f64::MIN, f64::max));
+        Self { lo, hi }.off(1.0)
+    }
+}
+
+/// By a count: 2.5 ulp.
+impl Div<usize> for Interval {
+    type Output = Self;
+    fn div(self, n: usize) -> Self {
+        self.map(|x| x / n as f64).off(5.0)
+    }
+}
+
+/// A sum before it is known in which order it was taken.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Sum {
+    lo: f64,
+    hi: f64,
+    size: f64,
+}
+
+impl Sum {
+    /// Of an order in which no term passes more than so many additions (of something: adding a zero is exact), each of
+    /// them off by `U` of a sum that is at most as large as all terms together.
+    pub(super) fn by(self, additions: usize) -> Interval {
+        let off = self.size * additions as f64 * U;
+        Interval { lo: self.lo - off, hi: self.hi + off }
+    }
+}
+
+impl FromIterator<Interval> for Sum {
+    fn from_iter<I: IntoIterator<Item = Interval>>(terms: I) -> Self {
+        terms.into_iter().fold(Self::default(), |sum, x| Self {
+            lo: sum.lo + x.lo,
+            hi: sum.hi + x.hi,
+            size: sum.size + x.size(),
+        })
+    }
+}
+
+/// Fails unless each interval holds its number.
+pub(super) fn held<R: Real>(what: &str, got: &[R], want: &[Interval]) -> Result<(), TestCaseError> {
+    assert_eq!(got.len(), want.len(), "{what}: lengths");
+    match got.iter().zip(want).position(|(got, want)| !want.holds(got.wide())) {
+        Some(i) => Err(TestCaseError::fail(format!("{what}[{i}]: {:?} is not {:?}", got[i], want[i]))),
+        None => Ok(()),
+    }
+}
+
+/// Weights as the kernels read them.
+#[derive(Clone, Debug)]
+pub(super) struct Halves(Vec<u16>);
+
+impl Halves {
+    /// Of sizes up to 2 and down to 2^-7, and one in sixteen below the normal halves.
+    pub(super) fn draw(rng: &mut SplitMix64, len: usize) -> Self {
+        let draw = |_| {
+            let bits = rng.next_u64().to_le_bytes();
+            let exponent = if bits[2].is_multiple_of(16) { 0 } else { 8 + u16::from(bits[3] % 8) };
+            u16::from_le_bytes([bits[0], bits[1]]) & 0x83FF | exponent << 10
+        };
+        Self((0..len).map(draw).collect())
+    }
+
+    /// What they are.
+    pub(super) fn values(&self) -> Vec<f32> {
+        let value = |half: &u16| {
+            let (exponent, fraction) = (i32::from(half >> 10 & 31), f32::from(half & 0x3FF));
+            let size = match exponent {
+                0 => fraction * 2f32.powi(-24),
+                _ => (1024.0 + fraction) * 2f32.powi(exponent - 25),
+            };
+            if half >> 15 == 1 { -size } else { size }
+        };
+        self.0.iter().map(value).collect()
+    }
+
+    /// Two to a word.
+    pub(super) fn words(&self) -> Vec<u32> {
+        self.0.chunks_exact(2).map(|two| u32::from(two[0]) | u32::from(two[1]) << 16).collect()
+    }
+
+    /// Makes some of them NaN.
+    pub(super) fn poison(&mut self, which: std::ops::Range<usize>) {
+        self.0[which].fill(0x7FFF);
+    }
+}
+
+/// Any number below `n`.
+pub(super) fn below(rng: &mut SplitMix64, n: u32) -> u32 {
+    u32::try_from(rng.next_u64() % u64::from(n)).unwrap()
+}
+
+pub(super) fn words(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+pub(super) fn floats(words: &[u32]) -> Vec<f32> {
+    words.iter().map(|&bits| f32::from_bits(bits)).collect()
+}
+
+pub(super) fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().copied().map(f64::from).collect()
+}
+
+pub(super) fn exact(x: &[f32]) -> Vec<Interval> {
+    x.iter().copied().map(Interval::exact).collect()
+}
+
+/// The variants that may have so many lanes: beyond WebGPU's 256, those that need more than WebGPU, where the device
+/// grants it.
+pub(super) fn of_lanes(variants: &[Kernel], lanes: u32) -> Vec<Kernel> {
+    let granted = device_for_tests().map_or(0, |device| device.capabilities().invocations);
+    let may = |kernel: &&Kernel| lanes <= 256 || kernel.features.subgroup && lanes <= granted;
+    variants.iter().filter(may).copied().collect()
+}
