@@ -8,9 +8,10 @@ use std::collections::VecDeque;
 
 use rwkv_core::ops::sample::{Counts, Sampler};
 use rwkv_kernels::kernels::sample;
+use rwkv_kernels::kernels::time_mix::Segment;
 use rwkv_kernels::pipeline::Pipeline;
 
-use super::plan::{Grid, Planner, Shape, Step};
+use super::plan::{Bound, Grid, Planner, Shape, Step};
 use super::{Error, Executor, Record};
 
 /// Steps under way at most: one that runs, one that waits, one that is encoded.
@@ -36,7 +37,6 @@ pub(crate) struct Ahead {
     tip: Record,
     position: u64,
     step: Step,
-    samplers: wgpu::Buffer,
     flights: VecDeque<Flight>,
     depth: usize,
     /// Staging buffers that are not in use.
@@ -65,19 +65,20 @@ impl Executor {
         let planner = Planner { device: &self.device };
         let (params, groups) = sample::lower(sample::Dims { rows: 1, vocab })
             .map_err(|why| Error::Extents { part: "sample", why: why.to_string() })?;
-        let samplers = planner.table(&[0u8; size_of::<sample::SamplerRow>()]);
         let mask = planner.table(&sample::mask(masked, vocab));
         let mut counted = vec![0u32; vocab];
         for (token, count) in counts.iter().filter(|(token, _)| (*token as usize) < vocab) {
             counted[token as usize] = count;
         }
         let counts = planner.table(&counted);
-        let buffers = [&samplers, &self.scratch.logits, &mask, &counts, &self.scratch.tokens];
+        let [.., sampler_row] = self.scratch.parts_of_one();
+        let tables = [&self.scratch.logits, &mask, &counts, &self.scratch.tokens].map(Bound::Whole);
+        let buffers: Vec<_> = [sampler_row].into_iter().chain(tables).collect();
         let pipeline: &Pipeline = self.kernels.sample();
         let step =
             planner.step("sample", pipeline, params, &buffers, Grid::Fixed(groups), 4 * vocab as u64)?;
         let (tip, flights, idle) = (from.clone(), VecDeque::new(), Vec::new());
-        Ok(Ahead { sampler, tip, position, step, samplers, flights, depth: 0, idle })
+        Ok(Ahead { sampler, tip, position, step, flights, depth: 0, idle })
     }
 
     /// The next token that was generated, with the state after it. `most` is how many are wanted at most, this one
@@ -112,8 +113,16 @@ impl Executor {
         let row = sample::SamplerRow::new(&ahead.sampler, ahead.position)
             .map_err(|why| Error::Extents { part: "sample", why: why.to_string() })?;
         let queue = self.device.queue();
-        queue.write_buffer(&ahead.samplers, 0, bytemuck::bytes_of(&row));
-        self.scratch.write_step(queue, ahead.tip.index(), record.index());
+        let cursor = [ahead.tip.index(), record.index()];
+        self.scratch.write_one(queue, cursor, Some(row));
+        if !self.in_one_step() {
+            self.scratch.write(
+                queue,
+                &[cursor],
+                &[Segment { first: 0, rows: 1, from: cursor[0], to: cursor[1] }],
+                &[0],
+            );
+        }
         let mut encoder = self.encoder();
         let bytes = (self.config.vocab * size_of::<f32>()) as u64;
         if work.holds != Some(ahead.tip.index()) {

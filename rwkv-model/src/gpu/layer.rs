@@ -12,13 +12,14 @@ use rwkv_core::ModelConfig;
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::matmul::Rows;
 use rwkv_kernels::gpu::Device;
+use rwkv_kernels::kernels::sample::SamplerRow;
 use rwkv_kernels::kernels::{
     channel_mix_value, embedding, layer_norm, linear, matmul, mix_in, mix_rows, sample, time_mix,
 };
 use rwkv_kernels::pipeline::{Pipeline, checked};
 use rwkv_kernels::{Capabilities, Kernel, choose};
 
-use super::plan::{Grid, Plan, Planner, Shape, Step};
+use super::plan::{Bound, Grid, PART_BYTES, Plan, Planner, Shape, Step};
 use super::records::Records;
 use super::weights::{Layer, Weights};
 use super::{Error, Setup, count};
@@ -51,6 +52,9 @@ pub(super) struct Kernels {
     /// For one token, if the device has the memory for them.
     step: Option<StepKernels>,
 }
+
+/// So many times the rows of other stacks go to a workgroup of the head, which has many: the norm is repeated less.
+const HEAD_TILES: u32 = 8;
 
 /// The kernels of the form for one token, and how its work is divided.
 #[derive(Debug)]
@@ -144,10 +148,6 @@ impl Kernels {
     }
 }
 
-fn env(name: &str, default: u32) -> u32 {
-    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
-}
-
 impl StepKernels {
     /// The kernels, or none where a row does not fit into the memory of a workgroup.
     fn new(device: &Device, config: &ModelConfig) -> Result<Option<Self>, Error> {
@@ -155,8 +155,7 @@ impl StepKernels {
         let lanes = lanes(device);
         let width = count(config.width);
         // Large workgroups, since each norms the row anew; long rows are multiplied two at a time. Measured on an H200.
-        let (mix_lanes, team_rows) =
-            (env("MIX_LANES", lanes(1024)), env("TEAM_ROWS", if width < 2048 { 1 } else { 2 }));
+        let (mix_lanes, team_rows) = (lanes(1024), if width < 2048 { 1 } else { 2 });
         if 4 * (width + mix_lanes) > capabilities.workgroup_bytes || width > 16 * mix_lanes {
             return Ok(None);
         }
@@ -164,9 +163,7 @@ impl StepKernels {
         let tile = |lanes: u32, rows: u32| (lanes / 32).max(1) * rows;
         // `time_mix` and `channel_mix_value` need 32 to 64 bytes a lane.
         let half = if capabilities.workgroup_bytes >= 32 << 10 { lanes(512) } else { lanes(256) };
-        let columns = env("COLUMNS", if width <= 1024 { 16 } else { 32 });
-        let (hl, vl, ll) =
-            (env("HEADS_LANES", half), env("VALUE_LANES", half), env("LINEAR_LANES", lanes(256)));
+        let columns = if width <= 1024 { 16 } else { 32 };
         let f = f64::from;
         Ok(Some(Self {
             mix_in: compile(
@@ -174,15 +171,15 @@ impl StepKernels {
                 mix_in::VARIANTS,
                 &[("LANES", f(mix_lanes)), ("TEAM_ROWS", f(team_rows)), ("WIDTH", f(width))],
             )?,
-            time_mix: compile(device, time_mix::VARIANTS, &[("LANES", f(hl)), ("LORA_UP", 1.0)])?,
-            linear: compile(device, linear::VARIANTS, &[("LANES", f(ll)), ("TEAM_ROWS", 1.0)])?,
+            time_mix: compile(device, time_mix::VARIANTS, &[("LANES", f(half)), ("LORA_UP", 1.0)])?,
+            linear: compile(device, linear::VARIANTS, &[("LANES", f(lanes(256))), ("TEAM_ROWS", 1.0)])?,
             value: compile(
                 device,
                 channel_mix_value::VARIANTS,
-                &[("LANES", f(vl)), ("COLUMNS", f(columns))],
+                &[("LANES", f(half)), ("COLUMNS", f(columns))],
             )?,
             mix_tile: tile(mix_lanes, team_rows),
-            linear_tile: tile(ll, 1),
+            linear_tile: tile(lanes(256), 1),
             columns,
         }))
     }
@@ -194,6 +191,8 @@ pub(super) struct Scratch {
     pub(super) logit_rows: usize,
     /// `[T]`.
     pub(super) tokens: wgpu::Buffer,
+    /// The tables of a pass over one token, in parts, so that the host writes them at once: [`One`].
+    one: wgpu::Buffer,
     /// Record read and record written, where there are: `[T]`.
     cursors: wgpu::Buffer,
     /// `[T]`.
@@ -228,6 +227,17 @@ pub(super) struct Scratch {
     /// Elements of the buffers that `matmul` reads and writes.
     len: Lengths,
 }
+
+/// The tables of a pass over one token, each where it can be bound.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct One {
+    cursor: [u32; 64],
+    segment: [u32; 64],
+    sampler: [u32; 64],
+}
+
+const _: () = assert!(size_of::<One>() as u64 == 3 * PART_BYTES, "parts");
 
 /// Products of one dispatch of `matmul`, at most: three projections and four adapters.
 const MAX_JOBS: usize = 7;
@@ -279,6 +289,7 @@ impl Scratch {
             Self {
                 logit_rows,
                 tokens: storage("tokens", rows),
+                one: storage("one", size_of::<One>() / size_of::<u32>()),
                 cursors: storage("cursors", 2 * rows),
                 segments: storage("segments", 4 * rows),
                 wanted: storage("wanted rows", logit_rows),
@@ -303,15 +314,37 @@ impl Scratch {
     }
 
     /// Writes the tables of a pass.
-    pub(super) fn write(&self, queue: &wgpu::Queue, cursors: &[[u32; 2]], segments: &[time_mix::Segment]) {
+    pub(super) fn write(
+        &self,
+        queue: &wgpu::Queue,
+        cursors: &[[u32; 2]],
+        segments: &[time_mix::Segment],
+        wanted: &[u32],
+    ) {
+        queue.write_buffer(&self.wanted, 0, bytemuck::cast_slice(wanted));
         queue.write_buffer(&self.cursors, 0, bytemuck::cast_slice(cursors));
         queue.write_buffer(&self.segments, 0, bytemuck::cast_slice(segments));
     }
 
-    /// Writes the tables of a pass over one token of one sequence.
-    pub(super) fn write_step(&self, queue: &wgpu::Queue, from: u32, to: u32) {
-        self.write(queue, &[[from, to]], &[time_mix::Segment { first: 0, rows: 1, from, to }]);
-        queue.write_buffer(&self.wanted, 0, bytemuck::bytes_of(&0u32));
+    /// Writes the tables of a pass over one token of one sequence, and how it is chosen.
+    pub(super) fn write_one(&self, queue: &wgpu::Queue, [from, to]: [u32; 2], sampler: Option<SamplerRow>) {
+        let mut one = One { cursor: [0; 64], segment: [0; 64], sampler: [0; 64] };
+        one.cursor[..2].copy_from_slice(&[from, to]);
+        one.segment[..4].copy_from_slice(&[0, 1, from, to]);
+        if let Some(sampler) = &sampler {
+            let words: &[u32] = bytemuck::cast_slice(bytemuck::bytes_of(sampler));
+            one.sampler[..words.len()].copy_from_slice(words);
+        }
+        queue.write_buffer(&self.one, 0, bytemuck::bytes_of(&one));
+    }
+
+    /// Where the kernels find what [`Self::write_one`] wrote: cursor, segment, sampler.
+    pub(super) const fn parts_of_one(&self) -> [Bound<'_>; 3] {
+        [
+            Bound::Part(&self.one, 0),
+            Bound::Part(&self.one, PART_BYTES),
+            Bound::Part(&self.one, 2 * PART_BYTES),
+        ]
     }
 
     /// Tells kernels how many rows a pass has.
@@ -369,11 +402,11 @@ impl Layers<'_> {
             [mix_in::Stacked { outputs: self.config.vocab, mix: None, activation: Activation::Identity }];
         let dims = mix_in::Dims { width, stride: width, offset: 0 };
         let (params, tiles, groups) =
-            mix_in::lower(dims, &stack, kernels.mix_tile * env("HEAD_TILES", 4)).map_err(refused("head"))?;
+            mix_in::lower(dims, &stack, HEAD_TILES * kernels.mix_tile).map_err(refused("head"))?;
         let tiles = self.planner().table(&tiles);
         let (ln_out, head) = (&self.weights.ln_out, &self.weights.head);
         // The head has no shift: of the state it touches nothing.
-        let buffers = [&tiles, &s.no_cursor, &s.x, ln_out, head, &s.normed, &s.logits];
+        let buffers = [&tiles, &s.no_cursor, &s.x, ln_out, head, &s.normed, &s.logits].map(Bound::Whole);
         let head = self.planner().step(
             "head",
             &kernels.mix_in,
@@ -393,12 +426,14 @@ impl Layers<'_> {
     ) -> Result<[Step; 5], Error> {
         let (s, planner, layout) = (self.scratch, self.planner(), self.records.layout);
         let ModelConfig { width, hidden, .. } = *self.config;
+        let [cursor, segment, _] = s.parts_of_one();
         let mix = |part, offset, stack: &[mix_in::Stacked], vectors, matrix: &wgpu::Buffer, y| {
             let dims = mix_in::Dims { width, stride: layout.stride, offset };
             let (params, tiles, groups) =
                 mix_in::lower(dims, stack, kernels.mix_tile).map_err(refused(part))?;
             let tiles = planner.table(&tiles);
-            let buffers = [&tiles, &s.cursors, &s.x, vectors, matrix, records, y];
+            let mut buffers = [&tiles, &s.one, &s.x, vectors, matrix, records, y].map(Bound::Whole);
+            buffers[1] = cursor;
             planner.step(part, &kernels.mix_in, params, &buffers, Grid::Fixed(groups), matrix.size())
         };
         let key = [mix_in::Stacked { outputs: hidden, mix: Some(0), activation: Activation::SquaredRelu }];
@@ -406,7 +441,9 @@ impl Layers<'_> {
         let (params, groups) = time_mix::lower(self.heads(weights, 1)).map_err(refused("heads"))?;
         // `up` is not read: any other buffer that is only read stands in for it.
         let heads =
-            [&s.segments, &s.inputs, &weights.up, &s.inputs, &weights.heads, records, &s.v_first, &s.readout];
+            [&s.one, &s.inputs, &weights.up, &s.inputs, &weights.heads, records, &s.v_first, &s.readout];
+        let mut heads = heads.map(Bound::Whole);
+        heads[0] = segment;
         let heads = planner.step(
             "heads",
             &kernels.time_mix,
@@ -418,12 +455,12 @@ impl Layers<'_> {
 
         let dims = linear::Dims { rows: 1, inputs: width, outputs: width, accumulate: true };
         let (params, groups) = linear::lower(dims, kernels.linear_tile).map_err(refused("output"))?;
-        let (buffers, bytes) = ([&weights.output, &s.readout, &s.x], weights.output.size());
+        let (buffers, bytes) = ([&weights.output, &s.readout, &s.x].map(Bound::Whole), weights.output.size());
         let output = planner.step("output", &kernels.linear, params, &buffers, Grid::Fixed(groups), bytes)?;
 
         let dims = channel_mix_value::Dims { rows: 1, width, hidden };
         let (params, groups) = channel_mix_value::lower(dims, kernels.columns).map_err(refused("value"))?;
-        let (buffers, bytes) = ([&weights.value, &s.hidden, &s.x], weights.value.size());
+        let (buffers, bytes) = ([&weights.value, &s.hidden, &s.x].map(Bound::Whole), weights.value.size());
         let value = planner.step("value", &kernels.value, params, &buffers, Grid::Fixed(groups), bytes)?;
         Ok([
             mix(
@@ -452,7 +489,7 @@ impl Layers<'_> {
         let (params, _) =
             layer_norm::lower(dims, rwkv_core::ops::layer_norm::LN_EPS).map_err(refused("ln_out"))?;
         let [gain, bias] = &self.weights.ln_out_parts;
-        let buffers = [&s.x, &s.wanted, gain, bias, &s.normed];
+        let buffers = [&s.x, &s.wanted, gain, bias, &s.normed].map(Bound::Whole);
         let norm =
             self.planner().step("ln_out", &self.kernels.layer_norm, params, &buffers, Grid::LogitRows, 0)?;
         let head = self.product(
@@ -483,7 +520,7 @@ impl Layers<'_> {
                 offset,
             };
             let (params, _) = mix_rows::lower(dims).map_err(refused(part))?;
-            let buffers = [&s.x, &s.cursors, vectors, records, &s.mixed];
+            let buffers = [&s.x, &s.cursors, vectors, records, &s.mixed].map(Bound::Whole);
             planner.step(part, &self.kernels.mix_rows, params, &buffers, Grid::Rows, 0)
         };
 
@@ -520,7 +557,8 @@ impl Layers<'_> {
 
         let (params, _) = time_mix::lower(self.heads(weights, s.rows)).map_err(refused("heads"))?;
         let heads =
-            [&s.segments, &s.inputs, &weights.up, &s.up, &weights.heads, records, &s.v_first, &s.readout];
+            [&s.segments, &s.inputs, &weights.up, &s.up, &weights.heads, records, &s.v_first, &s.readout]
+                .map(Bound::Whole);
         let grid = Grid::Segments(count(self.config.n_heads));
         let heads =
             planner.step("heads", &self.kernels.time_mix, params, &heads, grid, self.state_bytes())?;
@@ -552,7 +590,7 @@ impl Layers<'_> {
         let dims = embedding::Dims { rows: s.rows, vocab, width };
         let (params, _) = embedding::lower(dims).map_err(refused("embedding"))?;
         let [gain, bias] = &self.weights.ln0;
-        let buffers = [&s.tokens, &self.weights.embedding, gain, bias, &s.x];
+        let buffers = [&s.tokens, &self.weights.embedding, gain, bias, &s.x].map(Bound::Whole);
         let pipeline = &self.kernels.embedding;
         self.planner().step("embedding", pipeline, params, &buffers, grid, 2 * width as u64)
     }
@@ -575,7 +613,7 @@ impl Layers<'_> {
         };
         let pipeline = &self.kernels.matmul[&tile][usize::from(of.transposed)];
         let jobs = self.planner().table(&records);
-        let buffers = [&jobs, of.weights, of.x.0, of.y.0];
+        let buffers = [&jobs, of.weights, of.x.0, of.y.0].map(Bound::Whole);
         self.planner().step_with(of.part, pipeline, params, &buffers, grid, of.weights.size())
     }
 

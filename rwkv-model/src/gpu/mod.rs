@@ -263,9 +263,12 @@ impl Executor {
             Shape { rows: count(tokens.len()), segments: count(jobs.len()), logits: count(wanted.len()) };
 
         let queue = self.device.queue();
-        self.scratch.write(queue, &cursors, &segments);
         queue.write_buffer(&self.scratch.tokens, 0, bytemuck::cast_slice(&tokens));
-        queue.write_buffer(&self.scratch.wanted, 0, bytemuck::cast_slice(&wanted));
+        if shape.rows == 1 && self.in_one_step() {
+            self.scratch.write_one(queue, cursors[0], None);
+        } else {
+            self.scratch.write(queue, &cursors, &segments, &wanted);
+        }
         let mut encoder = self.encoder();
         self.encode(&mut work, &mut encoder, shape, None)?;
         // The rows of logits, in the order of jobs: kept in the records, or read.
@@ -372,6 +375,11 @@ impl Executor {
         Ok(taken)
     }
 
+    /// Whether a pass over one token has a form of its own.
+    const fn in_one_step(&self) -> bool {
+        self.setup.fused && !self.setup.batch_invariant && self.kernels.has_step()
+    }
+
     /// The plan for a pass.
     fn plan<'w>(&self, work: &'w mut Work, shape: Shape) -> Result<&'w Plan, Error> {
         let layers = layer::Layers {
@@ -382,12 +390,11 @@ impl Executor {
             scratch: &self.scratch,
             records: &work.records,
         };
-        let one = shape.rows == 1 && !self.setup.batch_invariant;
         if !self.setup.fused {
             let plan = work.unfused.take().map_or_else(|| layers.unfused(), Ok)?;
             return Ok(work.unfused.insert(plan));
         }
-        if one && self.kernels.has_step() {
+        if shape.rows == 1 && self.in_one_step() {
             let plan = work.step.take().map_or_else(|| layers.step(), Ok)?;
             return Ok(work.step.insert(plan));
         }

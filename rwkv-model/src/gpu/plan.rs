@@ -1,5 +1,7 @@
 //! What a pass does, laid down once: pipelines, bind groups and parameters for every dispatch.
 
+use std::num::NonZeroU64;
+
 use rwkv_kernels::gpu::Device;
 use rwkv_kernels::pipeline::Pipeline;
 use wgpu::util::DeviceExt as _;
@@ -72,6 +74,29 @@ pub(super) struct Plan {
     pub(super) head: Vec<Step>,
 }
 
+/// What a step binds.
+#[derive(Clone, Copy)]
+pub(super) enum Bound<'a> {
+    /// A buffer.
+    Whole(&'a wgpu::Buffer),
+    /// The bytes from an offset on, one of 256.
+    Part(&'a wgpu::Buffer, u64),
+}
+
+impl<'a> Bound<'a> {
+    fn binding(self) -> wgpu::BufferBinding<'a> {
+        match self {
+            Self::Whole(buffer) => buffer.as_entire_buffer_binding(),
+            Self::Part(buffer, offset) => {
+                wgpu::BufferBinding { buffer, offset, size: NonZeroU64::new(PART_BYTES) }
+            }
+        }
+    }
+}
+
+/// Bytes of a part of a buffer that is bound: the alignment of its offset.
+pub(super) const PART_BYTES: u64 = 256;
+
 /// Lays steps down.
 pub(super) struct Planner<'a> {
     pub(super) device: &'a Device,
@@ -84,7 +109,7 @@ impl Planner<'_> {
         part: &'static str,
         pipeline: &Pipeline,
         params: P,
-        buffers: &[&wgpu::Buffer],
+        buffers: &[Bound<'_>],
         grid: Grid,
         bytes: u64,
     ) -> Result<Step, Error> {
@@ -98,12 +123,12 @@ impl Planner<'_> {
         part: &'static str,
         pipeline: &Pipeline,
         params: &wgpu::Buffer,
-        buffers: &[&wgpu::Buffer],
+        buffers: &[Bound<'_>],
         grid: Grid,
         bytes: u64,
     ) -> Result<Step, Error> {
-        let all = [params].into_iter().chain(buffers.iter().copied());
-        let group = pipeline.bind(self.device.device(), all.map(wgpu::Buffer::as_entire_buffer_binding))?;
+        let all = [Bound::Whole(params)].into_iter().chain(buffers.iter().copied());
+        let group = pipeline.bind(self.device.device(), all.map(Bound::binding))?;
         Ok(Step { pipeline: pipeline.clone(), group, grid, part, bytes })
     }
 

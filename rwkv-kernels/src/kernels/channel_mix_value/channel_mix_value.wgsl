@@ -21,6 +21,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read_write> x: array<f32>;       // [T, D]
 
 // The list is in `held`, which is not needed before it is done with: as f32, which hold any such index.
+override ROOM: u32 = 8u * LANES;
 var<workgroup> sums: array<f32, LANES>;
 
 @compute @workgroup_size(LANES)
@@ -35,38 +36,38 @@ fn channel_mix_value(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     var low = vec4(0.0);
     var high = vec4(0.0);
 
-    for (var base = 0u; base < hidden4; base += 2u * LANES) {
-        var part: array<vec4<f32>, 2>;
-        var n = 0u;
-        for (var j = 0u; j < 2u; j++) {
+    for (var base = 0u; base < hidden4; base += 8u * LANES) {
+        // Which of the lane's units are not zero, one bit each.
+        var bits = 0u;
+        for (var j = 0u; j < 8u; j++) {
             let at = base + j * LANES + l;
             if at < hidden4 {
-                part[j] = hidden[start + at];
+                bits |= dot(vec4<u32>(hidden[start + at] != vec4(0.0)), vec4(1u, 2u, 4u, 8u)) << (4u * j);
             }
-            n += dot(vec4<u32>(part[j] != vec4(0.0)), vec4(1u));
         }
-        let scanned = workgroup_scan(n, lane);
-        var next = scanned.x;
-        for (var j = 0u; j < 2u; j++) {
-            for (var c = 0u; c < 4u; c++) {
-                if part[j][c] != 0.0 {
-                    held[next] = f32(4u * (base + j * LANES + l) + c);
-                    next++;
+        let scanned = workgroup_scan(countOneBits(bits), lane);
+        // As a rule, all have room at once.
+        for (var listed = 0u; listed < scanned.y; listed += ROOM) {
+            var place = scanned.x;
+            for (var rest = bits; rest != 0u; rest &= rest - 1u) {
+                if place >= listed && place - listed < ROOM {
+                    let bit = firstTrailingBit(rest);
+                    held[place - listed] = f32(4u * (base + bit / 4u * LANES + l) + bit % 4u);
                 }
+                place++;
             }
+            workgroupBarrier();
+            for (var i = l / lanes; i < min(scanned.y - listed, ROOM); i += LANES / lanes) {
+                let unit = u32(held[i]);
+                let value = hidden[start + unit / 4u][unit % 4u];
+                let w = weights[unit * width8 + column];
+                low += value * low4(w);
+                high += value * high4(w);
+            }
+            workgroupBarrier(); // before the list is written again, or the sums where it is
         }
-        workgroupBarrier();
-        for (var i = l / lanes; i < scanned.y; i += LANES / lanes) {
-            let unit = u32(held[i]);
-            let value = hidden[start + unit / 4u][unit % 4u];
-            let w = weights[unit * width8 + column];
-            low += value * low4(w);
-            high += value * high4(w);
-        }
-        // The scan has barriers between this and the next list.
     }
 
-    workgroupBarrier(); // before the sums are written where the list is read
     sums[l] = column_part(low, high, l);
     workgroupBarrier();
     let own = group.x * COLUMNS + l;
