@@ -56,8 +56,9 @@ const WINDOWS: usize = 9;
 /// How long a device is kept busy before it is timed: an idle one is clocked down.
 const WARM: Duration = Duration::from_millis(500);
 
-/// Both executors round as often, in another order, and the GPU's matrices are halves as the file's: their logits
-/// differ by rounding, which random weights of 24 to 32 layers amplify to some 1e-5 of their size.
+/// The error that is let pass, as a mean square: rounding, which the layers of a random model amplify. Plain loops in f32
+/// are 2.6e-4 of the logits' size from f64 at the 0.4B shape; the two executors may each be so far, and twice as far in
+/// larger models. A wrong kernel is off by far more.
 const LIMIT: f64 = 1e-6;
 
 fn token(index: usize) -> u32 {
@@ -79,9 +80,7 @@ pub(crate) fn report(args: &GpuArgs) -> anyhow::Result<()> {
 #[expect(clippy::print_stdout, reason = "the report")]
 fn measure(args: &GpuArgs, shape: &Shape) -> anyhow::Result<()> {
     let path = args.scratch.join(format!("random-{}.safetensors", shape.name));
-    if !path.exists() {
-        random_model::write(shape, &path)?;
-    }
+    random_model::write(shape, &path)?;
     let checkpoint = Checkpoint::open(&path)?;
     let device = Device::Gpu(args.adapter.clone());
     let options = EngineOptions { device, timestamps: true, ..EngineOptions::default() };
@@ -95,7 +94,7 @@ fn measure(args: &GpuArgs, shape: &Shape) -> anyhow::Result<()> {
     println!("  kernels           {}", report.kernels.join(" "));
     println!("  dispatches        {} a token, {} a pass", report.step_dispatches, report.batch_dispatches);
     println!("  load              {load:8.2} s, {:.1} GB/s", checkpoint.bytes() as f64 / load / 1e9);
-    let error = if std::env::var("NOVERIFY").is_ok() { 0.0 } else { verify(&checkpoint, &engine)? };
+    let error = verify(&checkpoint, &engine)?;
     println!("  logits            {error:.1e} from the CPU executor's");
 
     let bytes = 2.0 * engine.config().streamed_params() as f64;
@@ -105,24 +104,6 @@ fn measure(args: &GpuArgs, shape: &Shape) -> anyhow::Result<()> {
         "  decode            {rate:8.1} tokens/s, {:.0} GB/s if all weights were read {fused}",
         bytes * rate / 1e9
     );
-    {
-        // EXP
-        let mut session = engine.session();
-        session.prefill(&[1])?;
-        warm(&mut session)?;
-        engine.wait()?;
-        let begun = Instant::now();
-        for i in 0..200 {
-            session.prefill(&[token(i)])?;
-        }
-        let host = begun.elapsed().as_secs_f64() / 200.0;
-        engine.wait()?;
-        println!(
-            "  EXP host {:.1} us, done {:.1} us a pass",
-            host * 1e6,
-            begun.elapsed().as_secs_f64() / 200.0 * 1e6
-        );
-    }
     for &tokens in &args.prefill {
         let prompt: Vec<u32> = (0..tokens).map(token).collect();
         let times = windows(&engine, WINDOWS, || {
@@ -169,9 +150,7 @@ fn measure(args: &GpuArgs, shape: &Shape) -> anyhow::Result<()> {
     if let Some(peer) = &args.peer {
         compare(args, peer, &path)?;
     }
-    if std::env::var("KEEP").is_err() {
-        std::fs::remove_file(&path)?;
-    }
+    std::fs::remove_file(&path)?;
     Ok(())
 }
 
