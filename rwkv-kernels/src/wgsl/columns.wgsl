@@ -7,9 +7,8 @@
 // vector, and four words apart, so that neighbours neither write nor read words of one bank.
 var<workgroup> held: array<f32, 8u * (LANES + 4u)>;
 
-// The sum of column l % COLUMNS over eight of the rows, for invocation l: those LANES / COLUMNS invocations that have
-// the same column have different rows, and all rows between them. Every invocation must call it.
-fn column_part(low: vec4<f32>, high: vec4<f32>, l: u32) -> f32 {
+// Holds the columns of invocation l.
+fn hold_columns(low: vec4<f32>, high: vec4<f32>, l: u32) {
     let stride = LANES + 4u;
     held[l] = low.x;
     held[stride + l] = low.y;
@@ -19,13 +18,19 @@ fn column_part(low: vec4<f32>, high: vec4<f32>, l: u32) -> f32 {
     held[5u * stride + l] = high.y;
     held[6u * stride + l] = high.z;
     held[7u * stride + l] = high.w;
-    workgroupBarrier();
-    let column = l % COLUMNS;
-    let start = column % 8u * stride + column / 8u;
+}
+
+// What is held of a column in a row. A barrier must come before, and another before columns are held again.
+fn held_column(row: u32, column: u32) -> f32 {
+    return held[column % 8u * (LANES + 4u) + row * (COLUMNS / 8u) + column / 8u];
+}
+
+// The sum of column l % COLUMNS over eight of the rows, for invocation l: those LANES / COLUMNS invocations that have
+// the same column have different rows, and all rows between them.
+fn column_part(l: u32) -> f32 {
     var sum = 0.0;
     for (var row = l / COLUMNS; row < 8u * LANES / COLUMNS; row += LANES / COLUMNS) {
-        sum += held[start + row * (COLUMNS / 8u)];
+        sum += held_column(row, l % COLUMNS);
     }
-    workgroupBarrier(); // before the next call writes where this one reads
     return sum;
 }

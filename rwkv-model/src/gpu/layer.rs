@@ -49,6 +49,8 @@ pub(super) struct Kernels {
     matmul: BTreeMap<u32, [Pipeline; 2]>,
     /// With the adapters' products given.
     time_mix: Pipeline,
+    /// Lanes of a workgroup of it.
+    heads_lanes: u32,
     /// For one token, if the device has the memory for them.
     step: Option<StepKernels>,
 }
@@ -66,6 +68,8 @@ struct StepKernels {
     value: Pipeline,
     /// Rows of the stack to a workgroup.
     mix_tile: u32,
+    /// Lanes of a workgroup of `time_mix`.
+    heads_lanes: u32,
     /// Outputs to a workgroup.
     linear_tile: u32,
     /// Columns to a workgroup.
@@ -116,6 +120,7 @@ impl Kernels {
             sample: compile(device, sample::VARIANTS, &[("LANES", f64::from(lanes(1024)))])?,
             matmul: of_matmul,
             time_mix: compile(device, time_mix::VARIANTS, &given)?,
+            heads_lanes: lanes(256),
             step: if setup.fused { StepKernels::new(device, config)? } else { None },
         })
     }
@@ -179,6 +184,7 @@ impl StepKernels {
                 &[("LANES", f(half)), ("COLUMNS", f(columns))],
             )?,
             mix_tile: tile(mix_lanes, team_rows),
+            heads_lanes: half,
             linear_tile: tile(lanes(256), 1),
             columns,
         }))
@@ -438,7 +444,8 @@ impl Layers<'_> {
         };
         let key = [mix_in::Stacked { outputs: hidden, mix: Some(0), activation: Activation::SquaredRelu }];
 
-        let (params, groups) = time_mix::lower(self.heads(weights, 1)).map_err(refused("heads"))?;
+        let (params, groups) =
+            time_mix::lower(self.heads(weights, 1), kernels.heads_lanes).map_err(refused("heads"))?;
         // `up` is not read: any other buffer that is only read stands in for it.
         let heads =
             [&s.one, &s.inputs, &weights.up, &s.inputs, &weights.heads, records, &s.v_first, &s.readout];
@@ -555,7 +562,8 @@ impl Layers<'_> {
         let key = job(width, hidden, 0, (0, width), (0, hidden), Activation::SquaredRelu, false);
         let value = job(hidden, width, 0, (0, hidden), (0, width), Activation::Identity, true);
 
-        let (params, _) = time_mix::lower(self.heads(weights, s.rows)).map_err(refused("heads"))?;
+        let (params, _) = time_mix::lower(self.heads(weights, s.rows), self.kernels.heads_lanes)
+            .map_err(refused("heads"))?;
         let heads =
             [&s.segments, &s.inputs, &weights.up, &s.up, &weights.heads, records, &s.v_first, &s.readout]
                 .map(Bound::Whole);

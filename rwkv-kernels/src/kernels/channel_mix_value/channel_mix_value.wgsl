@@ -68,7 +68,9 @@ fn channel_mix_value(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
         }
     }
 
-    sums[l] = column_part(low, high, l);
+    hold_columns(low, high, l);
+    workgroupBarrier();
+    sums[l] = column_part(l);
     workgroupBarrier();
     let own = group.x * COLUMNS + l;
     if l < COLUMNS && own < params.width {

@@ -81,12 +81,12 @@ pub enum Error {
     },
 }
 
-/// The parameters and workgroups of a call.
+/// The parameters and workgroups of a call, for a pipeline whose override `LANES` is `lanes`.
 ///
 /// # Errors
 ///
 /// If the extents are not what the kernel can do.
-pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
+pub fn lower(dims: Dims, lanes: u32) -> Result<(Params, [u32; 3]), Error> {
     let Dims { rows, segments, heads, head_size, ranks, inputs, stride, offset } = dims;
     if head_size != HEAD_SIZE {
         return Err(Error::HeadSize { got: head_size, want: HEAD_SIZE });
@@ -104,6 +104,7 @@ pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
         return Err(too_much);
     }
     product(rank, width)?;
+    let [teams_w, teams_a, teams_v] = divided(ranks, lanes);
     let u = |n: usize| u32::try_from(n).map_err(|_| too_much);
     #[expect(clippy::cast_possible_truncation, reason = "constants that an f32 holds well enough")]
     let params = Params {
@@ -113,6 +114,9 @@ pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
         rank_a: u(ranks.a)?,
         rank_v: u(ranks.v)?,
         rank_g: u(ranks.g)?,
+        teams_w,
+        teams_a,
+        teams_v,
         stride: u(stride)?,
         offset: u(offset)?,
         first_layer: (ranks.v == 0).into(),
@@ -125,4 +129,18 @@ pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
         [Ok(x), Ok(y)] if x.max(y) <= max => Ok((params, [x, y, 1])),
         _ => Err(Error::Groups { got, max }),
     }
+}
+
+/// How many of the teams of eight lanes multiply the adapters w, a and v, in proportion to the ranks; the rest is for g,
+/// and each has one at least.
+fn divided(ranks: Ranks, lanes: u32) -> [u32; 3] {
+    let (teams, all) = (u64::from(lanes / 8).max(4), (ranks.w + ranks.a + ranks.v + ranks.g).max(1) as u64);
+    let share = |rank: usize| (teams * rank as u64 / all).clamp(1, teams - 3);
+    let mut shares = [share(ranks.w), share(ranks.a), share(ranks.v)];
+    // Small shares that were rounded up may leave none for g.
+    while shares.iter().sum::<u64>() >= teams {
+        let largest = (0..3).max_by_key(|&i| shares[i]).unwrap_or_default();
+        shares[largest] -= 1;
+    }
+    shares.map(|share| u32::try_from(share).unwrap_or(1))
 }

@@ -234,7 +234,7 @@ impl Case {
 
     /// One call over `segments`, going on from `before`, of which nothing but what they name may change.
     fn run(&self, of: &Compiled, segments: &[Segment], before: &After) -> After {
-        let (params, groups) = lower(Dims { segments: segments.len(), ..self.dims }).unwrap();
+        let (params, groups) = lower(Dims { segments: segments.len(), ..self.dims }, of.lanes).unwrap();
         let [weights, up] =
             if of.lora_up { [self.weights.words(), NAN.to_vec()] } else { [NAN.to_vec(), self.up()] };
         let buffers = [
@@ -363,6 +363,7 @@ const NAN: [u32; 4] = [0x7FFF_FFFF; 4];
 struct Compiled {
     device: &'static Device,
     kernel: Pipeline,
+    lanes: u32,
     lora_up: bool,
     label: &'static str,
 }
@@ -378,7 +379,7 @@ fn compiled() -> Vec<Compiled> {
     let with = |(lanes, lora_up): (u32, bool)| {
         let overrides = [("LANES", lanes.into()), ("LORA_UP", u8::from(lora_up).into())];
         let kernel = device.pipeline(&VARIANTS[0], &overrides).unwrap();
-        Compiled { device, kernel, lora_up, label: format!("{lanes} {lora_up}").leak() }
+        Compiled { device, kernel, lanes, lora_up, label: format!("{lanes} {lora_up}").leak() }
     };
     sizes.flat_map(|lanes| [(lanes, true), (lanes, false)]).map(with).collect()
 }
@@ -412,15 +413,28 @@ fn refuses_what_it_cannot_run() {
         stride: 3 * 64 * 64 + 10,
         offset: 10,
     };
-    let (params, groups) = lower(plain).unwrap();
+    let (params, groups) = lower(plain, 256).unwrap();
     assert_eq!((groups, params.width, params.first_layer), ([3, 2, 1], 192, 0), "plain");
     assert_eq!([params.rank_w, params.rank_a, params.rank_v, params.rank_g], [5, 6, 7, 8], "ranks");
     assert_eq!((params.inputs as usize, params.stride as usize, params.offset), (602, 12_298, 10), "layout");
-    let first = lower(Dims { ranks: Ranks { v: 0, ..ranks }, ..plain }).unwrap().0;
+    // 32 teams for ranks of 5 6 7 8, and of 1 1 1 1000; 8 for these.
+    let teams = |ranks, lanes| {
+        let params = lower(Dims { ranks, inputs: 2000, ..plain }, lanes).unwrap().0;
+        [params.teams_w, params.teams_a, params.teams_v]
+    };
+    let long = Ranks { w: 1, a: 1, v: 1, g: 1000 };
+    assert_eq!(
+        [teams(ranks, 256), teams(long, 256), teams(long, 64)],
+        [[6, 7, 8], [1; 3], [1; 3]],
+        "by rank"
+    );
+    let long = Ranks { w: 1000, a: 1, v: 1, g: 1 };
+    assert_eq!([teams(long, 256), teams(long, 64)], [[29, 1, 1], [5, 1, 1]], "one is left for g");
+    let first = lower(Dims { ranks: Ranks { v: 0, ..ranks }, ..plain }, 256).unwrap().0;
     assert_eq!((first.rank_v, first.first_layer), (0, 1), "no value residual in the first layer");
 
     assert_eq!(
-        lower(Dims { head_size: 32, ..plain }),
+        lower(Dims { head_size: 32, ..plain }, 256),
         Err(Error::HeadSize { got: 32, want: 64 }),
         "head size"
     );
@@ -430,7 +444,7 @@ fn refuses_what_it_cannot_run() {
         Dims { offset: 11, ..plain },
         Dims { ranks: Ranks { g: 9, ..ranks }, ..plain },
     ] {
-        assert_eq!(lower(of), Err(Error::Layout(of)), "{of:?}");
+        assert_eq!(lower(of, 256), Err(Error::Layout(of)), "{of:?}");
     }
     let far = usize::MAX;
     for of in [
@@ -448,12 +462,12 @@ fn refuses_what_it_cannot_run() {
         Dims { stride: 1 << 32, ..plain },
         Dims { ranks: Ranks { w: 1 << 25, ..ranks }, inputs: 1 << 26, rows: 1, ..plain },
     ] {
-        assert_eq!(lower(of), Err(Error::Extents(of)), "{of:?}");
+        assert_eq!(lower(of, 256), Err(Error::Extents(of)), "{of:?}");
     }
     for (of, got) in [
         (Dims { segments: 65_536, ..plain }, [3, 65_536]),
         (Dims { heads: 65_536, inputs: 1 << 24, stride: 1 << 29, rows: 1, ..plain }, [65_536, 2]),
     ] {
-        assert_eq!(lower(of), Err(Error::Groups { got, max: MAX_GROUPS }), "{of:?}");
+        assert_eq!(lower(of, 256), Err(Error::Groups { got, max: MAX_GROUPS }), "{of:?}");
     }
 }

@@ -8,8 +8,9 @@
 // (i, g), i = index % N, has value row i of the keys of group g. A segment is read from one record and written to
 // another, so that what its sequence was before outlives the pass.
 //
-// With LORA_UP the adapters' second factors are multiplied here, with 16-byte loads: eight invocations to a row of
-// the head's 64 channels. Otherwise `up` has the products.
+// With LORA_UP the adapters' second factors are multiplied here, with 16-byte loads: eight invocations, a team, to a
+// row of the head's 64 channels. The teams are divided among the adapters as `lower` says, in proportion to their
+// ranks, so that all four are summed at once. Otherwise `up` has the products.
 
 const N: u32 = 64u;
 const COLUMNS: u32 = N;
@@ -24,6 +25,9 @@ struct Params {
     rank_a: u32,
     rank_v: u32,
     rank_g: u32,
+    teams_w: u32,     // teams of eight that multiply each adapter; those of g are the rest
+    teams_a: u32,
+    teams_v: u32,
     stride: u32,      // of a record of the state
     offset: u32,      // of the heads in a record
     first_layer: u32, // whether there is no value residual
@@ -54,7 +58,7 @@ var<workgroup> gate: array<f32, N>;
 var<workgroup> answer: array<f32, N>; // what the state answers
 
 // What invocations have of a sum over the groups.
-var<workgroup> parts: array<f32, LANES * 4u>;
+var<workgroup> parts: array<f32, LANES * 2u>;
 var<workgroup> squares: array<f32, LANES / N>;
 var<workgroup> bonuses: array<f32, LANES / N>;
 
@@ -63,22 +67,28 @@ fn answers(j: u32) -> vec4<f32> {
     return vec4(answer[4u * j], answer[4u * j + 1u], answer[4u * j + 2u], answer[4u * j + 3u]);
 }
 
-struct Columns {
-    low: vec4<f32>,
-    high: vec4<f32>,
-}
-
-// The low ranks of an adapter times its second factor, for eight channels: invocation l takes every (LANES / 8)th rank.
-fn lora_up(row: u32, head: u32, start: u32, rank: u32, l: u32) -> Columns {
+// A part of an adapter's low ranks times its second factor, for eight channels of the head, held for `lora_of`. Team
+// `team` of `teams` takes every so manieth rank.
+fn lora_up(row: u32, head: u32, start: u32, rank: u32, team: u32, teams: u32, l: u32) {
     let width8 = params.width / 8u;
     let column = head * (N / 8u) + l % 8u;
     let low_rank = row * params.inputs + 3u * params.width + start;
-    var sum = Columns(vec4(0.0), vec4(0.0));
-    for (var r = l / 8u; r < rank; r += LANES / 8u) {
+    var low = vec4(0.0);
+    var high = vec4(0.0);
+    for (var r = team; r < rank; r += teams) {
         let x = inputs[low_rank + r];
         let w = weights[(start + r) * width8 + column];
-        sum.low += x * low4(w);
-        sum.high += x * high4(w);
+        low += x * low4(w);
+        high += x * high4(w);
+    }
+    hold_columns(low, high, l);
+}
+
+// The product of an adapter for channel i: what its teams, from `team` to before `end`, held of it.
+fn lora_of(team: u32, end: u32, i: u32) -> f32 {
+    var sum = 0.0;
+    for (var t = team; t < end; t++) {
+        sum += held_column(t, i);
     }
     return sum;
 }
@@ -117,26 +127,35 @@ fn time_mix(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_i
         if params.first_layer == 0u {
             first = v_first[row * width + channel];
         }
+        let team = l / 8u;
+        let teams_a = params.teams_w;
+        let teams_v = teams_a + params.teams_a;
+        let teams_g = teams_v + params.teams_v;
+        let teams = LANES / 8u;
         if LORA_UP {
             let a_start = params.rank_w;
             let v_start = a_start + params.rank_a;
             let g_start = v_start + params.rank_v;
-            let w_up = lora_up(row, head, 0u, params.rank_w, l);
-            let a_up = lora_up(row, head, a_start, params.rank_a, l);
-            let v_up = lora_up(row, head, v_start, params.rank_v, l);
-            let g_up = lora_up(row, head, g_start, params.rank_g, l);
-            parts[l] = column_part(w_up.low, w_up.high, l);
-            parts[LANES + l] = column_part(a_up.low, a_up.high, l);
-            parts[2u * LANES + l] = column_part(v_up.low, v_up.high, l);
-            parts[3u * LANES + l] = column_part(g_up.low, g_up.high, l);
+            if team < teams_a {
+                lora_up(row, head, 0u, params.rank_w, team, params.teams_w, l);
+            } else if team < teams_v {
+                lora_up(row, head, a_start, params.rank_a, team - teams_a, params.teams_a, l);
+            } else if team < teams_g {
+                lora_up(row, head, v_start, params.rank_v, team - teams_v, params.teams_v, l);
+            } else {
+                lora_up(row, head, g_start, params.rank_g, team - teams_g, teams - teams_g, l);
+            }
             workgroupBarrier();
         }
         if g == 0u {
             var lora = vec4(0.0);
             if LORA_UP {
-                for (var p = i; p < LANES; p += N) {
-                    lora += vec4(parts[p], parts[LANES + p], parts[2u * LANES + p], parts[3u * LANES + p]);
-                }
+                lora = vec4(
+                    lora_of(0u, teams_a, i),
+                    lora_of(teams_a, teams_v, i),
+                    lora_of(teams_v, teams_g, i),
+                    lora_of(teams_g, teams, i),
+                );
             } else {
                 let at = row * 4u * width + channel;
                 lora = vec4(up[at], up[at + width], up[at + 2u * width], up[at + 3u * width]);
