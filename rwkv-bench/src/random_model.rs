@@ -26,6 +26,10 @@ const LEAN_BIAS: f32 = 0.5;
 /// 95 % of the hidden units are then zero, as in the bundled model.
 const LEAN: f32 = 1.64;
 
+/// What a layer adds to the residual stream is so much smaller than what it reads. Random layers amplify rounding
+/// without bound, a norm over a rank-one state first of all; trained ones do not, and neither do these.
+const RESIDUAL: f32 = 0.1;
+
 /// Elements generated from one seed.
 const STRETCH: usize = 1 << 16;
 
@@ -115,12 +119,12 @@ pub(crate) fn write(shape: &Shape, path: &Path) -> anyhow::Result<()> {
         push("att.k_k", &[1, 1, d], 0.75, 0.15);
         push("att.k_a", &[1, 1, d], 0.5, 0.3);
         push("att.r_k", &[d / 64, 64], 0.0, 0.1);
-        for matrix in ["receptance", "key", "value", "output"] {
-            push(&format!("att.{matrix}.weight"), &[d, d], 0.0, fan(d));
+        for (matrix, size) in [("receptance", 1.0), ("key", 1.0), ("value", 1.0), ("output", RESIDUAL)] {
+            push(&format!("att.{matrix}.weight"), &[d, d], 0.0, size * fan(d));
         }
         push("ffn.x_k", &[1, 1, d], 0.5, 0.3);
         push("ffn.key.weight", &[4 * d, d], -LEAN / (LEAN_BIAS * d as f32), fan(d));
-        push("ffn.value.weight", &[d, 4 * d], 0.0, fan(4 * d));
+        push("ffn.value.weight", &[d, 4 * d], 0.0, RESIDUAL * fan(4 * d));
     }
     safetensors::serialize_to_file(tensors.iter().map(|(name, tensor)| (name, tensor)), None, path)?;
     Ok(())

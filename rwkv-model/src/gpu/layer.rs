@@ -49,8 +49,6 @@ pub(super) struct Kernels {
     matmul: BTreeMap<u32, [Pipeline; 2]>,
     /// With the adapters' products given.
     time_mix: Pipeline,
-    /// Lanes of a workgroup of it.
-    heads_lanes: u32,
     /// For one token, if the device has the memory for them.
     step: Option<StepKernels>,
 }
@@ -120,7 +118,6 @@ impl Kernels {
             sample: compile(device, sample::VARIANTS, &[("LANES", f64::from(lanes(1024)))])?,
             matmul: of_matmul,
             time_mix: compile(device, time_mix::VARIANTS, &given)?,
-            heads_lanes: lanes(256),
             step: if setup.fused { StepKernels::new(device, config)? } else { None },
         })
     }
@@ -168,6 +165,7 @@ impl StepKernels {
         let tile = |lanes: u32, rows: u32| (lanes / 32).max(1) * rows;
         // `time_mix` and `channel_mix_value` need 32 to 64 bytes a lane.
         let half = if capabilities.workgroup_bytes >= 32 << 10 { lanes(512) } else { lanes(256) };
+        let heads_lanes = half.max(256); // four adapters at once
         let columns = if width <= 1024 { 16 } else { 32 };
         let f = f64::from;
         Ok(Some(Self {
@@ -176,7 +174,7 @@ impl StepKernels {
                 mix_in::VARIANTS,
                 &[("LANES", f(mix_lanes)), ("TEAM_ROWS", f(team_rows)), ("WIDTH", f(width))],
             )?,
-            time_mix: compile(device, time_mix::VARIANTS, &[("LANES", f(half)), ("LORA_UP", 1.0)])?,
+            time_mix: compile(device, time_mix::VARIANTS, &[("LANES", f(heads_lanes)), ("LORA_UP", 1.0)])?,
             linear: compile(device, linear::VARIANTS, &[("LANES", f(lanes(256))), ("TEAM_ROWS", 1.0)])?,
             value: compile(
                 device,
@@ -184,7 +182,7 @@ impl StepKernels {
                 &[("LANES", f(half)), ("COLUMNS", f(columns))],
             )?,
             mix_tile: tile(mix_lanes, team_rows),
-            heads_lanes: half,
+            heads_lanes,
             linear_tile: tile(lanes(256), 1),
             columns,
         }))
@@ -445,7 +443,7 @@ impl Layers<'_> {
         let key = [mix_in::Stacked { outputs: hidden, mix: Some(0), activation: Activation::SquaredRelu }];
 
         let (params, groups) =
-            time_mix::lower(self.heads(weights, 1), kernels.heads_lanes).map_err(refused("heads"))?;
+            time_mix::lower(self.heads(weights, 1), Some(kernels.heads_lanes)).map_err(refused("heads"))?;
         // `up` is not read: any other buffer that is only read stands in for it.
         let heads =
             [&s.one, &s.inputs, &weights.up, &s.inputs, &weights.heads, records, &s.v_first, &s.readout];
@@ -562,8 +560,7 @@ impl Layers<'_> {
         let key = job(width, hidden, 0, (0, width), (0, hidden), Activation::SquaredRelu, false);
         let value = job(hidden, width, 0, (0, hidden), (0, width), Activation::Identity, true);
 
-        let (params, _) = time_mix::lower(self.heads(weights, s.rows), self.kernels.heads_lanes)
-            .map_err(refused("heads"))?;
+        let (params, _) = time_mix::lower(self.heads(weights, s.rows), None).map_err(refused("heads"))?;
         let heads =
             [&s.segments, &s.inputs, &weights.up, &s.up, &weights.heads, records, &s.v_first, &s.readout]
                 .map(Bound::Whole);

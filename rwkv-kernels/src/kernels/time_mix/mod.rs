@@ -71,6 +71,14 @@ pub enum Error {
     /// More elements than the kernel can index, or none.
     #[error("{0:?}: nothing to do, or too much for 32-bit indices")]
     Extents(Dims),
+    /// Too few lanes for the adapters.
+    #[error("{got} lanes multiply four adapters, at least {want} are needed")]
+    Lanes {
+        /// As asked for.
+        got: u32,
+        /// At least.
+        want: usize,
+    },
     /// More workgroups along a dimension than a dispatch has.
     #[error("{got:?} workgroups, at most {max} along a dimension")]
     Groups {
@@ -81,12 +89,13 @@ pub enum Error {
     },
 }
 
-/// The parameters and workgroups of a call, for a pipeline whose override `LANES` is `lanes`.
+/// The parameters and workgroups of a call. `lora_up` is the pipeline's override `LANES` if its override `LORA_UP` is
+/// set.
 ///
 /// # Errors
 ///
 /// If the extents are not what the kernel can do.
-pub fn lower(dims: Dims, lanes: u32) -> Result<(Params, [u32; 3]), Error> {
+pub fn lower(dims: Dims, lora_up: Option<u32>) -> Result<(Params, [u32; 3]), Error> {
     let Dims { rows, segments, heads, head_size, ranks, inputs, stride, offset } = dims;
     if head_size != HEAD_SIZE {
         return Err(Error::HeadSize { got: head_size, want: HEAD_SIZE });
@@ -104,7 +113,7 @@ pub fn lower(dims: Dims, lanes: u32) -> Result<(Params, [u32; 3]), Error> {
         return Err(too_much);
     }
     product(rank, width)?;
-    let [teams_w, teams_a, teams_v] = divided(ranks, lanes);
+    let [groups_w, groups_a, groups_v] = lora_up.map_or(Ok([0; 3]), |lanes| divided(ranks, lanes))?;
     let u = |n: usize| u32::try_from(n).map_err(|_| too_much);
     #[expect(clippy::cast_possible_truncation, reason = "constants that an f32 holds well enough")]
     let params = Params {
@@ -114,9 +123,9 @@ pub fn lower(dims: Dims, lanes: u32) -> Result<(Params, [u32; 3]), Error> {
         rank_a: u(ranks.a)?,
         rank_v: u(ranks.v)?,
         rank_g: u(ranks.g)?,
-        teams_w,
-        teams_a,
-        teams_v,
+        groups_w,
+        groups_a,
+        groups_v,
         stride: u(stride)?,
         offset: u(offset)?,
         first_layer: (ranks.v == 0).into(),
@@ -131,16 +140,18 @@ pub fn lower(dims: Dims, lanes: u32) -> Result<(Params, [u32; 3]), Error> {
     }
 }
 
-/// How many of the teams of eight lanes multiply the adapters w, a and v, in proportion to the ranks; the rest is for g,
-/// and each has one at least.
-fn divided(ranks: Ranks, lanes: u32) -> [u32; 3] {
-    let (teams, all) = (u64::from(lanes / 8).max(4), (ranks.w + ranks.a + ranks.v + ranks.g).max(1) as u64);
-    let share = |rank: usize| (teams * rank as u64 / all).clamp(1, teams - 3);
-    let mut shares = [share(ranks.w), share(ranks.a), share(ranks.v)];
-    // Small shares that were rounded up may leave none for g.
-    while shares.iter().sum::<u64>() >= teams {
-        let largest = (0..3).max_by_key(|&i| shares[i]).unwrap_or_default();
-        shares[largest] -= 1;
+/// How many of the groups of [`HEAD_SIZE`] lanes multiply the adapters w, a and v; the rest is for g. Each has one, and
+/// the others go where most ranks wait for a group.
+fn divided(ranks: Ranks, lanes: u32) -> Result<[u32; 3], Error> {
+    let (ranks, mut shares) = ([ranks.w, ranks.a, ranks.v, ranks.g], [1; 4]);
+    let groups = lanes as usize / HEAD_SIZE;
+    if groups < shares.len() {
+        return Err(Error::Lanes { got: lanes, want: shares.len() * HEAD_SIZE });
     }
-    shares.map(|share| u32::try_from(share).unwrap_or(1))
+    for _ in shares.len()..groups {
+        let most = (0..4).max_by_key(|&i| ranks[i].div_ceil(shares[i] as usize)).unwrap_or_default();
+        shares[most] += 1;
+    }
+    let [w, a, v, _] = shares;
+    Ok([w, a, v])
 }

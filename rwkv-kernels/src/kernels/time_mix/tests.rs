@@ -234,7 +234,8 @@ impl Case {
 
     /// One call over `segments`, going on from `before`, of which nothing but what they name may change.
     fn run(&self, of: &Compiled, segments: &[Segment], before: &After) -> After {
-        let (params, groups) = lower(Dims { segments: segments.len(), ..self.dims }, of.lanes).unwrap();
+        let (params, groups) =
+            lower(Dims { segments: segments.len(), ..self.dims }, of.lora_up.then_some(of.lanes)).unwrap();
         let [weights, up] =
             if of.lora_up { [self.weights.words(), NAN.to_vec()] } else { [NAN.to_vec(), self.up()] };
         let buffers = [
@@ -381,7 +382,9 @@ fn compiled() -> Vec<Compiled> {
         let kernel = device.pipeline(&VARIANTS[0], &overrides).unwrap();
         Compiled { device, kernel, lanes, lora_up, label: format!("{lanes} {lora_up}").leak() }
     };
-    sizes.flat_map(|lanes| [(lanes, true), (lanes, false)]).map(with).collect()
+    let of_lora =
+        |lanes| [(lanes, true), (lanes, false)].into_iter().filter(|(lanes, up)| !up || *lanes >= 256);
+    sizes.flat_map(of_lora).map(with).collect()
 }
 
 #[test]
@@ -413,28 +416,26 @@ fn refuses_what_it_cannot_run() {
         stride: 3 * 64 * 64 + 10,
         offset: 10,
     };
-    let (params, groups) = lower(plain, 256).unwrap();
+    let (params, groups) = lower(plain, Some(256)).unwrap();
     assert_eq!((groups, params.width, params.first_layer), ([3, 2, 1], 192, 0), "plain");
     assert_eq!([params.rank_w, params.rank_a, params.rank_v, params.rank_g], [5, 6, 7, 8], "ranks");
     assert_eq!((params.inputs as usize, params.stride as usize, params.offset), (602, 12_298, 10), "layout");
-    // 32 teams for ranks of 5 6 7 8, and of 1 1 1 1000; 8 for these.
-    let teams = |ranks, lanes| {
-        let params = lower(Dims { ranks, inputs: 2000, ..plain }, lanes).unwrap().0;
-        [params.teams_w, params.teams_a, params.teams_v]
+    let groups = |ranks, lanes| {
+        let params = lower(Dims { ranks, inputs: 2000, ..plain }, Some(lanes)).unwrap().0;
+        [params.groups_w, params.groups_a, params.groups_v]
     };
-    let long = Ranks { w: 1, a: 1, v: 1, g: 1000 };
-    assert_eq!(
-        [teams(ranks, 256), teams(long, 256), teams(long, 64)],
-        [[6, 7, 8], [1; 3], [1; 3]],
-        "by rank"
-    );
-    let long = Ranks { w: 1000, a: 1, v: 1, g: 1 };
-    assert_eq!([teams(long, 256), teams(long, 64)], [[29, 1, 1], [5, 1, 1]], "one is left for g");
-    let first = lower(Dims { ranks: Ranks { v: 0, ..ranks }, ..plain }, 256).unwrap().0;
+    let released = Ranks { w: 64, a: 64, v: 32, g: 128 };
+    assert_eq!([groups(released, 512), groups(ranks, 1024)], [[2, 2, 1], [3, 3, 4]], "by rank");
+    let [long_g, long_w] = [Ranks { w: 1, a: 1, v: 1, g: 1000 }, Ranks { w: 1000, a: 1, v: 1, g: 1 }];
+    assert_eq!([groups(long_g, 512), groups(long_g, 256)], [[1; 3]; 2], "one each");
+    assert_eq!([groups(long_w, 512), groups(long_w, 256)], [[5, 1, 1], [1; 3]], "one is left for g");
+    assert_eq!(lower(plain, Some(192)), Err(Error::Lanes { got: 192, want: 256 }), "lanes");
+    assert!(lower(plain, None).is_ok(), "given");
+    let first = lower(Dims { ranks: Ranks { v: 0, ..ranks }, ..plain }, Some(256)).unwrap().0;
     assert_eq!((first.rank_v, first.first_layer), (0, 1), "no value residual in the first layer");
 
     assert_eq!(
-        lower(Dims { head_size: 32, ..plain }, 256),
+        lower(Dims { head_size: 32, ..plain }, Some(256)),
         Err(Error::HeadSize { got: 32, want: 64 }),
         "head size"
     );
@@ -444,7 +445,7 @@ fn refuses_what_it_cannot_run() {
         Dims { offset: 11, ..plain },
         Dims { ranks: Ranks { g: 9, ..ranks }, ..plain },
     ] {
-        assert_eq!(lower(of, 256), Err(Error::Layout(of)), "{of:?}");
+        assert_eq!(lower(of, Some(256)), Err(Error::Layout(of)), "{of:?}");
     }
     let far = usize::MAX;
     for of in [
@@ -462,12 +463,12 @@ fn refuses_what_it_cannot_run() {
         Dims { stride: 1 << 32, ..plain },
         Dims { ranks: Ranks { w: 1 << 25, ..ranks }, inputs: 1 << 26, rows: 1, ..plain },
     ] {
-        assert_eq!(lower(of, 256), Err(Error::Extents(of)), "{of:?}");
+        assert_eq!(lower(of, Some(256)), Err(Error::Extents(of)), "{of:?}");
     }
     for (of, got) in [
         (Dims { segments: 65_536, ..plain }, [3, 65_536]),
         (Dims { heads: 65_536, inputs: 1 << 24, stride: 1 << 29, rows: 1, ..plain }, [65_536, 2]),
     ] {
-        assert_eq!(lower(of, 256), Err(Error::Groups { got, max: MAX_GROUPS }), "{of:?}");
+        assert_eq!(lower(of, Some(256)), Err(Error::Groups { got, max: MAX_GROUPS }), "{of:?}");
     }
 }

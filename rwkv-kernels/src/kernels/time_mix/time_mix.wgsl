@@ -9,8 +9,9 @@
 // another, so that what its sequence was before outlives the pass.
 //
 // With LORA_UP the adapters' second factors are multiplied here, with 16-byte loads: eight invocations, a team, to a
-// row of the head's 64 channels. The teams are divided among the adapters as `lower` says, in proportion to their
-// ranks, so that all four are summed at once. Otherwise `up` has the products.
+// row of the head's 64 channels. The groups, of eight teams, are divided among the adapters as `lower` says, in
+// proportion to their ranks, so that all four are summed at once: there must be four groups. Otherwise `up` has the
+// products.
 
 const N: u32 = 64u;
 const COLUMNS: u32 = N;
@@ -25,9 +26,9 @@ struct Params {
     rank_a: u32,
     rank_v: u32,
     rank_g: u32,
-    teams_w: u32,     // teams of eight that multiply each adapter; those of g are the rest
-    teams_a: u32,
-    teams_v: u32,
+    groups_w: u32,    // groups that multiply each adapter; those of g are the rest
+    groups_a: u32,
+    groups_v: u32,
     stride: u32,      // of a record of the state
     offset: u32,      // of the heads in a record
     first_layer: u32, // whether there is no value residual
@@ -67,7 +68,7 @@ fn answers(j: u32) -> vec4<f32> {
     return vec4(answer[4u * j], answer[4u * j + 1u], answer[4u * j + 2u], answer[4u * j + 3u]);
 }
 
-// A part of an adapter's low ranks times its second factor, for eight channels of the head, held for `lora_of`. Team
+// A part of an adapter's low ranks times its second factor, for eight channels of the head, held until it is summed. Team
 // `team` of `teams` takes every so manieth rank.
 fn lora_up(row: u32, head: u32, start: u32, rank: u32, team: u32, teams: u32, l: u32) {
     let width8 = params.width / 8u;
@@ -84,11 +85,11 @@ fn lora_up(row: u32, head: u32, start: u32, rank: u32, team: u32, teams: u32, l:
     hold_columns(low, high, l);
 }
 
-// The product of an adapter for channel i: what its teams, from `team` to before `end`, held of it.
-fn lora_of(team: u32, end: u32, i: u32) -> f32 {
+// The product of an adapter for channel i: what its groups, from `g` to before `end`, have of it.
+fn lora_of(g: u32, end: u32, i: u32) -> f32 {
     var sum = 0.0;
-    for (var t = team; t < end; t++) {
-        sum += held_column(t, i);
+    for (var p = g; p < end; p++) {
+        sum += parts[p * N + i];
     }
     return sum;
 }
@@ -127,34 +128,39 @@ fn time_mix(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_i
         if params.first_layer == 0u {
             first = v_first[row * width + channel];
         }
-        let team = l / 8u;
-        let teams_a = params.teams_w;
-        let teams_v = teams_a + params.teams_a;
-        let teams_g = teams_v + params.teams_v;
-        let teams = LANES / 8u;
+        let a_groups = params.groups_w;
+        let v_groups = a_groups + params.groups_a;
+        let g_groups = v_groups + params.groups_v;
         if LORA_UP {
+            let team = l / 8u;
             let a_start = params.rank_w;
             let v_start = a_start + params.rank_a;
             let g_start = v_start + params.rank_v;
-            if team < teams_a {
-                lora_up(row, head, 0u, params.rank_w, team, params.teams_w, l);
-            } else if team < teams_v {
-                lora_up(row, head, a_start, params.rank_a, team - teams_a, params.teams_a, l);
-            } else if team < teams_g {
-                lora_up(row, head, v_start, params.rank_v, team - teams_v, params.teams_v, l);
+            if g < a_groups {
+                lora_up(row, head, 0u, params.rank_w, team, 8u * params.groups_w, l);
+            } else if g < v_groups {
+                lora_up(row, head, a_start, params.rank_a, team - 8u * a_groups, 8u * params.groups_a, l);
+            } else if g < g_groups {
+                lora_up(row, head, v_start, params.rank_v, team - 8u * v_groups, 8u * params.groups_v, l);
             } else {
-                lora_up(row, head, g_start, params.rank_g, team - teams_g, teams - teams_g, l);
+                lora_up(row, head, g_start, params.rank_g, team - 8u * g_groups, 8u * (groups - g_groups), l);
             }
+            workgroupBarrier();
+            var part = 0.0;
+            for (var t = 0u; t < 8u; t++) {
+                part += held_column(8u * g + t, i);
+            }
+            parts[l] = part;
             workgroupBarrier();
         }
         if g == 0u {
             var lora = vec4(0.0);
             if LORA_UP {
                 lora = vec4(
-                    lora_of(0u, teams_a, i),
-                    lora_of(teams_a, teams_v, i),
-                    lora_of(teams_v, teams_g, i),
-                    lora_of(teams_g, teams, i),
+                    lora_of(0u, a_groups, i),
+                    lora_of(a_groups, v_groups, i),
+                    lora_of(v_groups, g_groups, i),
+                    lora_of(g_groups, groups, i),
                 );
             } else {
                 let at = row * 4u * width + channel;
