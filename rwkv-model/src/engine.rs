@@ -168,7 +168,7 @@ struct Inner {
 
 #[derive(Debug)]
 enum Executor {
-    Cpu(Cpu),
+    Cpu(Box<Cpu>),
     Gpu(Box<gpu::Executor>),
 }
 
@@ -233,7 +233,7 @@ impl Executor {
                 Ok(Self::Gpu(open(None)?))
             }
             Device::Auto if gpu::suits(checkpoint.config()) => Ok(Self::Gpu(open(None)?)),
-            Device::Auto | Device::Cpu => Ok(Self::Cpu(Cpu::open(checkpoint, options, progress)?)),
+            Device::Auto | Device::Cpu => Ok(Self::Cpu(Box::new(Cpu::open(checkpoint, options, progress)?))),
         }
     }
 

@@ -157,7 +157,7 @@ impl StepKernels {
         let lanes = lanes(device);
         let width = count(config.width);
         // Large workgroups, since each norms the row anew; long rows are multiplied two at a time. Measured on an H200.
-        let (mix_lanes, team_rows) = (lanes(1024), if width < 2048 { 1 } else { 2 });
+        let (mix_lanes, team_rows) = if width < 2048 { (lanes(512), 1) } else { (lanes(1024), 2) };
         if 4 * (width + mix_lanes) > capabilities.workgroup_bytes || width > 16 * mix_lanes {
             return Ok(None);
         }
@@ -167,6 +167,8 @@ impl StepKernels {
         let half = if capabilities.workgroup_bytes >= 32 << 10 { lanes(512) } else { lanes(256) };
         let heads_lanes = half.max(256); // four adapters at once
         let columns = if width <= 1024 { 16 } else { 32 };
+        // As few as suffice for all hidden units at once, if eight do.
+        let parts = (count(config.hidden) / 4).div_ceil(half).clamp(1, 8);
         let f = f64::from;
         Ok(Some(Self {
             mix_in: compile(
@@ -179,7 +181,7 @@ impl StepKernels {
             value: compile(
                 device,
                 channel_mix_value::VARIANTS,
-                &[("LANES", f(half)), ("COLUMNS", f(columns))],
+                &[("LANES", f(half)), ("COLUMNS", f(columns)), ("PARTS", f(parts))],
             )?,
             mix_tile: tile(mix_lanes, team_rows),
             heads_lanes,

@@ -20,6 +20,7 @@ mod records;
 mod weights;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -180,7 +181,7 @@ impl Executor {
         let kernels = Kernels::new(&device, &config, &setup)?;
         let scratch = Scratch::new(&device, &config, setup.pass_tokens)?;
         let records = Records::new(&device, &config)?;
-        let weights = Weights::upload(&device, checkpoint, progress)?;
+        let weights = Weights::upload(&device, checkpoint, setup.weights, progress)?;
         let profile = setup.timestamps.then(|| profile::Recorder::new(&device)).flatten();
         let work = Work {
             records,
@@ -399,10 +400,10 @@ impl Executor {
             return Ok(work.step.insert(plan));
         }
         let tile = self.kernels.tile_rows(shape.rows);
-        if !work.batch.contains_key(&tile) {
-            work.batch.insert(tile, layers.batch(tile)?);
+        match work.batch.entry(tile) {
+            Entry::Occupied(plan) => Ok(plan.into_mut()),
+            Entry::Vacant(place) => Ok(place.insert(layers.batch(tile)?)),
         }
-        Ok(&work.batch[&tile])
     }
 
     /// Encodes a pass; `first` is a dispatch to go before it.

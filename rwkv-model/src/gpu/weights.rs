@@ -35,9 +35,9 @@ pub enum WeightFormat {
 impl WeightFormat {
     /// Bytes of `n` weights.
     #[must_use]
-    pub const fn bytes(self, n: usize) -> u64 {
+    pub const fn bytes(self, n: usize) -> usize {
         match self {
-            Self::F16 => 2 * n as u64,
+            Self::F16 => n * size_of::<f16>(),
         }
     }
 }
@@ -52,7 +52,7 @@ pub(super) struct Weights {
     /// ln0, gain and bias.
     pub(super) ln0: [wgpu::Buffer; 2],
     pub(super) layers: Vec<Layer>,
-    /// ln_out, gain and bias, `[2, D]`.
+    /// `ln_out`, gain and bias, `[2, D]`.
     pub(super) ln_out: wgpu::Buffer,
     /// The same in two.
     pub(super) ln_out_parts: [wgpu::Buffer; 2],
@@ -71,7 +71,7 @@ pub(super) struct Layer {
     pub(super) value: wgpu::Buffer,
     /// ln1's gain and bias, then the mixes r w k v a g; `[8, D]`.
     pub(super) att: wgpu::Buffer,
-    /// w0, a0, v0, k_k, k_a, r_k, gain and bias of the group norm; `[8, D]`.
+    /// w0, a0, v0, `k_k`, `k_a`, `r_k`, gain and bias of the group norm; `[8, D]`.
     pub(super) heads: wgpu::Buffer,
     /// ln2's gain and bias, then the mix; `[3, D]`.
     pub(super) ffn: wgpu::Buffer,
@@ -89,9 +89,11 @@ impl Weights {
     pub(super) fn upload(
         device: &Device,
         checkpoint: &Checkpoint,
+        format: WeightFormat,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Self, Error> {
-        let upload = Upload { device, reader: checkpoint.reader(progress), config: *checkpoint.config() };
+        let upload =
+            Upload { device, format, reader: checkpoint.reader(progress), config: *checkpoint.config() };
         upload.model().map_err(|error| match error {
             Failed::Fault(fault) => Error::Checkpoint(checkpoint.error(fault)),
             Failed::Device(error) => error,
@@ -121,6 +123,7 @@ impl From<Error> for Failed {
 
 struct Upload<'a> {
     device: &'a Device,
+    format: WeightFormat,
     reader: Reader<'a>,
     config: ModelConfig,
 }
@@ -224,7 +227,7 @@ impl Upload<'_> {
 
     /// Matrices, one after the other.
     fn matrix(&self, label: &str, pieces: &[Piece]) -> Result<wgpu::Buffer, Failed> {
-        let bytes = |piece: &Piece| piece.rows * piece.columns * size_of::<f16>();
+        let bytes = |piece: &Piece| self.format.bytes(piece.rows * piece.columns);
         self.buffer(label, pieces.iter().map(bytes).sum(), |mut to| {
             for piece in pieces {
                 let part = to.split_off(..bytes(piece)).unwrap_or_default();

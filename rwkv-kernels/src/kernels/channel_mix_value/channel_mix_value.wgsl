@@ -9,6 +9,7 @@
 
 override LANES: u32 = 256u;
 override COLUMNS: u32 = 32u;
+override PARTS: u32 = 8u; // fours of units that a lane looks at before they are listed, at most 8: enough for all is best
 
 struct Params {
     width: u32,  // D
@@ -36,10 +37,10 @@ fn channel_mix_value(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     var low = vec4(0.0);
     var high = vec4(0.0);
 
-    for (var base = 0u; base < hidden4; base += 8u * LANES) {
+    for (var base = 0u; base < hidden4; base += PARTS * LANES) {
         // Which of the lane's units are not zero, one bit each.
         var bits = 0u;
-        for (var j = 0u; j < 8u; j++) {
+        for (var j = 0u; j < PARTS; j++) {
             let at = base + j * LANES + l;
             if at < hidden4 {
                 bits |= dot(vec4<u32>(hidden[start + at] != vec4(0.0)), vec4(1u, 2u, 4u, 8u)) << (4u * j);

@@ -92,9 +92,18 @@ fn hidden() -> impl Strategy<Value = usize> {
 
 #[test]
 fn agrees_with_its_twin() {
-    let sizes = [(64, 8), (64, 64), (128, 16), (256, 8), (256, 32), (256, 64), (512, 32), (1024, 64)];
-    for (lanes, columns) in sizes {
-        let overrides = [("LANES", lanes.into()), ("COLUMNS", columns.into())];
+    let sizes = [
+        (64, 8, 8),
+        (64, 64, 1),
+        (128, 16, 3),
+        (256, 8, 8),
+        (256, 32, 2),
+        (256, 64, 1),
+        (512, 32, 8),
+        (1024, 64, 1),
+    ];
+    for (lanes, columns, parts) in sizes {
+        let overrides = [("LANES", lanes.into()), ("COLUMNS", columns.into()), ("PARTS", f64::from(parts))];
         let variants = variants_for_tests(&of_lanes(VARIANTS, lanes), &overrides);
         let config = ProptestConfig { cases: 16, ..ProptestConfig::with_source_file(file!()) };
         let widths = prop::sample::select(vec![8usize, 64, 72, 192]);
