@@ -46,6 +46,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let tokens = engine.tokenizer()?.encode(prompt);
     let begun = Instant::now();
     session.prefill(&tokens).context("the prompt")?;
+    engine.wait()?;
     let prefill = begun.elapsed().as_secs_f64();
 
     let sampler =
@@ -67,7 +68,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
     // beside the text, not in it
     writeln!(
         stderr(),
-        "prefill: {} tokens, {:.0} tokens/s; decode: {decoded} tokens, {:.0} tokens/s",
+        "{}: prefill: {} tokens, {:.0} tokens/s; decode: {decoded} tokens, {:.0} tokens/s",
+        engine.report()?.device,
         tokens.len(),
         tokens.len() as f64 / prefill,
         decoded as f64 / decode,

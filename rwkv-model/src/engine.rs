@@ -98,6 +98,26 @@ pub enum Device {
     Gpu(Option<String>),
 }
 
+/// As programs take it from a command line: `auto`, `cpu`, `gpu`, or `gpu:` and part of its name or its number.
+impl std::str::FromStr for Device {
+    type Err = UnknownDevice;
+
+    fn from_str(text: &str) -> Result<Self, UnknownDevice> {
+        match text.split_once(':') {
+            None if text == "auto" => Ok(Self::Auto),
+            None if text == "cpu" => Ok(Self::Cpu),
+            None if text == "gpu" => Ok(Self::Gpu(None)),
+            Some(("gpu", adapter)) if !adapter.is_empty() => Ok(Self::Gpu(Some(adapter.to_owned()))),
+            _ => Err(UnknownDevice(text.to_owned())),
+        }
+    }
+}
+
+/// A text that names no device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no device: auto, cpu, gpu or gpu:NAME")]
+pub struct UnknownDevice(pub String);
+
 /// How an engine is set up.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
@@ -528,6 +548,24 @@ impl Engine {
         match &self.0.executor {
             Executor::Cpu(_) => Memory::Host(State::new(self.config())),
             Executor::Gpu(gpu) => Memory::Device(gpu.empty()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Device, UnknownDevice};
+
+    #[test]
+    fn devices_are_named() {
+        let gpu = |name: &str| Device::Gpu(Some(name.to_owned()));
+        let named = [("auto", Device::Auto), ("cpu", Device::Cpu), ("gpu", Device::Gpu(None))];
+        for (text, device) in named.into_iter().chain([("gpu:1", gpu("1")), ("gpu:H200: b", gpu("H200: b"))])
+        {
+            assert_eq!(text.parse(), Ok(device), "{text}");
+        }
+        for text in ["", "GPU", "gpu:", "cpu:0", "cuda"] {
+            assert_eq!(text.parse::<Device>(), Err(UnknownDevice(text.to_owned())), "{text:?}");
         }
     }
 }

@@ -21,6 +21,7 @@
 //! |---|---|
 //! | [`checkpoint`] | files of several formats and dialects, every tensor checked, to a model |
 //! | [`engine`] | [`Engine`]: a model, ready to run any number of sessions |
+//! | [`gpu`] | the GPU executor: what can go wrong there, and what it measures |
 //! | [`session`] | [`Session`]: one sequence and what it remembers |
 //! | [`text`] | a session's tokens as text, up to a stop sequence |
 //! | [`sample`] | [`Sampler`]: from logits to the next token |
@@ -30,8 +31,9 @@
 //! A new container goes into [`checkpoint::directory`], a new dialect of names into `checkpoint/names.rs`, a new vocabulary
 //! into [`tokenizer`]. What this crate never does: train, serve, or run another architecture than RWKV-7.
 //!
-//! Invariant: the same call gives the same bits, and a session's results do not depend on the sessions beside it, on how
-//! its tokens were split over calls, nor on the number of threads.
+//! Invariant: the same call on the same device gives the same bits. On the CPU, and on a GPU with
+//! [`EngineOptions::batch_invariant`], a session's results do not depend on the sessions beside it, on how its tokens were
+//! split over calls, nor on the number of threads; on a GPU without, they agree but for rounding.
 //!
 //! Invariant: what a caller or a file gets wrong is a typed error, and leaves every session as it was.
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use rwkv_model::engine::Device;
 use rwkv_model::tokenizer::World;
 use rwkv_model::{Engine, EngineOptions, Tokenizer};
 
@@ -20,6 +21,9 @@ pub(crate) struct ModelArgs {
     /// Vocabulary file, for models whose tokens are not bytes.
     #[arg(long)]
     tokenizer: Option<PathBuf>,
+    /// What it runs on: auto, cpu, gpu, or gpu:NAME for part of a GPU's name or its number.
+    #[arg(long, default_value = "auto")]
+    device: Device,
 }
 
 impl ModelArgs {
@@ -27,7 +31,7 @@ impl ModelArgs {
     pub(crate) fn open(&self) -> Result<Engine, rwkv_model::Error> {
         let world = |path: &PathBuf| World::open(path).map(Tokenizer::World);
         let tokenizer = self.tokenizer.as_ref().map(world).transpose()?;
-        let options = EngineOptions { tokenizer, ..EngineOptions::default() };
+        let options = EngineOptions { tokenizer, device: self.device.clone(), ..EngineOptions::default() };
         let bar = bar("loading {bar:40} {bytes}/{total_bytes}");
         let engine = Engine::open_with(Path::new(&self.model), options, &|progress| {
             bar.set_length(progress.total);
