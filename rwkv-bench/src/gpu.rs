@@ -1,7 +1,8 @@
 //! Speed of the GPU executor at the shapes of released models, beside web-rwkv's and the limit.
 //!
 //! Each model is random F16 weights, the same file for both engines. The logits are first compared with the CPU
-//! executor's, then the device is kept busy for half a second, then windows are timed.
+//! executor's, then the device is kept busy for half a second, then windows are timed. [`profile`] is of one model, and
+//! tells where the time goes.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use rwkv_core::compare::nmse;
 use rwkv_model::engine::Device;
 use rwkv_model::gpu::Profile;
 use rwkv_model::{Checkpoint, Engine, EngineOptions, Sampler, Session};
+use serde_json::json;
 
 use crate::random_model::{self, SHAPES, Shape};
 use crate::speed::Times;
@@ -45,6 +47,32 @@ pub(crate) struct GpuArgs {
     /// Where a Chrome trace of a decode step goes.
     #[arg(long)]
     trace: Option<PathBuf>,
+}
+
+/// Measures where the time of a model's passes goes, dispatch by dispatch.
+#[derive(Args)]
+pub(crate) struct ProfileArgs {
+    /// The checkpoint.
+    #[arg(
+        long,
+        default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../rwkv-model/assets/books-10m/model.safetensors")
+    )]
+    model: PathBuf,
+    /// The GPU: part of its name, or its number.
+    #[arg(long)]
+    adapter: Option<String>,
+    /// Tokens generated one after the other.
+    #[arg(long, default_value_t = 16)]
+    tokens: usize,
+    /// A prompt of so many tokens instead.
+    #[arg(long, value_name = "N", conflicts_with = "tokens")]
+    prompt: Option<usize>,
+    /// With one dispatch for each operation.
+    #[arg(long)]
+    unfused: bool,
+    /// Where a Chrome trace goes.
+    #[arg(long, value_name = "FILE", default_value = "target/profile.json")]
+    trace: PathBuf,
 }
 
 /// Tokens of a window.
@@ -132,7 +160,7 @@ fn measure(args: &GpuArgs, shape: &Shape) -> anyhow::Result<()> {
     let profile = engine.profile()?;
     kernels(&profile);
     if let Some(path) = &args.trace {
-        std::fs::write(path, trace(&profile))?;
+        std::fs::write(path, trace(&profile)?)?;
     }
     drop((session, engine));
 
@@ -159,9 +187,10 @@ fn verify(checkpoint: &Checkpoint, engine: &Engine) -> anyhow::Result<f64> {
     let cpu = EngineOptions { device: Device::Cpu, ..EngineOptions::default() };
     let cpu = Engine::new(checkpoint, cpu, &|_| {})?;
     let (mut ours, mut theirs) = (engine.session(), cpu.session());
-    let mut worst = 0f64;
+    let (mut at, mut worst) = (0, 0f64);
     for part in [4, 1, 1] {
-        let tokens: Vec<u32> = (0..part).map(|i| token(i + ours.position() as usize)).collect();
+        let tokens: Vec<u32> = (at..at + part).map(token).collect();
+        at += part;
         ours.prefill(&tokens)?;
         theirs.prefill(&tokens)?;
         let want: Vec<f64> = theirs.logits()?.iter().copied().map(f64::from).collect();
@@ -198,13 +227,18 @@ fn warm(session: &mut Session) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs a case for [`WARM`], and then times it.
-fn windows(engine: &Engine, n: usize, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<Times> {
+/// Runs a case for [`WARM`].
+fn busy(engine: &Engine, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
     let begun = Instant::now();
     while begun.elapsed() < WARM {
         run()?;
     }
-    engine.wait()?;
+    Ok(engine.wait()?)
+}
+
+/// Runs a case for [`WARM`], and then times it.
+fn windows(engine: &Engine, n: usize, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<Times> {
+    busy(engine, &mut run)?;
     let time = |_| {
         let begun = Instant::now();
         run()?;
@@ -213,20 +247,23 @@ fn windows(engine: &Engine, n: usize, mut run: impl FnMut() -> anyhow::Result<()
     Ok(Times::new((0..n).map(time).collect::<Result<_, _>>()?))
 }
 
-/// Prints the time of each part of a step.
+/// Prints the time of each part of a pass, the longest first.
 #[expect(clippy::print_stdout, reason = "the report")]
 fn kernels(profile: &Profile) {
     let mut parts: BTreeMap<(&str, &str), (u32, f64, u64)> = BTreeMap::new();
     for of in &profile.dispatches {
-        let part = parts.entry((of.part, &of.kernel)).or_default();
+        let part = parts.entry((&of.kernel, of.part)).or_default();
         *part = (part.0 + 1, part.1 + of.ns, part.2 + of.bytes);
     }
     let total: f64 = parts.values().map(|(_, ns, _)| ns).sum();
-    println!("    part         kernel                      calls  us each     GB/s   share");
-    for ((part, kernel), (calls, ns, bytes)) in parts {
+    let mut parts: Vec<_> = parts.into_iter().collect();
+    parts.sort_by(|(_, (_, a, _)), (_, (_, b, _))| b.total_cmp(a));
+    println!("    kernel                      part            calls  us each   bytes each     GB/s   share");
+    for ((kernel, part), (calls, ns, bytes)) in parts {
         println!(
-            "    {part:<12} {kernel:<27} {calls:>5} {:>8.2} {:>8.0} {:>6.1}%",
+            "    {kernel:<27} {part:<15} {calls:>5} {:>8.2} {:>12} {:>8.0} {:>6.1}%",
             ns / 1e3 / f64::from(calls),
+            bytes / u64::from(calls),
             bytes as f64 / ns,
             100.0 * ns / total
         );
@@ -234,16 +271,79 @@ fn kernels(profile: &Profile) {
 }
 
 /// A trace for `chrome://tracing`.
-fn trace(profile: &Profile) -> String {
+fn trace(profile: &Profile) -> serde_json::Result<String> {
     let event = |of: &rwkv_model::gpu::Dispatch| {
-        let (part, kernel) = (of.part, &of.kernel);
-        let (start, us) = (of.start_ns / 1e3, of.ns / 1e3);
-        format!(
-            r#"{{"name":"{part}","cat":"{kernel}","ph":"X","ts":{start:.3},"dur":{us:.3},"pid":0,"tid":0,"args":{{"kernel":"{kernel}","bytes":{}}}}}"#,
-            of.bytes
-        )
+        json!({
+            "name": of.part,
+            "cat": of.kernel,
+            "ph": "X",
+            "ts": of.start_ns / 1e3,
+            "dur": of.ns / 1e3,
+            "pid": 0,
+            "tid": 0,
+            "args": { "kernel": of.kernel, "bytes": of.bytes },
+        })
     };
-    format!("[{}]\n", profile.dispatches.iter().map(event).collect::<Vec<_>>().join(",\n"))
+    serde_json::to_string(&profile.dispatches.iter().map(event).collect::<Vec<_>>())
+}
+
+/// Where the time goes.
+#[expect(clippy::print_stdout, reason = "the report")]
+pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
+    let options = EngineOptions {
+        device: Device::Gpu(args.adapter.clone()),
+        fused: !args.unfused,
+        timestamps: true,
+        ..EngineOptions::default()
+    };
+    let engine = Engine::open_with(&args.model, options, &|_| {})?;
+    let vocab = u32::try_from(engine.config().vocab)?;
+    println!("model   {}", args.model.display());
+    println!("device  {}", engine.report()?.device);
+
+    // Once to make the device busy, and once to measure.
+    let mut session = engine.session();
+    let (what, passes) = if let Some(n) = args.prompt {
+        let prompt: Vec<u32> = (0..n).map(|index| token(index) % vocab).collect();
+        busy(&engine, || {
+            engine.session().prefill(&prompt)?;
+            Ok(engine.wait()?)
+        })?;
+        engine.profile()?;
+        session.prefill(&prompt)?;
+        (format!("a prompt of {n} tokens"), n.div_ceil(EngineOptions::default().pass_tokens))
+    } else {
+        session.prefill(&[1 % vocab])?;
+        warm(&mut session)?;
+        engine.wait()?;
+        engine.profile()?;
+        let tokens = args.tokens.max(1);
+        for token in session.generate(Sampler::greedy()).take(tokens) {
+            token?;
+        }
+        (format!("{tokens} tokens, one after the other"), tokens)
+    };
+    engine.wait()?;
+    let profile = engine.profile()?;
+    ensure!(!profile.dispatches.is_empty(), "the device tells no time between dispatches");
+
+    // Every pass begins with the embedding.
+    let timed = profile.dispatches.iter().filter(|of| of.part == "embedding").count();
+    let sum: f64 = profile.dispatches.iter().map(|of| of.ns).sum();
+    // A few are begun ahead of the last token. The device keeps no more than some thousand timestamps.
+    let part = if timed < passes { format!(" of {passes}") } else { String::new() };
+    println!("timed   {what}: {timed}{part} passes, {:.1} us each\n", sum / 1e3 / timed.max(1) as f64);
+    kernels(&profile);
+    println!(
+        "\nA timestamp between two dispatches costs some microseconds, which each of them seems to take longer here.\n\
+         Bytes are those of the weights and states that one row reads and writes."
+    );
+    if let Some(folder) = args.trace.parent() {
+        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
+    std::fs::write(&args.trace, trace(&profile)?).with_context(|| args.trace.display().to_string())?;
+    println!("trace   {}, for chrome://tracing or ui.perfetto.dev", args.trace.display());
+    Ok(())
 }
 
 /// Runs the peer on the same model.

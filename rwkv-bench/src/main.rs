@@ -30,6 +30,8 @@ struct Args {
 enum Part {
     /// The GPU, at the shapes of released models.
     Gpu(gpu::GpuArgs),
+    /// Where the time of a model's passes goes on the GPU.
+    Profile(gpu::ProfileArgs),
 }
 
 #[derive(clap::Args)]
@@ -51,8 +53,10 @@ struct CpuArgs {
 #[expect(clippy::print_stdout, reason = "the report")]
 fn run(args: &Args) -> anyhow::Result<()> {
     println!("{}\n", machine::describe());
-    if let Some(Part::Gpu(args)) = &args.part {
-        return gpu::report(args);
+    match &args.part {
+        Some(Part::Gpu(args)) => return gpu::report(args),
+        Some(Part::Profile(args)) => return gpu::profile(args),
+        None => {}
     }
     let args = &args.cpu;
     let fast = speed::report(&args.scratch, args.repeats.max(1))?;

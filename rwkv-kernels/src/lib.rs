@@ -13,29 +13,32 @@
 //!
 #![cfg_attr(feature = "gpu", doc = "```")]
 #![cfg_attr(not(feature = "gpu"), doc = "```ignore")]
-//! use rwkv_core::ops::wkv7::Dims;
-//! use rwkv_kernels::kernels::wkv7;
+//! use rwkv_kernels::kernels::time_mix::{self, Dims};
 //! use rwkv_kernels::pipeline::Pipeline;
 //! use rwkv_kernels::{Capabilities, choose};
 //! use wgpu::util::DeviceExt as _;
 //!
-//! /// One step of a program that has its own device, operands `r lw k v a b` and state, all in buffers.
-//! fn wkv(device: &wgpu::Device, queue: &wgpu::Queue, operands: &[wgpu::Buffer; 6], state: &wgpu::Buffer,
-//!        y: &wgpu::Buffer, dims: Dims) -> Result<(), Box<dyn std::error::Error>> {
+//! /// One step of a program that has its own device: all that the heads of a layer do, in one dispatch.
+//! ///
+//! /// `buffers` are the program's, in the order of `kernel.bindings` after the parameters: segments, inputs, weights,
+//! /// up, vectors, state, v_first, out.
+//! fn heads(device: &wgpu::Device, queue: &wgpu::Queue, buffers: &[wgpu::Buffer; 8], dims: Dims)
+//!     -> Result<(), Box<dyn std::error::Error>> {
 //!     // Once per device: the best variant that it can run, with its overrides at their defaults.
 //!     let capabilities = Capabilities::new(device.features(), &device.limits());
-//!     let kernel = choose(wkv7::VARIANTS, &capabilities).ok_or("less than WebGPU")?;
+//!     let kernel = choose(time_mix::VARIANTS, &capabilities).ok_or("less than WebGPU")?;
 //!     let pipeline = Pipeline::new(device, kernel, &[])?;
 //!
-//!     // Once per shape and set of buffers, in the order of `kernel.bindings`: params r lw k v a b state y.
-//!     let (params, groups) = wkv7::lower(dims)?;
+//!     // Once per shape and set of buffers.
+//!     let [lanes, ..] = kernel.workgroup_size;
+//!     let (params, groups) = time_mix::lower(dims, Some(lanes))?;
 //!     let params = device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
 //!         label: None,
 //!         contents: bytemuck::bytes_of(&params),
 //!         usage: wgpu::BufferUsages::UNIFORM,
 //!     });
-//!     let buffers = [&params].into_iter().chain(operands).chain([state, y]);
-//!     let group = pipeline.bind(device, buffers.map(wgpu::Buffer::as_entire_buffer_binding))?;
+//!     let all = [&params].into_iter().chain(buffers);
+//!     let group = pipeline.bind(device, all.map(wgpu::Buffer::as_entire_buffer_binding))?;
 //!
 //!     // Per token: into the pass that the program records anyway.
 //!     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());

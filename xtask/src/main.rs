@@ -5,6 +5,7 @@
 
 mod bench;
 mod ci;
+mod profile;
 mod test;
 mod tidy;
 
@@ -14,10 +15,12 @@ use std::process::{Command, ExitCode};
 const USAGE: &str = "\
 usage: cargo xtask VERB
 
-  test [ARGS..]   run every test; on Debian, first install a software Vulkan driver where there is none
-  ci              formatting, lints, docs, tidy, then `test`: what a change must pass
-  bench [ARGS..]  run the benchmarks; ARGS go to rwkv-bench
-  tidy            check the rules that no lint knows";
+  test [ARGS..]     run every test; on Debian, first install a software Vulkan driver where there is none
+  ci                formatting, lints, docs, tidy, then `test`: what a change must pass
+  bench [ARGS..]    run the benchmarks; ARGS go to rwkv-bench
+  profile [ARGS..]  time every dispatch of a model on the GPU; ARGS go to `rwkv-bench profile`:
+                    --model PATH, --adapter NAME, --tokens N or --prompt N, --unfused, --trace FILE
+  tidy              check the rules that no lint knows";
 
 /// Nothing, or what went wrong.
 type Outcome = Result<(), String>;
@@ -32,6 +35,7 @@ fn main() -> ExitCode {
         ("test", args) => test::run(args),
         ("ci", []) => ci::run(),
         ("bench", args) => bench::run(args),
+        ("profile", args) => profile::run(args),
         ("tidy", []) => tidy::run(),
         _ => {
             eprintln!("{USAGE}");

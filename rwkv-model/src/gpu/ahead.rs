@@ -116,12 +116,8 @@ impl Executor {
         let cursor = [ahead.tip.index(), record.index()];
         self.scratch.write_one(queue, cursor, Some(row));
         if !self.in_one_step() {
-            self.scratch.write(
-                queue,
-                &[cursor],
-                &[Segment { first: 0, rows: 1, from: cursor[0], to: cursor[1] }],
-                &[0],
-            );
+            let segment = Segment { first: 0, rows: 1, from: cursor[0], to: cursor[1] };
+            self.tell(&work, &[cursor], &[segment], &[0])?;
         }
         let mut encoder = self.encoder();
         let bytes = (self.config.vocab * size_of::<f32>()) as u64;

@@ -1,10 +1,9 @@
-//! The dispatches of a layer, in three forms that compute the same.
+//! The dispatches of a layer, fused, in two forms that compute the same; a third is [`Unfused`](super::unfused).
 //!
 //! | form | for | dispatches |
 //! |---|---|---|
 //! | [`Layers::step`] | one token of one sequence | `mix_in`, `time_mix`, `linear`, `mix_in`, `channel_mix_value` |
 //! | [`Layers::batch`] | any rows | `mix_rows`, `matmul`, `matmul`, `time_mix`, `matmul`, `mix_rows`, `matmul`, `matmul` |
-//! | [`Layers::unfused`] | one sequence | one for each operation: what fusion is measured against |
 
 use std::collections::BTreeMap;
 
@@ -25,15 +24,15 @@ use super::weights::{Layer, Weights};
 use super::{Error, Setup, count};
 
 /// Where the mixes of the time mix are among them.
-const MIX_R: u32 = 0;
-const MIX_W: u32 = 1;
-const MIX_K: u32 = 2;
-const MIX_V: u32 = 3;
-const MIX_A: u32 = 4;
-const MIX_G: u32 = 5;
+pub(super) const MIX_R: u32 = 0;
+pub(super) const MIX_W: u32 = 1;
+pub(super) const MIX_K: u32 = 2;
+pub(super) const MIX_V: u32 = 3;
+pub(super) const MIX_A: u32 = 4;
+pub(super) const MIX_G: u32 = 5;
 
 /// Mixes of the time mix.
-const MIXES: usize = 6;
+pub(super) const MIXES: usize = 6;
 
 /// Adapters of the time mix.
 const ADAPTERS: usize = 4;
@@ -42,11 +41,11 @@ const ADAPTERS: usize = 4;
 #[derive(Debug)]
 pub(super) struct Kernels {
     embedding: Pipeline,
-    layer_norm: Pipeline,
+    pub(super) layer_norm: Pipeline,
     mix_rows: Pipeline,
     sample: Pipeline,
     /// By the rows of a tile, plain and transposed.
-    matmul: BTreeMap<u32, [Pipeline; 2]>,
+    pub(super) matmul: BTreeMap<u32, [Pipeline; 2]>,
     /// With the adapters' products given.
     time_mix: Pipeline,
     /// For one token, if the device has the memory for them.
@@ -77,14 +76,18 @@ struct StepKernels {
 /// Compiles a kernel in the best variant that a device has.
 ///
 /// Indices are not checked on the device: see the comment on safety.
-fn compile(device: &Device, variants: &[Kernel], overrides: &[(&str, f64)]) -> Result<Pipeline, Error> {
+pub(super) fn compile(
+    device: &Device,
+    variants: &[Kernel],
+    overrides: &[(&str, f64)],
+) -> Result<Pipeline, Error> {
     let capabilities = device.capabilities();
     let Some(kernel) = choose(variants, &capabilities) else {
         let (name, needs) = (variants[0].label(), Capabilities::WEBGPU);
         return Err(rwkv_kernels::pipeline::Error::Capabilities { name, needs, has: capabilities }.into());
     };
-    // SAFETY: the kernels are of rwkv-kernels. The plans below bind buffers of this module's making, whose extents and
-    // whose parameters come from the same `ModelConfig` by way of `lower`, which refuses what does not fit. The
+    // SAFETY: the kernels are of rwkv-kernels. The plans, below and in `unfused`, bind buffers of the executor's making,
+    // whose extents and whose parameters come from the same `ModelConfig` by way of `lower`, which refuses what does not fit. The
     // tables of a pass (tokens, cursors, segments, wanted rows) are written by the executor alone: tokens are checked
     // against the vocabulary, or are the sampler's, which the embedding holds to it; records are those that `Records`
     // gave out; rows are counted from the tokens, of which there are no more than the scratch has rows.
@@ -136,17 +139,23 @@ impl Kernels {
         tiles.clone().find(|&tile| rows <= tile).or(tiles.last()).unwrap_or_default()
     }
 
-    /// What was chosen.
-    pub(super) fn labels(&self) -> Vec<String> {
-        let mut all = vec![&self.embedding, &self.layer_norm, &self.mix_rows, &self.sample, &self.time_mix];
-        all.extend(self.matmul.values().flatten());
-        if let Some(step) = &self.step {
-            all.extend([&step.mix_in, &step.time_mix, &step.linear, &step.value]);
-        }
-        let mut labels: Vec<_> = all.into_iter().map(|pipeline| pipeline.kernel().label()).collect();
+    /// What was chosen, of those that every form has and of others.
+    pub(super) fn labels_with<'a>(&'a self, others: impl IntoIterator<Item = &'a Pipeline>) -> Vec<String> {
+        let own = [&self.embedding, &self.layer_norm, &self.sample].into_iter();
+        let all = own.chain(self.matmul.values().flatten()).chain(others);
+        let mut labels: Vec<_> = all.map(|pipeline| pipeline.kernel().label()).collect();
         labels.sort();
         labels.dedup();
         labels
+    }
+
+    /// What was chosen.
+    pub(super) fn labels(&self) -> Vec<String> {
+        let mut all = vec![&self.mix_rows, &self.time_mix];
+        if let Some(step) = &self.step {
+            all.extend([&step.mix_in, &step.time_mix, &step.linear, &step.value]);
+        }
+        self.labels_with(all)
     }
 }
 
@@ -161,14 +170,9 @@ impl StepKernels {
         if 4 * (width + mix_lanes) > capabilities.workgroup_bytes || width > 16 * mix_lanes {
             return Ok(None);
         }
-        // Teams are subgroups of 32 on most devices; others go through a tile more or fewer times.
-        let tile = |lanes: u32, rows: u32| (lanes / 32).max(1) * rows;
-        // `time_mix` and `channel_mix_value` need 32 to 64 bytes a lane.
-        let half = if capabilities.workgroup_bytes >= 32 << 10 { lanes(512) } else { lanes(256) };
-        let heads_lanes = half.max(256); // four adapters at once
-        let columns = if width <= 1024 { 16 } else { 32 };
-        // As few as suffice for all hidden units at once, if eight do.
-        let parts = (count(config.hidden) / 4).div_ceil(half).clamp(1, 8);
+        let heads_lanes = half(device).max(256); // four adapters at once
+        let (linear, linear_tile) = linear_of(device)?;
+        let (value, columns) = value_of(device, config)?;
         let f = f64::from;
         Ok(Some(Self {
             mix_in: compile(
@@ -177,18 +181,41 @@ impl StepKernels {
                 &[("LANES", f(mix_lanes)), ("TEAM_ROWS", f(team_rows)), ("WIDTH", f(width))],
             )?,
             time_mix: compile(device, time_mix::VARIANTS, &[("LANES", f(heads_lanes)), ("LORA_UP", 1.0)])?,
-            linear: compile(device, linear::VARIANTS, &[("LANES", f(lanes(256))), ("TEAM_ROWS", 1.0)])?,
-            value: compile(
-                device,
-                channel_mix_value::VARIANTS,
-                &[("LANES", f(half)), ("COLUMNS", f(columns)), ("PARTS", f(parts))],
-            )?,
+            linear,
+            value,
             mix_tile: tile(mix_lanes, team_rows),
             heads_lanes,
-            linear_tile: tile(lanes(256), 1),
+            linear_tile,
             columns,
         }))
     }
+}
+
+/// Rows of a matrix to a workgroup, so many to a team. Teams are subgroups of 32 on most devices; others go through a
+/// tile more or fewer times.
+fn tile(lanes: u32, rows: u32) -> u32 {
+    (lanes / 32).max(1) * rows
+}
+
+/// Lanes of kernels that need 32 to 64 bytes of workgroup memory for each, as `time_mix` and `channel_mix_value` do.
+fn half(device: &Device) -> u32 {
+    lanes(device)(if device.capabilities().workgroup_bytes >= 32 << 10 { 512 } else { 256 })
+}
+
+/// `linear`, and outputs to a workgroup of it.
+pub(super) fn linear_of(device: &Device) -> Result<(Pipeline, u32), Error> {
+    let lanes = lanes(device)(256);
+    let overrides = [("LANES", lanes.into()), ("TEAM_ROWS", 1.0)];
+    Ok((compile(device, linear::VARIANTS, &overrides)?, tile(lanes, 1)))
+}
+
+/// `channel_mix_value`, and columns to a workgroup of it.
+pub(super) fn value_of(device: &Device, config: &ModelConfig) -> Result<(Pipeline, u32), Error> {
+    let (lanes, columns) = (half(device), if config.width <= 1024 { 16 } else { 32 });
+    // As few as suffice for all hidden units at once, if eight do.
+    let parts = (count(config.hidden) / 4).div_ceil(lanes).clamp(1, 8);
+    let overrides = [("LANES", lanes.into()), ("COLUMNS", columns.into()), ("PARTS", parts.into())];
+    Ok((compile(device, channel_mix_value::VARIANTS, &overrides)?, columns))
 }
 
 /// What lives no longer than a pass. Rows are those of a pass, `T` at most.
@@ -200,7 +227,7 @@ pub(super) struct Scratch {
     /// The tables of a pass over one token, in parts, so that the host writes them at once: [`One`].
     one: wgpu::Buffer,
     /// Record read and record written, where there are: `[T]`.
-    cursors: wgpu::Buffer,
+    pub(super) cursors: wgpu::Buffer,
     /// `[T]`.
     segments: wgpu::Buffer,
     /// Rows whose logits are wanted, `[R]`.
@@ -208,28 +235,28 @@ pub(super) struct Scratch {
     /// No record read and none written: for the head.
     no_cursor: wgpu::Buffer,
     /// Residual stream, `[T, D]`.
-    x: wgpu::Buffer,
+    pub(super) x: wgpu::Buffer,
     /// Normed and shifted, `[T, 6, D]`.
-    mixed: wgpu::Buffer,
+    pub(super) mixed: wgpu::Buffer,
     /// What the heads read, `[T, P]`.
     inputs: wgpu::Buffer,
     /// Products of the adapters, `[T, 4, D]`.
     up: wgpu::Buffer,
     /// Layer 0's values, `[T, D]`.
-    v_first: wgpu::Buffer,
+    pub(super) v_first: wgpu::Buffer,
     /// Gated readout, `[T, D]`.
-    readout: wgpu::Buffer,
+    pub(super) readout: wgpu::Buffer,
     /// `[T, F]`.
-    hidden: wgpu::Buffer,
+    pub(super) hidden: wgpu::Buffer,
     /// Normed rows whose logits are wanted, `[R, D]`.
-    normed: wgpu::Buffer,
+    pub(super) normed: wgpu::Buffer,
     /// `[R, V]`.
     pub(super) logits: wgpu::Buffer,
     /// Parameters of `matmul` over the rows of a pass, by the number of jobs, and over the rows of logits.
     of_rows: [wgpu::Buffer; MAX_JOBS],
     of_logits: wgpu::Buffer,
     /// T.
-    rows: usize,
+    pub(super) rows: usize,
     /// Elements of the buffers that `matmul` reads and writes.
     len: Lengths,
 }
@@ -345,12 +372,9 @@ impl Scratch {
     }
 
     /// Where the kernels find what [`Self::write_one`] wrote: cursor, segment, sampler.
-    pub(super) const fn parts_of_one(&self) -> [Bound<'_>; 3] {
-        [
-            Bound::Part(&self.one, 0),
-            Bound::Part(&self.one, PART_BYTES),
-            Bound::Part(&self.one, 2 * PART_BYTES),
-        ]
+    pub(super) fn parts_of_one(&self) -> [Bound<'_>; 3] {
+        let part = |n| Bound::Part { buffer: &self.one, offset: n * PART_BYTES, bytes: PART_BYTES };
+        [part(0), part(1), part(2)]
     }
 
     /// Tells kernels how many rows a pass has.
@@ -375,7 +399,7 @@ pub(super) struct Layers<'a> {
 }
 
 /// What a kernel says of extents that it cannot do.
-fn refused<E: std::fmt::Display>(part: &'static str) -> impl Fn(E) -> Error {
+pub(super) fn refused<E: std::fmt::Display>(part: &'static str) -> impl Fn(E) -> Error {
     move |why| Error::Extents { part, why: why.to_string() }
 }
 
@@ -392,7 +416,7 @@ struct Product<'a> {
 }
 
 impl Layers<'_> {
-    const fn planner(&self) -> Planner<'_> {
+    pub(super) const fn planner(&self) -> Planner<'_> {
         Planner { device: self.device }
     }
 
@@ -587,12 +611,7 @@ impl Layers<'_> {
         ])
     }
 
-    /// One operation after the other.
-    pub(super) fn unfused(&self) -> Result<Plan, Error> {
-        self.batch(32)
-    }
-
-    fn embed(&self, grid: Grid) -> Result<Step, Error> {
+    pub(super) fn embed(&self, grid: Grid) -> Result<Step, Error> {
         let (s, ModelConfig { vocab, width, .. }) = (self.scratch, *self.config);
         let dims = embedding::Dims { rows: s.rows, vocab, width };
         let (params, _) = embedding::lower(dims).map_err(refused("embedding"))?;
@@ -639,7 +658,7 @@ impl Layers<'_> {
     }
 
     /// What the heads read and write of one sequence's state in a layer.
-    const fn state_bytes(&self) -> u64 {
+    pub(super) const fn state_bytes(&self) -> u64 {
         2 * (self.config.wkv_len() * size_of::<f32>()) as u64
     }
 }

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | [`weights`] | the model, as the kernels read it |
 //! | [`records`] | what sequences leave behind |
-//! | [`layer`] | the dispatches of a layer: five for one token, eight for many, or one for each operation |
+//! | [`layer`] | the dispatches of a layer, fused: five for one token, eight for many |
+//! | [`unfused`] | the dispatches of a layer, one for each operation: what fusion is measured against |
 //! | [`plan`] | a pass, laid down once |
 //! | [`ahead`] | tokens generated ahead of the host |
 //! | [`profile`] | how long each dispatch took |
@@ -17,6 +18,7 @@ mod layer;
 mod plan;
 mod profile;
 mod records;
+mod unfused;
 mod weights;
 
 use std::collections::BTreeMap;
@@ -37,6 +39,7 @@ use self::plan::{Plan, Shape};
 pub use self::profile::{Dispatch, Profile};
 pub(crate) use self::records::Record;
 use self::records::Records;
+use self::unfused::Unfused;
 pub use self::weights::WeightFormat;
 use self::weights::Weights;
 use crate::checkpoint::{self, Checkpoint, Progress};
@@ -143,6 +146,7 @@ pub(crate) struct Executor {
     kernels: Kernels,
     weights: Weights,
     scratch: Scratch,
+    unfused: Option<Unfused>,
     work: Mutex<Work>,
 }
 
@@ -154,8 +158,8 @@ struct Work {
     step: Option<Plan>,
     /// For any number, by the rows of a tile.
     batch: BTreeMap<u32, Plan>,
-    /// One dispatch for each operation.
-    unfused: Option<Plan>,
+    /// One dispatch for each operation, by rows and rows of logits: of one token, and of the last other pass.
+    unfused: BTreeMap<[u32; 2], Plan>,
     /// The record whose logits are the first row of the scratch.
     holds: Option<u32>,
     /// What kernels were last told of the extents of a pass.
@@ -180,6 +184,8 @@ impl Executor {
         let device = Device::open_with(&request)?;
         let kernels = Kernels::new(&device, &config, &setup)?;
         let scratch = Scratch::new(&device, &config, setup.pass_tokens)?;
+        let unfused =
+            (!setup.fused).then(|| Unfused::new(&device, &config, setup.pass_tokens)).transpose()?;
         let records = Records::new(&device, &config)?;
         let weights = Weights::upload(&device, checkpoint, setup.weights, progress)?;
         let profile = setup.timestamps.then(|| profile::Recorder::new(&device)).flatten();
@@ -187,12 +193,13 @@ impl Executor {
             records,
             step: None,
             batch: BTreeMap::new(),
-            unfused: None,
+            unfused: BTreeMap::new(),
             holds: None,
             told: None,
             profile,
         };
-        let executor = Self { device, config, setup, kernels, weights, scratch, work: Mutex::new(work) };
+        let executor =
+            Self { device, config, setup, kernels, weights, scratch, unfused, work: Mutex::new(work) };
         // What would be refused later is refused now.
         let mut work = executor.lock();
         executor.plan(&mut work, Shape { rows: 1, segments: 1, logits: 1 })?;
@@ -211,7 +218,10 @@ impl Executor {
 
     /// The variants of kernels that were chosen, by label.
     pub(crate) fn variants(&self) -> Vec<String> {
-        self.kernels.labels()
+        match &self.unfused {
+            None => self.kernels.labels(),
+            Some(unfused) => unfused.labels(&self.kernels),
+        }
     }
 
     /// Sequences of a pass, at most.
@@ -268,7 +278,7 @@ impl Executor {
         if shape.rows == 1 && self.in_one_step() {
             self.scratch.write_one(queue, cursors[0], None);
         } else {
-            self.scratch.write(queue, &cursors, &segments, &wanted);
+            self.tell(&work, &cursors, &segments, &wanted)?;
         }
         let mut encoder = self.encoder();
         self.encode(&mut work, &mut encoder, shape, None)?;
@@ -370,10 +380,27 @@ impl Executor {
         let (taken, grown) = work.records.take(&self.device, n)?;
         work.holds = work.holds.filter(|&held| taken.iter().all(|record| record.index() != held));
         if grown {
-            (work.step, work.unfused) = (None, None);
+            work.step = None;
             work.batch.clear();
+            work.unfused.clear();
         }
         Ok(taken)
+    }
+
+    /// Writes the tables of a pass, but for one token in a form of its own.
+    fn tell(
+        &self,
+        work: &Work,
+        cursors: &[[u32; 2]],
+        segments: &[Segment],
+        wanted: &[u32],
+    ) -> Result<(), Error> {
+        let queue = self.device.queue();
+        self.scratch.write(queue, cursors, segments, wanted);
+        match (&self.unfused, segments) {
+            (Some(unfused), [of]) => unfused.write(queue, &self.config, work.records.layout, *of),
+            _ => Ok(()),
+        }
     }
 
     /// Whether a pass over one token has a form of its own.
@@ -391,9 +418,13 @@ impl Executor {
             scratch: &self.scratch,
             records: &work.records,
         };
-        if !self.setup.fused {
-            let plan = work.unfused.take().map_or_else(|| layers.unfused(), Ok)?;
-            return Ok(work.unfused.insert(plan));
+        if let Some(unfused) = &self.unfused {
+            let key = [shape.rows, shape.logits.max(1)];
+            if !work.unfused.contains_key(&key) {
+                work.unfused.retain(|[rows, _], _| *rows == 1);
+                work.unfused.insert(key, unfused.plan(&layers, Shape { logits: key[1], ..shape })?);
+            }
+            return Ok(&work.unfused[&key]);
         }
         if shape.rows == 1 && self.in_one_step() {
             let plan = work.step.take().map_or_else(|| layers.step(), Ok)?;

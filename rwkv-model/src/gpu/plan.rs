@@ -1,6 +1,7 @@
 //! What a pass does, laid down once: pipelines, bind groups and parameters for every dispatch.
 
 use std::num::NonZeroU64;
+use std::ops::Range;
 
 use rwkv_kernels::gpu::Device;
 use rwkv_kernels::pipeline::Pipeline;
@@ -75,26 +76,41 @@ pub(super) struct Plan {
 }
 
 /// What a step binds.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Bound<'a> {
     /// A buffer.
     Whole(&'a wgpu::Buffer),
-    /// The bytes from an offset on, one of 256.
-    Part(&'a wgpu::Buffer, u64),
+    /// So many bytes from an offset on, a multiple of [`PART_BYTES`].
+    Part { buffer: &'a wgpu::Buffer, offset: u64, bytes: u64 },
 }
 
 impl<'a> Bound<'a> {
+    /// Elements of a buffer, of `element_bytes` each. `part` is for people.
+    pub(super) fn section(
+        part: &'static str,
+        buffer: &'a wgpu::Buffer,
+        elements: Range<usize>,
+        element_bytes: usize,
+    ) -> Result<Self, Error> {
+        let (offset, bytes) = (elements.start * element_bytes, elements.len() * element_bytes);
+        if !(offset as u64).is_multiple_of(PART_BYTES) {
+            let why = format!("begins at byte {offset} of a buffer, bound are multiples of {PART_BYTES}");
+            return Err(Error::Extents { part, why });
+        }
+        Ok(Self::Part { buffer, offset: offset as u64, bytes: bytes as u64 })
+    }
+
     fn binding(self) -> wgpu::BufferBinding<'a> {
         match self {
             Self::Whole(buffer) => buffer.as_entire_buffer_binding(),
-            Self::Part(buffer, offset) => {
-                wgpu::BufferBinding { buffer, offset, size: NonZeroU64::new(PART_BYTES) }
+            Self::Part { buffer, offset, bytes } => {
+                wgpu::BufferBinding { buffer, offset, size: NonZeroU64::new(bytes) }
             }
         }
     }
 }
 
-/// Bytes of a part of a buffer that is bound: the alignment of its offset.
+/// Where a part of a buffer begins, where any device binds it: a multiple of so many bytes.
 pub(super) const PART_BYTES: u64 = 256;
 
 /// Lays steps down.

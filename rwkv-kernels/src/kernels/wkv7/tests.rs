@@ -7,7 +7,7 @@ use rwkv_core::compare::nmse;
 use rwkv_core::ops::wkv7::{self as twin, Dims, Inputs};
 use rwkv_core::rng::SplitMix64;
 
-use super::{Error, MAX_GROUPS, VARIANTS, lower};
+use super::{Error, MAX_GROUPS, Places, VARIANTS, lower};
 use crate::gpu::{Device, device_for_tests, variants_for_tests};
 use crate::pipeline::Pipeline;
 use crate::{Access, Binding, Element, Kernel, Scalar};
@@ -59,16 +59,28 @@ impl Case {
         (state, y)
     }
 
-    /// State and output as the kernel has them.
+    /// State and output as the kernel has them, the state changed in place.
     fn run(&self, device: &Device, kernel: &Pipeline) -> (Vec<f32>, Vec<f32>) {
-        let (params, groups) = lower(self.dims).unwrap();
+        self.run_at(Places::default(), device, kernel)
+    }
+
+    /// The same, with the states anywhere in a buffer that is otherwise left as it is.
+    fn run_at(&self, places: Places, device: &Device, kernel: &Pipeline) -> (Vec<f32>, Vec<f32>) {
+        let (params, groups) = lower(self.dims, places).unwrap();
+        let (len, state) = (self.dims.state_len(), swapped(self.dims, &self.state));
+        let [from, to] = [places.before, places.after].map(|at| at..at + len);
+        let mut held = vec![f32::NAN; from.end.max(to.end) + 1];
+        held[from.clone()].copy_from_slice(&state);
         let mut buffers = self.operands.to_vec();
-        buffers.push(swapped(self.dims, &self.state));
+        buffers.push(held);
         buffers.push(vec![f32::NAN; self.dims.vector_len()]);
         let mut after = device.run(kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
-        let (y, state) = (after.pop().unwrap(), after.pop().unwrap());
+        let (y, held) = (after.pop().unwrap(), after.pop().unwrap());
         assert_eq!(after, self.operands, "the operands are untouched");
-        (swapped(self.dims, &state), y)
+        let others = (0..held.len()).filter(|at| !from.contains(at) && !to.contains(at));
+        assert!(others.into_iter().all(|at| held[at].is_nan()), "what is around the states is untouched");
+        assert!(from == to || held[from] == state, "the state that was read is untouched");
+        (swapped(self.dims, &held[to]), y)
     }
 
     /// The same for some of the tokens, starting from `state`.
@@ -152,6 +164,25 @@ fn continues_where_it_stopped() {
     });
 }
 
+/// Wherever the states are, the bits are those of one changed in place.
+#[test]
+fn reads_one_state_and_writes_another() {
+    let variants = variants_for_tests(VARIANTS, &[]);
+    proptest!(config(), |(heads in 1..=5usize, tokens in 1..=3usize, gap in 0..200usize, up: bool, seed: u64)| {
+        let case = Case::draw(Dims { tokens, heads, head_size: N }, seed);
+        let (low, high) = (gap / 2, gap + case.dims.state_len());
+        let (before, after) = if up { (low, high) } else { (high, low) };
+        let places = Places { before, after };
+        for (device, kernel) in &variants {
+            let (state, y) = case.run_at(places, device, kernel);
+            let in_place = case.run(device, kernel);
+            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            prop_assert!(bits(&y) == bits(&in_place.1), "y");
+            prop_assert!(bits(&state) == bits(&in_place.0), "state");
+        }
+    });
+}
+
 /// The bound that `expm1.wgsl` states, over the whole range and far into small decays.
 #[test]
 fn expm1_keeps_its_bound() {
@@ -183,11 +214,12 @@ fn expm1_keeps_its_bound() {
 #[test]
 fn refuses_what_it_cannot_run() {
     let dims = |tokens, heads, head_size| Dims { tokens, heads, head_size };
-    let lowered = |dims| lower(dims).map(|(params, groups)| (params.heads, params.tokens, groups));
+    let lower_one = |dims| lower(dims, Places::default());
+    let lowered = |dims| lower_one(dims).map(|(params, groups)| (params.heads, params.tokens, groups));
     assert_eq!(lowered(dims(3, 5, 64)), Ok((5, 3, [5, 1, 1])), "plain");
     assert_eq!(lowered(dims(1, 1, 32)), Err(Error::HeadSize { got: 32, want: 64 }), "head size");
     assert_eq!(lowered(dims(1, 65_536, 64)), Err(Error::Heads { got: 65_536, max: MAX_GROUPS }), "heads");
-    assert!(lower(dims((1 << 26) - 1, 1, 64)).is_ok(), "2^32 - 64 elements");
+    assert!(lower_one(dims((1 << 26) - 1, 1, 64)).is_ok(), "2^32 - 64 elements");
     assert_eq!(
         lowered(dims(1 << 26, 1, 64)),
         Err(Error::Tokens { tokens: 1 << 26, heads: 1 }),
@@ -198,4 +230,21 @@ fn refuses_what_it_cannot_run() {
         Err(Error::Tokens { tokens: usize::MAX, heads: 2 }),
         "no overflow on the way"
     );
+    let (heads, state) = (2, 2 * N * N);
+    let placed = |before, after| {
+        lower(dims(1, 2, 64), Places { before, after }).map(|(params, _)| [params.before, params.after])
+    };
+    assert_eq!(placed(8, 8 + state), Ok([8, 8 + 2 * 64 * 64]), "side by side");
+    assert_eq!(placed(7, 7), Ok([7, 7]), "in place");
+    for (before, after) in [(8, 7 + state), (7 + state, 8)] {
+        assert_eq!(
+            placed(before, after),
+            Err(Error::Overlap { before, after, heads }),
+            "one element of both"
+        );
+    }
+    let last = u32::MAX as usize - state;
+    assert!(placed(0, last).is_ok(), "2^32 - 1 elements");
+    assert_eq!(placed(0, last + 1), Err(Error::State { at: last + 1, heads }), "2^32 elements");
+    assert_eq!(placed(usize::MAX, 0), Err(Error::State { at: usize::MAX, heads }), "no overflow on the way");
 }

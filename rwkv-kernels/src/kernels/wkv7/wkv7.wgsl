@@ -10,6 +10,8 @@ const N: u32 = 64u;
 struct Params {
     heads: u32,
     tokens: u32,
+    before: u32, // where in `state` the heads are
+    after: u32,  // where they go: elsewhere, or the same place
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -19,7 +21,7 @@ struct Params {
 @group(0) @binding(4) var<storage, read> v: array<f32>;           // [T, H, N]
 @group(0) @binding(5) var<storage, read> a: array<f32>;           // [T, H, N]
 @group(0) @binding(6) var<storage, read> b: array<f32>;           // [T, H, N]
-@group(0) @binding(7) var<storage, read_write> state: array<f32>; // [H, key N, value N]
+@group(0) @binding(7) var<storage, read_write> state: array<f32>; // at `before` and `after`, [H, key N, value N]
 @group(0) @binding(8) var<storage, read_write> y: array<f32>;     // [T, H, N]
 
 // One token of this head, by key channel j.
@@ -34,7 +36,7 @@ fn wkv7(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let h = group.x;
     var s: array<f32, N>; // row i of the state, by key channel
     for (var j = 0u; j < N; j++) {
-        s[j] = state[(h * N + j) * N + i];
+        s[j] = state[params.before + (h * N + j) * N + i];
     }
     for (var t = 0u; t < params.tokens; t++) {
         let at = (t * params.heads + h) * N;
@@ -59,6 +61,6 @@ fn wkv7(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         y[at + i] = out;
     }
     for (var j = 0u; j < N; j++) {
-        state[(h * N + j) * N + i] = s[j];
+        state[params.after + (h * N + j) * N + i] = s[j];
     }
 }
