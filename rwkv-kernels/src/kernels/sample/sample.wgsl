@@ -87,20 +87,37 @@ fn key_with(token: u32, logit: f32, word: u32, row: Row) -> u32 {
     return key_of(logit);
 }
 
-// Of four tokens. All loads come first, so that they are under way together.
-fn keys_at(token: u32, step: u32, row: Row) -> vec4<u32> {
+// Four tokens, each `step` after the one before: logits and words of the mask.
+struct Four {
+    tokens: vec4<u32>,
+    logits: vec4<f32>,
+    words: vec4<u32>,
+}
+
+// All loads, so that they are under way together.
+fn four_at(token: u32, step: u32, row: Row) -> Four {
     let all = token + vec4(0u, step, 2u * step, 3u * step);
     let inside = min(all, vec4(params.vocab - 1u));
     let at = row.start + inside;
-    let logit = vec4(logits[at.x], logits[at.y], logits[at.z], logits[at.w]);
     let words = inside / 32u;
-    let word = vec4(mask[words.x], mask[words.y], mask[words.z], mask[words.w]);
-    return vec4(
-        key_with(all.x, logit.x, word.x, row),
-        key_with(all.y, logit.y, word.y, row),
-        key_with(all.z, logit.z, word.z, row),
-        key_with(all.w, logit.w, word.w, row),
+    return Four(
+        all,
+        vec4(logits[at.x], logits[at.y], logits[at.z], logits[at.w]),
+        vec4(mask[words.x], mask[words.y], mask[words.z], mask[words.w]),
     );
+}
+
+fn keys_of(four: Four, row: Row) -> vec4<u32> {
+    return vec4(
+        key_with(four.tokens.x, four.logits.x, four.words.x, row),
+        key_with(four.tokens.y, four.logits.y, four.words.y, row),
+        key_with(four.tokens.z, four.logits.z, four.words.z, row),
+        key_with(four.tokens.w, four.logits.w, four.words.w, row),
+    );
+}
+
+fn keys_at(token: u32, step: u32, row: Row) -> vec4<u32> {
+    return keys_of(four_at(token, step, row), row);
 }
 
 // ---- The largest of all invocations' ----
@@ -430,12 +447,15 @@ fn sample(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_ind
     open_search(MASKED, lane);
     var best = MASKED;
     var token = 0xffffffffu;
-    for (var block = 0u; block < params.vocab; block += 4u * LANES) {
-        let keys = keys_at(block + lane, LANES, row);
-        for (var i = 0u; i < 4u; i++) {
-            if keys[i] > best {
-                best = keys[i];
-                token = block + lane + i * LANES;
+    for (var block = 0u; block < params.vocab; block += 8u * LANES) {
+        let fours = array(four_at(block + lane, LANES, row), four_at(block + 4u * LANES + lane, LANES, row));
+        for (var half = 0u; half < 2u; half++) {
+            let keys = keys_of(fours[half], row);
+            for (var i = 0u; i < 4u; i++) {
+                if keys[i] > best {
+                    best = keys[i];
+                    token = fours[half].tokens[i];
+                }
             }
         }
     }
