@@ -1,7 +1,10 @@
 //! A device of its own, chosen among the adapters there are, and checked dispatches for tests and first steps. A
 //! program that has a device takes [`crate::pipeline`].
 
+mod cache;
+
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use wgpu::util::DeviceExt as _;
@@ -39,6 +42,14 @@ pub enum Error {
     /// A finished buffer could not be read.
     #[error("not readable")]
     Map(#[from] wgpu::MapRangeError),
+    /// The compiled kernels could not be kept.
+    #[error("{}: {error}", path.display())]
+    Cache {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
     /// There is not one buffer per storage binding.
     #[error("{got} buffers for {want} storage bindings")]
     Buffers {
@@ -65,13 +76,15 @@ pub struct Request {
     pub features: Features,
     /// Whether to ask for timestamps between dispatches, if it has them.
     pub timestamps: bool,
+    /// Where compiled kernels are kept for the next time, if it can: see [`Device::save_cache`].
+    pub cache: Option<PathBuf>,
 }
 
 impl Default for Request {
     /// What stable kernels use; cooperative matrices are experimental in wgpu and not among it.
     fn default() -> Self {
         let features = Features { f16: true, subgroup: true, coop: false };
-        Self { adapter: None, features, timestamps: false }
+        Self { adapter: None, features, timestamps: false, cache: None }
     }
 }
 
@@ -104,6 +117,7 @@ pub struct Device {
     queue: wgpu::Queue,
     info: wgpu::AdapterInfo,
     fault: Arc<OnceLock<String>>,
+    cache: Option<(cache::CacheFile, wgpu::PipelineCache)>,
 }
 
 impl Device {
@@ -140,6 +154,11 @@ impl Device {
         if request.timestamps {
             features |= wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES;
         }
+        let cache = request.cache.as_ref().and_then(|path| cache::CacheFile::new(path, &adapter.get_info()));
+        let cache = cache.filter(|_| adapter.features().contains(wgpu::Features::PIPELINE_CACHE));
+        if cache.is_some() {
+            features |= wgpu::Features::PIPELINE_CACHE;
+        }
         let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
             required_features: adapter.features() & features,
             required_limits: wgpu::Limits {
@@ -159,7 +178,11 @@ impl Device {
         device.set_device_lost_callback(move |reason, what| {
             note(&of_loss, format!("lost ({reason:?}): {what}"));
         });
-        Ok(Self { device, queue, info: adapter.get_info(), fault })
+        let cache = cache.map(|file| {
+            let cache = file.load(&device);
+            (file, cache)
+        });
+        Ok(Self { device, queue, info: adapter.get_info(), fault, cache })
     }
 
     /// The adapter's name and the API it is reached by.
@@ -190,6 +213,28 @@ impl Device {
     #[must_use]
     pub const fn queue(&self) -> &wgpu::Queue {
         &self.queue
+    }
+
+    /// Compiled kernels of earlier times, for [`Pipeline::new_unchecked`], if [`Request::cache`] was given and the device
+    /// can.
+    #[must_use]
+    pub fn cache(&self) -> Option<&wgpu::PipelineCache> {
+        self.cache.as_ref().map(|(_, cache)| cache)
+    }
+
+    /// Keeps what was compiled for the next time, if [`Request::cache`] was given and the device can. A file there is
+    /// replaced as a whole or not at all.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be written.
+    pub fn save_cache(&self) -> Result<(), Error> {
+        match &self.cache {
+            Some((file, cache)) => {
+                file.save(cache).map_err(|error| Error::Cache { path: file.path().into(), error })
+            }
+            None => Ok(()),
+        }
     }
 
     /// What went wrong outside of any call that could report it: the device was lost, or refused what it was given.

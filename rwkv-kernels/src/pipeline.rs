@@ -61,11 +61,12 @@ impl Pipeline {
     ///
     /// If the device lacks what the kernel needs or refuses it, or there is no such override.
     pub fn new(device: &wgpu::Device, kernel: &Kernel, overrides: &[(&str, f64)]) -> Result<Self, Error> {
-        Self::compile(device, kernel, overrides, true, |of| device.create_shader_module(of))
+        Self::compile(device, kernel, overrides, None, true, |of| device.create_shader_module(of))
     }
 
     /// As [`Self::new`], without the checks of indices that the driver would compile into the kernel and without
-    /// clearing workgroup memory first: the kernels of this crate write it before they read it.
+    /// clearing workgroup memory first: the kernels of this crate write it before they read it. What `cache` has of it
+    /// is not compiled again.
     ///
     /// # Errors
     ///
@@ -80,8 +81,9 @@ impl Pipeline {
         device: &wgpu::Device,
         kernel: &Kernel,
         overrides: &[(&str, f64)],
+        cache: Option<&wgpu::PipelineCache>,
     ) -> Result<Self, Error> {
-        Self::compile(device, kernel, overrides, false, |of| {
+        Self::compile(device, kernel, overrides, cache, false, |of| {
             // SAFETY: the caller promises that no index is out of bounds; no kernel loops without end, and none
             // traces rays.
             unsafe { device.create_shader_module_trusted(of, wgpu::ShaderRuntimeChecks::unchecked()) }
@@ -92,6 +94,7 @@ impl Pipeline {
         device: &wgpu::Device,
         kernel: &Kernel,
         overrides: &[(&str, f64)],
+        cache: Option<&wgpu::PipelineCache>,
         clear: bool,
         module: impl FnOnce(wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule,
     ) -> Result<Self, Error> {
@@ -131,7 +134,7 @@ impl Pipeline {
                     constants: overrides,
                     zero_initialize_workgroup_memory: clear,
                 },
-                cache: None,
+                cache,
             });
             Self { pipeline, layout, kernel: *kernel }
         })

@@ -1,7 +1,7 @@
 //! A model, ready to run any number of sessions.
 
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use rwkv_core::ModelConfig;
@@ -143,6 +143,9 @@ pub struct EngineOptions {
     pub fused: bool,
     /// GPU: whether dispatches are timed, for [`Engine::profile`].
     pub timestamps: bool,
+    /// GPU: a file in which compiled kernels are kept for the next time, where the device's driver can. It is trusted as
+    /// the program is.
+    pub pipeline_cache: Option<PathBuf>,
 }
 
 impl Default for EngineOptions {
@@ -158,6 +161,7 @@ impl Default for EngineOptions {
             batch_invariant: false,
             fused: true,
             timestamps: false,
+            pipeline_cache: None,
         }
     }
 }
@@ -245,6 +249,7 @@ impl Executor {
             batch_invariant: options.batch_invariant,
             fused: options.fused,
             timestamps: options.timestamps,
+            pipeline_cache: options.pipeline_cache.clone(),
         };
         let open = |adapter| gpu::Executor::open(checkpoint, named(adapter), progress).map(Box::new);
         match &options.device {

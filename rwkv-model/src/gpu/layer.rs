@@ -92,7 +92,7 @@ pub(super) fn compile(
     // against the vocabulary, or are the sampler's, which the embedding holds to it; records are those that `Records`
     // gave out; rows are counted from the tokens, of which there are no more than the scratch has rows.
     #[expect(unsafe_code, reason = "a plan's buffers hold what its parameters say")]
-    let pipeline = unsafe { Pipeline::new_unchecked(device.device(), kernel, overrides) };
+    let pipeline = unsafe { Pipeline::new_unchecked(device.device(), kernel, overrides, device.cache()) };
     Ok(pipeline?)
 }
 

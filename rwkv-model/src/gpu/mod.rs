@@ -2,13 +2,13 @@
 //!
 //! | part | what it holds |
 //! |---|---|
-//! | [`weights`] | the model, as the kernels read it |
-//! | [`records`] | what sequences leave behind |
-//! | [`layer`] | the dispatches of a layer, fused: five for one token, eight for many |
-//! | [`unfused`] | the dispatches of a layer, one for each operation: what fusion is measured against |
-//! | [`plan`] | a pass, laid down once |
-//! | [`ahead`] | tokens generated ahead of the host |
-//! | [`profile`] | how long each dispatch took |
+//! | `weights` | the model, as the kernels read it |
+//! | `records` | what sequences leave behind |
+//! | `layer` | the dispatches of a layer, fused: five for one token, eight for many |
+//! | `unfused` | the dispatches of a layer, one for each operation: what fusion is measured against |
+//! | `plan` | a pass, laid down once |
+//! | `ahead` | tokens generated ahead of the host |
+//! | `profile` | how long each dispatch took |
 //!
 //! Passes are encoded and submitted under a lock, in order, and the host does not wait for them: only for logits or
 //! tokens that it asks for. Whatever goes wrong on the device in between shows at the next call.
@@ -24,6 +24,7 @@ mod weights;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rwkv_core::ModelConfig;
@@ -125,6 +126,7 @@ pub(crate) struct Setup {
     pub(crate) batch_invariant: bool,
     pub(crate) fused: bool,
     pub(crate) timestamps: bool,
+    pub(crate) pipeline_cache: Option<PathBuf>,
 }
 
 /// A sequence's share of a pass.
@@ -179,13 +181,18 @@ impl Executor {
             return Err(Error::HeadSize { got: config.head_size, want: HEAD_SIZE });
         }
         let features = rwkv_kernels::Features { subgroup: true, ..Default::default() };
-        let request =
-            device::Request { adapter: setup.adapter.clone(), features, timestamps: setup.timestamps };
+        let request = device::Request {
+            adapter: setup.adapter.clone(),
+            features,
+            timestamps: setup.timestamps,
+            cache: setup.pipeline_cache.clone(),
+        };
         let device = Device::open_with(&request)?;
         let kernels = Kernels::new(&device, &config, &setup)?;
         let scratch = Scratch::new(&device, &config, setup.pass_tokens)?;
         let unfused =
             (!setup.fused).then(|| Unfused::new(&device, &config, setup.pass_tokens)).transpose()?;
+        device.save_cache()?;
         let records = Records::new(&device, &config)?;
         let weights = Weights::upload(&device, checkpoint, setup.weights, progress)?;
         let profile = setup.timestamps.then(|| profile::Recorder::new(&device)).flatten();
