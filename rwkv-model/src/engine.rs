@@ -125,7 +125,8 @@ pub struct EngineOptions {
     pub tokenizer: Option<Tokenizer>,
     /// Which way round the adapters are, where the file does not tell.
     pub lora: Option<LoraLayout>,
-    /// Tokens in a pass: longer prompts take several. More need more memory; the results are the same.
+    /// Tokens in a pass, as far as the device has that many in one: longer prompts take several. More need more memory;
+    /// the results are the same.
     pub pass_tokens: usize,
     /// What it runs on.
     pub device: Device,
@@ -369,9 +370,12 @@ impl Engine {
         };
         Ok(Self(Arc::new(Inner {
             mute: tokenizer.as_ref().map(without_bytes).unwrap_or_default(),
+            pass_tokens: match &executor {
+                Executor::Cpu(_) => options.pass_tokens.max(1),
+                Executor::Gpu(gpu) => gpu.rows(),
+            },
             executor,
             tokenizer,
-            pass_tokens: options.pass_tokens.max(1),
         })))
     }
 

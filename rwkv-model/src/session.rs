@@ -309,7 +309,8 @@ impl Stream {
         };
         let taken = gpu.next(ahead, most)?;
         if matches!(taken.token, ALL_MASKED | NOT_FINITE) {
-            // The host says what is wrong with the logits.
+            // The host says what is wrong with the logits; what was run ahead is worth nothing.
+            self.ahead = None;
             return session.sample_except(&self.masked, &self.sampler);
         }
         self.next = Some(taken.record);

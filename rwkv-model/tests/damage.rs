@@ -27,7 +27,7 @@ fn model() -> Vec<Tensor> {
 /// Opens, loads and runs a file that may hold anything.
 fn survive(bytes: Vec<u8>) -> Result<(), Error> {
     let checkpoint = open(bytes, None)?;
-    let options = EngineOptions { pass_tokens: 2, ..EngineOptions::default() };
+    let options = EngineOptions { pass_tokens: 2, ..support::on_cpu() };
     let engine = Engine::new(&checkpoint, options, &|_| {})?;
     let mut session = engine.session();
     session.prefill(&[0])?; // every vocabulary has a token 0
@@ -189,7 +189,7 @@ fn claims_beyond_the_file() {
 /// A good engine is not disturbed by bad files opened beside it.
 #[test]
 fn a_good_engine_works_on() {
-    let good = engine(safetensors(&model()), EngineOptions::default());
+    let good = engine(safetensors(&model()), support::on_cpu());
     let want = good.session().logits_of(&[0, 1, 2]).unwrap();
     let mut rng = SplitMix64::new(3);
     for _ in 0..200 {

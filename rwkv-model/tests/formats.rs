@@ -13,7 +13,7 @@ const TOKENS: [u32; 9] = [3, 1, 4, 1, 5, 9, 2, 6, 5];
 
 /// Logits of a checkpoint in memory.
 fn logits(bytes: Vec<u8>, lora: Option<LoraLayout>) -> Vec<f32> {
-    let engine = engine(bytes, EngineOptions { lora, ..EngineOptions::default() });
+    let engine = engine(bytes, EngineOptions { lora, ..support::on_cpu() });
     engine.session().logits_of(&TOKENS).unwrap()
 }
 
@@ -303,7 +303,7 @@ fn a_path_opens_with_its_options_and_progress() {
     let model = random_model([2, 1, 16, 16, 11, 16], 3);
     std::fs::write(&path, safetensors(&as_web_rwkv(&model))).unwrap();
     let done = std::sync::atomic::AtomicU64::new(0);
-    let options = EngineOptions { lora: Some(LoraLayout::Transposed), ..EngineOptions::default() };
+    let options = EngineOptions { lora: Some(LoraLayout::Transposed), ..support::on_cpu() };
     let engine = rwkv_model::Engine::open_with(&path, options, &|progress| {
         done.fetch_max(progress.done, std::sync::atomic::Ordering::Relaxed);
     })

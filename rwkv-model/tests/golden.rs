@@ -15,7 +15,7 @@ use rwkv_core::ops::linear::Matrix;
 use rwkv_core::{ModelConfig, Real};
 use rwkv_model::checkpoint::{Checkpoint, LoadMatrix};
 use rwkv_model::{Engine, quality};
-use support::{BUNDLED, Tensor, get, open, read, safetensors, tokens, vectors};
+use support::{BUNDLED, Tensor, get, on_cpu, open, read, safetensors, tokens, vectors};
 
 const FACTOR: f64 = 4.0;
 
@@ -203,7 +203,7 @@ fn bundled_golden() {
 #[test]
 fn bundled_bits_per_byte() {
     let text = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/books-10m/valid.txt")).unwrap();
-    let engine = Engine::open(BUNDLED).unwrap();
+    let engine = Engine::open_with(BUNDLED, on_cpu(), &|_| {}).unwrap();
     let score = quality::windows(&engine, &text[..4096], 8192, |_| {}).unwrap();
     assert_eq!((score.tokens, score.bytes), (4095, 4095), "the first byte follows nothing");
     let bits = score.bits_per_byte();
@@ -238,7 +238,7 @@ fn layer_0_adapter_is_ignored() {
 /// Windows predict every token but the first once, whatever their length.
 #[test]
 fn windows_cover_the_text() {
-    let engine = Engine::open(BUNDLED).unwrap();
+    let engine = Engine::open_with(BUNDLED, on_cpu(), &|_| {}).unwrap();
     for (len, window) in [(0, 4), (1, 4), (2, 4), (9, 4), (10, 4), (10, 0), (10, usize::MAX)] {
         let mut seen = 0;
         let score = quality::windows(&engine, &vec![65; len], window, |score| seen = score.tokens).unwrap();

@@ -111,6 +111,13 @@ pub enum Error {
     },
 }
 
+/// Rows of a pass at most: as many workgroups as a dispatch holds along an axis.
+const MAX_ROWS: usize = 65_535;
+
+/// The same for drivers that run on the CPU. Mesa's counts the iterations of all loops of an invocation, and after 65,535
+/// it leaves every loop at once, without a word. The heads take up to 135 for each token of a sequence.
+const MAX_SOFTWARE_ROWS: usize = 256;
+
 /// Whether there is a real GPU, and kernels for the model.
 pub(crate) fn suits(config: &ModelConfig) -> bool {
     let real = || device::adapters().first().is_some_and(|of| of.device_type != wgpu::DeviceType::Cpu);
@@ -189,9 +196,9 @@ impl Executor {
         };
         let device = Device::open_with(&request)?;
         let kernels = Kernels::new(&device, &config, &setup)?;
-        let scratch = Scratch::new(&device, &config, setup.pass_tokens)?;
-        let unfused =
-            (!setup.fused).then(|| Unfused::new(&device, &config, setup.pass_tokens)).transpose()?;
+        let rows = setup.pass_tokens.min(if device.is_gpu() { MAX_ROWS } else { MAX_SOFTWARE_ROWS });
+        let scratch = Scratch::new(&device, &config, rows)?;
+        let unfused = (!setup.fused).then(|| Unfused::new(&device, &config, rows)).transpose()?;
         device.save_cache()?;
         let records = Records::new(&device, &config)?;
         let weights = Weights::upload(&device, checkpoint, setup.weights, progress)?;
@@ -229,6 +236,11 @@ impl Executor {
             None => self.kernels.labels(),
             Some(unfused) => unfused.labels(&self.kernels),
         }
+    }
+
+    /// Rows of a pass, at most.
+    pub(crate) const fn rows(&self) -> usize {
+        self.scratch.rows
     }
 
     /// Sequences of a pass, at most.
@@ -438,10 +450,10 @@ impl Executor {
             return Ok(work.step.insert(plan));
         }
         let tile = self.kernels.tile_rows(shape.rows);
-        match work.batch.entry(tile) {
-            Entry::Occupied(plan) => Ok(plan.into_mut()),
-            Entry::Vacant(place) => Ok(place.insert(layers.batch(tile)?)),
-        }
+        Ok(match work.batch.entry(tile) {
+            Entry::Occupied(laid) => laid.into_mut(),
+            Entry::Vacant(room) => room.insert(layers.batch(tile)?),
+        })
     }
 
     /// Encodes a pass; `first` is a dispatch to go before it.

@@ -98,8 +98,13 @@ impl Records {
         if least > max {
             return Err(Error::Records { wanted: least, max });
         }
-        let capacity = u32::try_from((2 * u64::from(self.capacity)).max(least).min(max)).unwrap_or(u32::MAX);
-        let (layers, logits) = allocate(device, self.layout, self.layers.len(), self.vocab, capacity)?;
+        let roomy = (2 * u64::from(self.capacity)).max(least).min(max);
+        let allocate = |capacity: u64| {
+            let capacity = u32::try_from(capacity).unwrap_or(u32::MAX);
+            let made = allocate(device, self.layout, self.layers.len(), self.vocab, capacity)?;
+            Ok::<_, Error>((capacity, made))
+        };
+        let (capacity, (layers, logits)) = allocate(roomy).or_else(|_| allocate(least))?;
         let mut encoder = device.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let pairs = self.layers.iter().zip(&layers).chain([(&self.logits, &logits)]);
         for (from, to) in pairs {

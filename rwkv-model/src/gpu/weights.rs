@@ -71,7 +71,7 @@ pub(super) struct Layer {
     pub(super) value: wgpu::Buffer,
     /// ln1's gain and bias, then the mixes r w k v a g; `[8, D]`.
     pub(super) att: wgpu::Buffer,
-    /// w0, a0, v0, `k_k`, `k_a`, `r_k`, gain and bias of the group norm; `[8, D]`.
+    /// `w0`, `a0`, `v0`, `k_k`, `k_a`, `r_k`, gain and bias of the group norm; `[8, D]`.
     pub(super) heads: wgpu::Buffer,
     /// ln2's gain and bias, then the mix; `[3, D]`.
     pub(super) ffn: wgpu::Buffer,
@@ -149,13 +149,15 @@ impl Upload<'_> {
             self.device.queue().submit([]);
             self.device.device().poll(wgpu::PollType::wait_indefinitely()).map_err(Error::from)?;
         }
-        let vector = |name: &str| self.vectors(&[name]);
+        let vector = |name: &str| self.reader.vector::<f32>(name);
+        let floats = |values: &[f32]| self.floats("vectors", values);
+        let ln_out = [vector("ln_out.weight")?, vector("ln_out.bias")?];
         Ok(Weights {
             embedding: self.matrix("embedding", &[plain("emb.weight", vocab)])?,
-            ln0: [vector("blocks.0.ln0.weight")?, vector("blocks.0.ln0.bias")?],
+            ln0: [floats(&vector("blocks.0.ln0.weight")?)?, floats(&vector("blocks.0.ln0.bias")?)?],
             layers,
-            ln_out: self.vectors(&["ln_out.weight", "ln_out.bias"])?,
-            ln_out_parts: [vector("ln_out.weight")?, vector("ln_out.bias")?],
+            ln_out: floats(&ln_out.concat())?,
+            ln_out_parts: [floats(&ln_out[0])?, floats(&ln_out[1])?],
             head: self.matrix("head", &[plain("head.weight", vocab)])?,
         })
     }
@@ -209,13 +211,6 @@ impl Upload<'_> {
             ])?,
             ffn: vectors(&[vector(&ln2[0])?, vector(&ln2[1])?, vector(&name("ffn.x_k"))?])?,
         })
-    }
-
-    /// Several vectors, one after the other.
-    fn vectors(&self, names: &[&str]) -> Result<wgpu::Buffer, Failed> {
-        let parts: Vec<Vec<f32>> =
-            names.iter().map(|name| self.reader.vector(name)).collect::<Result<_, _>>()?;
-        self.floats("vectors", &parts.concat())
     }
 
     fn floats(&self, label: &str, values: &[f32]) -> Result<wgpu::Buffer, Failed> {

@@ -9,7 +9,8 @@ use half::{bf16, f16};
 use rwkv_core::rng::SplitMix64;
 use rwkv_model::checkpoint::source::MemorySource;
 use rwkv_model::checkpoint::{self, Checkpoint, LoraLayout};
-use rwkv_model::{Engine, EngineOptions};
+use rwkv_model::engine::Device;
+use rwkv_model::{Engine, EngineOptions, Error};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
@@ -152,7 +153,23 @@ pub(crate) fn open(bytes: Vec<u8>, lora: Option<LoraLayout>) -> Result<Checkpoin
 
 /// An engine over a checkpoint in memory.
 pub(crate) fn engine(bytes: Vec<u8>, options: EngineOptions) -> Engine {
-    Engine::new(&open(bytes, options.lora).unwrap(), options, &|_| {}).unwrap()
+    try_engine(bytes, options).unwrap()
+}
+
+/// An engine over a checkpoint in memory, unless it is refused.
+pub(crate) fn try_engine(bytes: Vec<u8>, options: EngineOptions) -> Result<Engine, Error> {
+    Engine::new(&open(bytes, options.lora)?, options, &|_| {})
+}
+
+/// On the CPU, whatever else the machine has.
+pub(crate) fn on_cpu() -> EngineOptions {
+    EngineOptions { device: Device::Cpu, ..EngineOptions::default() }
+}
+
+/// On the GPU, if there is one. Without, it is said on standard error, and fails under `RWKV_GPU=required`.
+pub(crate) fn on_gpu() -> Option<EngineOptions> {
+    rwkv_kernels::gpu::device_for_tests()
+        .map(|_| EngineOptions { device: Device::Gpu(None), ..EngineOptions::default() })
 }
 
 /// Writes a safetensors file.
