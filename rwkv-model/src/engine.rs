@@ -142,6 +142,8 @@ pub struct EngineOptions {
     pub batch_invariant: bool,
     /// GPU: whether operations are fused. Without, each is a dispatch of its own, for measurements.
     pub fused: bool,
+    /// GPU: whether kernels keep to what every device has, whatever this one has beyond it.
+    pub portable: bool,
     /// GPU: whether dispatches are timed, for [`Engine::profile`].
     pub timestamps: bool,
     /// GPU: a file in which compiled kernels are kept for the next time, where the device's driver can. It is trusted as
@@ -161,6 +163,7 @@ impl Default for EngineOptions {
             weights: WeightFormat::F16,
             batch_invariant: false,
             fused: true,
+            portable: false,
             timestamps: false,
             pipeline_cache: None,
         }
@@ -249,6 +252,7 @@ impl Executor {
             pass_tokens: options.pass_tokens.max(1),
             batch_invariant: options.batch_invariant,
             fused: options.fused,
+            portable: options.portable,
             timestamps: options.timestamps,
             pipeline_cache: options.pipeline_cache.clone(),
         };

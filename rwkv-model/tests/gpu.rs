@@ -720,21 +720,29 @@ fn room_grows() {
 
 // ---- Forms of a step, and what is told of them ----
 
+/// One dispatch for each operation, and kernels that keep to what every device has.
 #[test]
-fn fused_or_not() {
+fn fused_or_not_and_portable() {
     let Some(options) = on_gpu() else { return };
-    let engine =
-        engine(safetensors(&small_model()), EngineOptions { fused: false, pass_tokens: 64, ..options });
-    let prompt = prompt(100, 9);
-    for length in [1, 2, 33, 64, 100] {
+    let options = EngineOptions { pass_tokens: 64, ..options };
+    let portable = EngineOptions { portable: true, ..options.clone() };
+    for (form, options) in [("un-fused", EngineOptions { fused: false, ..options }), ("portable", portable)] {
+        let engine = engine(safetensors(&small_model()), options);
+        let kernels = engine.report().unwrap().kernels;
+        assert!(form != "portable" || kernels.iter().all(|of| !of.contains("subgroup")), "{kernels:?}");
+        let prompt = prompt(100, 9);
+        for length in [1, 2, 33, 64, 100] {
+            let mut session = engine.session();
+            prompt.chunks(length).for_each(|tokens| session.prefill(tokens).unwrap());
+            let want = Reference::small().read(&prompt, Logits::Last);
+            want.holds(&session, &format!("{form}: calls of {length}"));
+        }
         let mut session = engine.session();
-        prompt.chunks(length).for_each(|tokens| session.prefill(tokens).unwrap());
-        Reference::small().read(&prompt, Logits::Last).holds(&session, &format!("calls of {length}"));
+        let all = session.logits_of(&prompt).unwrap();
+        Reference::small().read(&prompt, Logits::All).logits_hold(&all, form);
+        let tokens = generate(&mut session, Sampler::greedy(), 20);
+        the_same(&session, &retold(&engine, &prompt, &tokens), form);
     }
-    let mut session = engine.session();
-    Reference::small().read(&prompt, Logits::All).logits_hold(&session.logits_of(&prompt).unwrap(), "all");
-    let tokens = generate(&mut session, Sampler::greedy(), 20);
-    the_same(&session, &retold(&engine, &prompt, &tokens), "generated");
 }
 
 #[test]

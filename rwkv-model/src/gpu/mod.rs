@@ -132,6 +132,7 @@ pub(crate) struct Setup {
     pub(crate) pass_tokens: usize,
     pub(crate) batch_invariant: bool,
     pub(crate) fused: bool,
+    pub(crate) portable: bool,
     pub(crate) timestamps: bool,
     pub(crate) pipeline_cache: Option<PathBuf>,
 }
@@ -187,7 +188,7 @@ impl Executor {
         if config.head_size != HEAD_SIZE {
             return Err(Error::HeadSize { got: config.head_size, want: HEAD_SIZE });
         }
-        let features = rwkv_kernels::Features { subgroup: true, ..Default::default() };
+        let features = rwkv_kernels::Features { subgroup: !setup.portable, ..Default::default() };
         let request = device::Request {
             adapter: setup.adapter.clone(),
             features,
