@@ -4,7 +4,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Context;
-use rwkv_model::{Engine, quality};
+use rwkv_model::engine::Device;
+use rwkv_model::{Engine, EngineOptions, quality};
 
 /// Bytes predicted in a window, and the bits per byte recorded for windows of that length (assets/books-10m/README.md).
 const RECORDED: [(usize, f64); 2] = [(1024, 1.49342), (8192, 1.46826)];
@@ -19,7 +20,8 @@ const TOLERANCE: f64 = 0.0005;
 pub(crate) fn report(assets: &Path, quick: bool) -> anyhow::Result<bool> {
     let path = assets.join("valid.txt");
     let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
-    let engine = Engine::open(assets.join("model.safetensors"))?;
+    let on_cpu = EngineOptions { device: Device::Cpu, ..EngineOptions::default() };
+    let engine = Engine::open_with(assets.join("model.safetensors"), on_cpu, &|_| {})?;
     println!("books-10m on its held-out text, bits per byte");
     let mut reached = true;
     let first = &text[..FIRST.0.min(text.len())];
