@@ -7,8 +7,9 @@ use std::sync::{Arc, OnceLock};
 use rwkv_core::ModelConfig;
 use rwkv_core::fast::linear::Packed;
 use rwkv_core::model::{Logits, Model, Options, Segment, State, Wkv};
-use rwkv_state::StateLayout;
 use rwkv_state::layout::WrongLength;
+use rwkv_state::snapshot::{self, Digest};
+use rwkv_state::{StateLayout, format};
 
 use crate::checkpoint::{self, Checkpoint, LoraLayout, Progress};
 use crate::gpu::{self, WeightFormat};
@@ -75,6 +76,54 @@ pub enum Error {
         tokenizer: usize,
         /// The model's.
         model: usize,
+    },
+    /// A state that cannot be stored.
+    #[error(transparent)]
+    Encoding(#[from] format::Error),
+    /// A session cannot be saved or loaded.
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
+    /// A saved session of another model.
+    #[error("{file}: a session of model {found}, not of {expected}")]
+    OtherModel {
+        /// The file.
+        file: String,
+        /// Fingerprint of the session's model.
+        found: String,
+        /// Fingerprint of the engine's: see [`Engine::fingerprint`].
+        expected: String,
+    },
+    /// A saved session whose tokens mean something else.
+    #[error("{file}: a session with tokenizer {found}, not with {expected}")]
+    OtherTokenizer {
+        /// The file.
+        file: String,
+        /// Fingerprint of the session's tokenizer.
+        found: String,
+        /// Fingerprint of the engine's: see [`Engine::tokenizer_fingerprint`].
+        expected: String,
+    },
+    /// A saved session that says it is of the model, with a state of another layout.
+    #[error("{file}: a state of {found}, expected {expected}")]
+    OtherLayout {
+        /// The file.
+        file: String,
+        /// The layout of its state.
+        found: StateLayout,
+        /// The layout of the model's.
+        expected: StateLayout,
+    },
+    /// A saved session that says it is of the model, with tokens of another vocabulary.
+    #[error("{file}: {what} {found}, and the vocabulary has {vocab}")]
+    OtherVocabulary {
+        /// The file.
+        file: String,
+        /// What there is of another vocabulary.
+        what: &'static str,
+        /// How many logits, or which token.
+        found: usize,
+        /// The length of the model's vocabulary.
+        vocab: usize,
     },
     /// The threads could not be started.
     #[error("starting {threads} threads: {reason}")]
@@ -189,6 +238,7 @@ pub struct Engine(Arc<Inner>);
 struct Inner {
     executor: Executor,
     tokenizer: Option<Tokenizer>,
+    fingerprint: String,
     /// Tokens that the model has and the tokenizer has not.
     mute: Vec<u32>,
     pass_tokens: usize,
@@ -378,6 +428,7 @@ impl Engine {
                 Executor::Cpu(_) => options.pass_tokens.max(1),
                 Executor::Gpu(gpu) => gpu.rows(),
             },
+            fingerprint: fingerprint(checkpoint)?,
             executor,
             tokenizer,
         })))
@@ -563,6 +614,109 @@ impl Engine {
             Executor::Gpu(gpu) => Memory::Device(gpu.empty()),
         }
     }
+
+    /// What tells the model from others: 16 hexadecimal digits, the same for the same weights in any container, dialect,
+    /// and type that holds them exactly, on any machine and device.
+    ///
+    /// It is a [`Digest`] of the extents, of every vector, of the first row of every matrix, and of the first element of
+    /// every adapter's factor: training changes all of them. It does not guard against those who mean harm.
+    #[must_use]
+    pub fn fingerprint(&self) -> &str {
+        &self.0.fingerprint
+    }
+
+    /// What tells the vocabulary from others, if there is one: a [`Digest`] of every token and its bytes.
+    #[must_use]
+    pub fn tokenizer_fingerprint(&self) -> Option<String> {
+        let tokenizer = self.0.tokenizer.as_ref()?;
+        let mut digest = Digest::new();
+        for token in 0..u32::try_from(tokenizer.vocab_len()).unwrap_or(u32::MAX) {
+            if let Ok(bytes) = tokenizer.token_bytes(token) {
+                digest.number(token.into());
+                digest.field(bytes);
+            }
+        }
+        Some(digest.to_string())
+    }
+
+    /// A session that goes on where the one stood that [`Session::save`] wrote to `path`, on whatever device that ran. It
+    /// has the position, the counts and the logits of that one exactly, and its state within the format's error.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be read or is damaged; if it is of another model, or both have a tokenizer and they differ; or
+    /// if the GPU failed.
+    pub fn load_session(&self, path: impl AsRef<Path>) -> Result<Session, Error> {
+        let file = || path.as_ref().display().to_string();
+        let rwkv_state::Snapshot { model, tokenizer, position, state, counts, logits } =
+            rwkv_state::Snapshot::load(&path)?;
+        if model != self.fingerprint() {
+            return Err(Error::OtherModel {
+                file: file(),
+                found: model,
+                expected: self.0.fingerprint.clone(),
+            });
+        }
+        if let (Some(found), Some(expected)) = (tokenizer, self.tokenizer_fingerprint())
+            && found != expected
+        {
+            return Err(Error::OtherTokenizer { file: file(), found, expected });
+        }
+        let (found, expected) = (*state.layout(), self.state_layout());
+        if found != expected {
+            return Err(Error::OtherLayout { file: file(), found, expected });
+        }
+        let vocab = self.config().vocab;
+        let other = |what, found| Error::OtherVocabulary { file: file(), what, found, vocab };
+        if let Some(found) = logits.as_ref().map(Vec::len).filter(|&len| len != vocab) {
+            return Err(other("the number of logits is", found));
+        }
+        if let Some(token) = counts.keys().map(|&token| token as usize).find(|&token| token >= vocab) {
+            return Err(other("a generated token is", token));
+        }
+        let mut session = self.session();
+        session.start_from(&state.decode())?;
+        let sequence = &mut session.sequence;
+        sequence.position = position;
+        sequence.counts = counts.into_iter().collect();
+        sequence.logits = logits.map(OnceLock::from).unwrap_or_default();
+        Ok(session)
+    }
+}
+
+/// See [`Engine::fingerprint`]. Every element is widened to 32 bits, little endian.
+fn fingerprint(checkpoint: &Checkpoint) -> Result<String, checkpoint::Error> {
+    let ModelConfig { n_layers, width, n_heads, head_size, hidden, vocab, ranks } = *checkpoint.config();
+    let mut digest = Digest::new();
+    for extent in [n_layers, width, n_heads, head_size, hidden, vocab, ranks.w, ranks.a, ranks.v, ranks.g] {
+        digest.number(extent as u64);
+    }
+    let reader = checkpoint.reader(&|_| {});
+    let mut add = |name: &str, values: Vec<f32>| {
+        digest.field(name.as_bytes());
+        digest.number(values.len() as u64);
+        values.iter().for_each(|value| digest.bytes(&value.to_le_bytes()));
+    };
+    for (name, entry) in checkpoint.tensors() {
+        let part = name.rsplit('.').next().unwrap_or_default();
+        if name.contains(".att.x_") {
+            continue; // some files hold these as one
+        }
+        // Files hold vectors with axes of one, and factors either way round.
+        let axes: Vec<usize> = entry.shape.iter().copied().filter(|&extent| extent != 1).collect();
+        let len = match axes.last() {
+            Some(_) if ["w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2"].contains(&part) => 1,
+            Some(&row) => row,
+            None => 1,
+        };
+        let values = reader.elements(name, 0..len).map_err(|fault| checkpoint.error(fault))?;
+        add(name, values.widen());
+    }
+    for layer in 0..n_layers {
+        let prefix = format!("blocks.{layer}.att.");
+        add(&prefix, reader.mixes(&prefix).map_err(|fault| checkpoint.error(fault))?);
+    }
+    Ok(digest.to_string())
 }
 
 #[cfg(test)]

@@ -53,7 +53,7 @@ pub use tokenizer::Tokenizer;
 
 pub use rwkv_core::ModelConfig;
 pub use rwkv_core::ops::sample::{self, Sampler};
-pub use rwkv_state::StateLayout;
+pub use rwkv_state::{StateFormat, StateLayout};
 
 /// The code in the README compiles.
 #[cfg(doctest)]

@@ -1,11 +1,13 @@
 //! One sequence and what it remembers.
 
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 use rwkv_core::model::{Logits, State};
 use rwkv_core::ops::softmax::log_probability;
 use rwkv_kernels::kernels::sample::{ALL_MASKED, NOT_FINITE};
+use rwkv_state::{EncodedState, StateFormat};
 
 use crate::engine::{Engine, Error, Job};
 use crate::gpu::{Ahead, Record};
@@ -29,7 +31,7 @@ pub(crate) struct Sequence {
     pub(crate) memory: Memory,
     /// Of the last token, `[V]`, once they are on the host.
     pub(crate) logits: OnceLock<Vec<f32>>,
-    /// Whether there are any, here or on the device.
+    /// Whether a pass left any, here or on the device. Those from a file are on the host alone.
     pub(crate) has_logits: bool,
     /// Tokens read.
     pub(crate) position: u64,
@@ -119,7 +121,7 @@ impl Session {
     /// If no token was read yet, or the GPU failed.
     pub fn logits(&self) -> Result<&[f32], Error> {
         let Sequence { memory, logits, has_logits, .. } = &self.sequence;
-        if !has_logits {
+        if !has_logits && logits.get().is_none() {
             return Err(Error::NoLogits);
         }
         if let (None, Memory::Device(record), Some(gpu)) = (logits.get(), memory, self.engine.gpu()) {
@@ -273,6 +275,30 @@ impl Session {
         });
         Ok(())
     }
+
+    /// Writes where the session stands to the file at `path`, for [`Engine::load_session`]: the state in `format`, the
+    /// position, the penalties' counts, and the logits of the last token, exactly. What is at `path` is replaced whole or
+    /// not at all.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be written, a value of the state is not finite, or the GPU failed.
+    pub fn save(&self, path: impl AsRef<Path>, format: StateFormat) -> Result<(), Error> {
+        let logits = match self.logits() {
+            Ok(logits) => Some(logits.to_vec()),
+            Err(Error::NoLogits) => None,
+            Err(error) => return Err(error),
+        };
+        let snapshot = rwkv_state::Snapshot {
+            model: self.engine.fingerprint().to_owned(),
+            tokenizer: self.engine.tokenizer_fingerprint(),
+            position: self.position(),
+            state: EncodedState::encode(&self.engine.state_layout(), &self.state()?, format)?,
+            counts: self.sequence.counts.iter().collect(),
+            logits,
+        };
+        Ok(snapshot.save(path)?)
+    }
 }
 
 /// Tokens that a session generates: chosen, and then read or not.
@@ -300,7 +326,7 @@ impl Stream {
             return session.sample_except(&self.masked, &self.sampler);
         };
         if !has_logits {
-            return Err(Error::NoLogits);
+            return session.sample_except(&self.masked, &self.sampler);
         }
         self.sampler.validate()?;
         let ahead = match &mut self.ahead {

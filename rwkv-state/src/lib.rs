@@ -9,16 +9,19 @@
 //! | [`layout`] | the extents of a state and the place of each part of it |
 //! | [`format`](mod@format) | how a state is stored: F32, F16 with row exponents, scaled Int8, sparse; each with its error bound |
 //! | [`lazy`] | a state of which the last steps are kept as factors: deferred writing, shared bases, exact rollback |
+//! | [`snapshot`] | a file of a session's state, whose it is, and how far it has read |
 //!
 //! A new format is a file of [`format`](mod@format) with its bound and its property tests; a new part of a state is a
 //! [`Part`], and the layout alone says where it lies.
 //!
-//! Invariant: this crate knows no device, no weights and no files; it knows extents and numbers.
+//! Invariant: this crate knows no device and no weights; it knows extents and numbers, and [`snapshot`] alone knows files.
 #![forbid(unsafe_code)]
 
 pub mod format;
 pub mod layout;
 pub mod lazy;
+pub mod snapshot;
 
 pub use format::{EncodedState, StateFormat};
 pub use layout::{Part, StateLayout, WrongLength};
+pub use snapshot::Snapshot;

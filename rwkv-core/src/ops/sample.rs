@@ -111,6 +111,13 @@ impl Counts {
     }
 }
 
+/// Tokens with how often each was generated; of a token that is there twice, the last count.
+impl FromIterator<(u32, u32)> for Counts {
+    fn from_iter<I: IntoIterator<Item = (u32, u32)>>(counts: I) -> Self {
+        Self(counts.into_iter().filter(|(_, count)| *count > 0).collect())
+    }
+}
+
 /// A token that may be chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Candidate {
@@ -544,6 +551,7 @@ mod tests {
             counts.add(token);
         }
         assert_eq!((counts.get(0), counts.get(1), counts.get(2)), (1, 3, 0), "counts");
+        assert_eq!(counts.iter().chain([(7, 0)]).collect::<Counts>(), counts, "taken and given");
         let penalised = |presence_penalty, frequency_penalty| {
             let sampler = Sampler { presence_penalty, frequency_penalty, ..Sampler::greedy() };
             let (best, candidates) = sampler.penalised(&[], &[4.0, 4.5, 2.0], &counts).unwrap();
