@@ -6,7 +6,7 @@
 //! | [`Kernel`] | one variant as data: source, bindings, overrides, what it needs |
 //! | [`choose`], [`Capabilities`] | the best variant that a device can run |
 //! | `pipeline` | a kernel on the caller's device, in the caller's pass (feature `gpu`, on by default) |
-//! | `gpu` | a device of its own and checked dispatches, for tests and first steps (feature `gpu`) |
+//! | `gpu` | a device of its own, chosen among the adapters there are, and checked dispatches for tests (feature `gpu`) |
 //!
 //! A kernel is data: [`Kernel`]s, and `lower(dims)`, which turns the extents of one call into the uniform block and
 //! the workgroup count. What runs it is the caller's choice:

@@ -10,14 +10,9 @@ use rwkv_core::ops::activation::Activation;
 use rwkv_core::real;
 use rwkv_core::rng::SplitMix64;
 
+use super::testing::{TINY, U};
 use crate::Kernel;
 use crate::gpu::device_for_tests;
-
-/// Bounds every rounding, relatively: WGSL lets a sum or a product round either way.
-const U: f64 = f32::EPSILON as f64;
-
-/// What is lost at most of a result that is too small for a normal `f32`.
-const TINY: f64 = f32::MIN_POSITIVE as f64;
 
 /// All that an expression may give in `f32` on any device, and its exact value.
 ///
@@ -231,16 +226,8 @@ pub(super) fn below(rng: &mut SplitMix64, n: u32) -> u32 {
     u32::try_from(rng.next_u64() % u64::from(n)).unwrap()
 }
 
-pub(super) fn words(x: &[f32]) -> Vec<u32> {
-    x.iter().map(|x| x.to_bits()).collect()
-}
-
 pub(super) fn floats(words: &[u32]) -> Vec<f32> {
     words.iter().map(|&bits| f32::from_bits(bits)).collect()
-}
-
-pub(super) fn wide(x: &[f32]) -> Vec<f64> {
-    x.iter().copied().map(f64::from).collect()
 }
 
 pub(super) fn exact(x: &[f32]) -> Vec<Interval> {

@@ -33,6 +33,11 @@ mod testing;
 /// Workgroups of one dispatch along one dimension, at most: the default limit of WebGPU.
 const MAX_GROUPS: u32 = 65_535;
 
+/// `n` workgroups, if one dispatch holds so many along a dimension.
+fn groups(n: usize) -> Option<u32> {
+    u32::try_from(n).ok().filter(|&n| n <= MAX_GROUPS)
+}
+
 /// `width`, if a kernel can index `rows` rows of so many elements: a workgroup steps over the end of a row by less than
 /// its own size, 1024 invocations at most, and must not wrap to the start of the buffer.
 fn indexable(rows: usize, width: usize) -> Option<u32> {

@@ -8,7 +8,8 @@ use rwkv_core::rng::SplitMix64;
 use super::{Dims, Error, MAX_HIDDEN, VARIANTS, lower};
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::MAX_GROUPS;
-use crate::kernels::intervals::{Halves, Interval, Sum, below, exact, floats, held, of_lanes, wide, words};
+use crate::kernels::intervals::{Halves, Interval, Sum, below, exact, floats, held, of_lanes};
+use crate::kernels::testing::{bits as words, wide};
 use crate::pipeline::Pipeline;
 
 /// Operands of one call.

@@ -67,10 +67,7 @@ pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
     if width == 0 || !width.is_multiple_of(4) {
         return Err(Error::Width { got: width });
     }
-    let groups = u32::try_from(rows)
-        .ok()
-        .filter(|&rows| rows <= MAX_GROUPS)
-        .ok_or(Error::Rows { got: rows, max: MAX_GROUPS })?;
+    let groups = super::groups(rows).ok_or(Error::Rows { got: rows, max: MAX_GROUPS })?;
     let most = vocab.max(rows);
     let beyond = Error::Index { rows: most, width };
     let width = indexable(most, width).ok_or(beyond)?;

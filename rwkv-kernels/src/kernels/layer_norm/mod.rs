@@ -54,10 +54,7 @@ pub enum Error {
 ///
 /// If the kernel cannot run the call, whatever the device: see [`Error`].
 pub fn lower(dims: Dims, eps: f64) -> Result<(Params, [u32; 3]), Error> {
-    let rows = u32::try_from(dims.rows)
-        .ok()
-        .filter(|&rows| rows <= MAX_GROUPS)
-        .ok_or(Error::Rows { got: dims.rows, max: MAX_GROUPS })?;
+    let rows = super::groups(dims.rows).ok_or(Error::Rows { got: dims.rows, max: MAX_GROUPS })?;
     if dims.width == 0 {
         return Err(Error::Empty);
     }

@@ -7,7 +7,8 @@ use rwkv_core::rng::SplitMix64;
 use super::{Dims, Error, VARIANTS, lower};
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::MAX_GROUPS;
-use crate::kernels::intervals::{Halves, Interval, Sum, exact, floats, held, of_lanes, wide, words};
+use crate::kernels::intervals::{Halves, Interval, Sum, exact, floats, held, of_lanes};
+use crate::kernels::testing::{bits as words, wide};
 use crate::pipeline::Pipeline;
 
 /// Operands of one call.

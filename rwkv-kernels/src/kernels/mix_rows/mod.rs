@@ -115,10 +115,7 @@ pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
     if offset.checked_add(width).is_none_or(|end| end > stride) {
         return Err(Error::Record { width, offset, stride });
     }
-    let groups = u32::try_from(rows)
-        .ok()
-        .filter(|&rows| rows <= MAX_GROUPS)
-        .ok_or(Error::Rows { got: rows, max: MAX_GROUPS })?;
+    let groups = super::groups(rows).ok_or(Error::Rows { got: rows, max: MAX_GROUPS })?;
     let index = |rows: usize, width: usize| indexable(rows, width).ok_or(Error::Index { rows, width });
     let (stride, offset) = (index(records.max(1), stride)?, index(1, offset)?);
     index(mixes.saturating_add(2).max(rows.saturating_mul(mixes)), width)?;

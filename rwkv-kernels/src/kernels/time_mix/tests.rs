@@ -16,7 +16,8 @@ use rwkv_core::rng::SplitMix64;
 use super::{Dims, Error, HEAD_SIZE as N, Segment, VARIANTS, lower};
 use crate::gpu::{Device, device_for_tests};
 use crate::kernels::MAX_GROUPS;
-use crate::kernels::intervals::{Halves, Interval, Sum, below, exact, floats, held, wide, words};
+use crate::kernels::intervals::{Halves, Interval, Sum, below, exact, floats, held};
+use crate::kernels::testing::{bits as words, wide};
 use crate::pipeline::Pipeline;
 
 /// Operands of one call.

@@ -81,10 +81,7 @@ pub fn lower(dims: Dims, places: Places) -> Result<(Params, [u32; 3]), Error> {
     if u32::try_from(dims.head_size) != Ok(head_size) {
         return Err(Error::HeadSize { got: dims.head_size, want: head_size });
     }
-    let heads = u32::try_from(dims.heads)
-        .ok()
-        .filter(|&heads| heads <= MAX_GROUPS)
-        .ok_or(Error::Heads { got: dims.heads, max: MAX_GROUPS })?;
+    let heads = super::groups(dims.heads).ok_or(Error::Heads { got: dims.heads, max: MAX_GROUPS })?;
     let tokens = u32::try_from(dims.tokens)
         .ok()
         .filter(|tokens| tokens.checked_mul(heads * head_size).is_some())
