@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use proptest::prelude::*;
 use rwkv_core::rng::SplitMix64;
 use rwkv_model::{Engine, EngineOptions, Error, FinishReason, Sampler, Session, TextOptions, Tokenizer};
-use support::{BUNDLED, engine, on_cpu, on_gpu, random_model, safetensors};
+use support::{BUNDLED, alone, engine, on_cpu, on_gpu, random_model, safetensors, shown, together};
 
 const VOCAB: usize = 50;
 
@@ -55,25 +55,6 @@ fn prompts(lengths: &[usize], seed: u64) -> Vec<Vec<u32>> {
     let mut rng = SplitMix64::new(seed);
     let token = |rng: &mut SplitMix64| u32::try_from(rng.next_u64() % VOCAB as u64).unwrap();
     lengths.iter().map(|&n| (0..n).map(|_| token(&mut rng)).collect()).collect()
-}
-
-/// All that a session shows.
-fn shown(session: &Session) -> (Vec<f32>, Vec<f32>, u64) {
-    (session.state().unwrap(), session.logits().map(<[f32]>::to_vec).unwrap_or_default(), session.position())
-}
-
-fn alone(engine: &Engine, prompt: &[u32]) -> Session {
-    let mut session = engine.session();
-    session.prefill(prompt).unwrap();
-    session
-}
-
-/// Feeds each session its prompt in one call.
-fn together(engine: &Engine, prompts: &[Vec<u32>]) -> Vec<Session> {
-    let mut sessions: Vec<Session> = prompts.iter().map(|_| engine.session()).collect();
-    let mut batch: Vec<_> = sessions.iter_mut().zip(prompts).map(|(s, p)| (s, p.as_slice())).collect();
-    engine.step(&mut batch).unwrap();
-    sessions
 }
 
 proptest! {

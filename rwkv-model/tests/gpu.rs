@@ -24,7 +24,8 @@ use rwkv_model::{
     quality,
 };
 use support::{
-    BUNDLED, Tensor, engine, get, on_cpu, on_gpu, random_model, read, safetensors, tokens, try_engine,
+    BUNDLED, Tensor, alone, engine, get, on_cpu, on_gpu, random_model, read, safetensors, shown, together,
+    tokens, try_engine,
 };
 
 const FACTOR: f64 = 6.0;
@@ -153,25 +154,6 @@ fn prompts(lengths: &[usize], vocab: usize, seed: u64) -> Vec<Vec<u32>> {
 
 fn prompt(length: usize, seed: u64) -> Vec<u32> {
     prompts(&[length], VOCAB, seed).remove(0)
-}
-
-fn alone(engine: &Engine, prompt: &[u32]) -> Session {
-    let mut session = engine.session();
-    session.prefill(prompt).unwrap();
-    session
-}
-
-/// Feeds sessions their prompts in one call.
-fn together(engine: &Engine, prompts: &[Vec<u32>]) -> Vec<Session> {
-    let mut sessions: Vec<Session> = prompts.iter().map(|_| engine.session()).collect();
-    let mut batch: Vec<_> = sessions.iter_mut().zip(prompts).map(|(s, p)| (s, p.as_slice())).collect();
-    engine.step(&mut batch).unwrap();
-    sessions
-}
-
-/// All that a session shows.
-fn shown(session: &Session) -> (Vec<f32>, Vec<f32>, u64) {
-    (session.state().unwrap(), session.logits().map(<[f32]>::to_vec).unwrap_or_default(), session.position())
 }
 
 fn generate(session: &mut Session, sampler: Sampler, n: usize) -> Vec<u32> {

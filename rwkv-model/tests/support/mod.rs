@@ -10,7 +10,7 @@ use rwkv_core::rng::SplitMix64;
 use rwkv_model::checkpoint::source::MemorySource;
 use rwkv_model::checkpoint::{self, Checkpoint, LoraLayout};
 use rwkv_model::engine::Device;
-use rwkv_model::{Engine, EngineOptions, Error};
+use rwkv_model::{Engine, EngineOptions, Error, Session};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
@@ -170,6 +170,26 @@ pub(crate) fn on_cpu() -> EngineOptions {
 pub(crate) fn on_gpu() -> Option<EngineOptions> {
     rwkv_kernels::gpu::device_for_tests()
         .map(|_| EngineOptions { device: Device::Gpu(None), ..EngineOptions::default() })
+}
+
+/// A session that has read a prompt.
+pub(crate) fn alone(engine: &Engine, prompt: &[u32]) -> Session {
+    let mut session = engine.session();
+    session.prefill(prompt).unwrap();
+    session
+}
+
+/// Feeds each session its prompt in one call.
+pub(crate) fn together(engine: &Engine, prompts: &[Vec<u32>]) -> Vec<Session> {
+    let mut sessions: Vec<Session> = prompts.iter().map(|_| engine.session()).collect();
+    let mut batch: Vec<_> = sessions.iter_mut().zip(prompts).map(|(s, p)| (s, p.as_slice())).collect();
+    engine.step(&mut batch).unwrap();
+    sessions
+}
+
+/// All that a session shows.
+pub(crate) fn shown(session: &Session) -> (Vec<f32>, Vec<f32>, u64) {
+    (session.state().unwrap(), session.logits().map(<[f32]>::to_vec).unwrap_or_default(), session.position())
 }
 
 /// Writes a safetensors file.
