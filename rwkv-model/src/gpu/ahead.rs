@@ -113,11 +113,10 @@ impl Executor {
         let row = sample::SamplerRow::new(&ahead.sampler, ahead.position)
             .map_err(|why| Error::Extents { part: "sample", why: why.to_string() })?;
         let queue = self.device.queue();
-        let cursor = [ahead.tip.index(), record.index()];
-        self.scratch.write_one(queue, cursor, Some(row));
+        let segment = Segment { first: 0, rows: 1, from: ahead.tip.index(), to: record.index() };
+        self.scratch.write_one(queue, segment, Some(row));
         if !self.in_one_step() {
-            let segment = Segment { first: 0, rows: 1, from: cursor[0], to: cursor[1] };
-            self.tell(&work, &[cursor], &[segment], &[0])?;
+            self.tell(&work, &[segment], &[0])?;
         }
         let mut encoder = self.encoder();
         let bytes = (self.config.vocab * size_of::<f32>()) as u64;

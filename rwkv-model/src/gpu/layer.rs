@@ -360,10 +360,15 @@ impl Scratch {
     }
 
     /// Writes the tables of a pass over one token of one sequence, and how it is chosen.
-    pub(super) fn write_one(&self, queue: &wgpu::Queue, [from, to]: [u32; 2], sampler: Option<SamplerRow>) {
+    pub(super) fn write_one(
+        &self,
+        queue: &wgpu::Queue,
+        segment: time_mix::Segment,
+        sampler: Option<SamplerRow>,
+    ) {
         let mut one = One { cursor: [0; 64], segment: [0; 64], sampler: [0; 64] };
-        one.cursor[..2].copy_from_slice(&[from, to]);
-        one.segment[..4].copy_from_slice(&[0, 1, from, to]);
+        one.cursor[..2].copy_from_slice(&[segment.from, segment.to]);
+        one.segment[..4].copy_from_slice(bytemuck::cast_slice(&[segment]));
         if let Some(sampler) = &sampler {
             let words: &[u32] = bytemuck::cast_slice(bytemuck::bytes_of(sampler));
             one.sampler[..words.len()].copy_from_slice(words);
@@ -519,8 +524,8 @@ impl Layers<'_> {
         let dims = layer_norm::Dims { of: s.rows, rows: s.logit_rows, width };
         let (params, _) =
             layer_norm::lower(dims, rwkv_core::ops::layer_norm::LN_EPS).map_err(refused("ln_out"))?;
-        let [gain, bias] = &self.weights.ln_out_parts;
-        let buffers = [&s.x, &s.wanted, gain, bias, &s.normed].map(Bound::Whole);
+        let [gain, bias] = self.norm("ln_out", &self.weights.ln_out)?;
+        let buffers = [Bound::Whole(&s.x), Bound::Whole(&s.wanted), gain, bias, Bound::Whole(&s.normed)];
         let norm =
             self.planner().step("ln_out", &self.kernels.layer_norm, params, &buffers, Grid::LogitRows, 0)?;
         let head = self.product(
@@ -611,12 +616,24 @@ impl Layers<'_> {
         ])
     }
 
+    /// Gain and bias of a norm, of which `vectors` begin with them.
+    pub(super) fn norm<'b>(
+        &self,
+        part: &'static str,
+        vectors: &'b wgpu::Buffer,
+    ) -> Result<[Bound<'b>; 2], Error> {
+        let width = self.config.width;
+        let section = |rows: std::ops::Range<usize>| Bound::section(part, vectors, rows, size_of::<f32>());
+        Ok([section(0..width)?, section(width..2 * width)?])
+    }
+
     pub(super) fn embed(&self, grid: Grid) -> Result<Step, Error> {
         let (s, ModelConfig { vocab, width, .. }) = (self.scratch, *self.config);
         let dims = embedding::Dims { rows: s.rows, vocab, width };
         let (params, _) = embedding::lower(dims).map_err(refused("embedding"))?;
-        let [gain, bias] = &self.weights.ln0;
-        let buffers = [&s.tokens, &self.weights.embedding, gain, bias, &s.x].map(Bound::Whole);
+        let [gain, bias] = self.norm("embedding", &self.weights.ln0)?;
+        let (tokens, table) = (Bound::Whole(&s.tokens), Bound::Whole(&self.weights.embedding));
+        let buffers = [tokens, table, gain, bias, Bound::Whole(&s.x)];
         let pipeline = &self.kernels.embedding;
         self.planner().step("embedding", pipeline, params, &buffers, grid, 2 * width as u64)
     }

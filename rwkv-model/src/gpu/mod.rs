@@ -29,6 +29,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rwkv_core::ModelConfig;
 use rwkv_core::model::Logits;
+use rwkv_core::ops::mix_rows;
 use rwkv_kernels::gpu::{self as device, Device};
 use rwkv_kernels::kernels::time_mix::{HEAD_SIZE, Segment};
 use rwkv_kernels::pipeline::checked;
@@ -279,14 +280,11 @@ impl Executor {
         }
         let written = self.take(&mut work, jobs.len())?;
         let tokens: Vec<u32> = jobs.iter().flat_map(|job| job.tokens).copied().collect();
-        let mut cursors = vec![[kernels::mix_in::NONE; 2]; tokens.len()];
         let (mut segments, mut wanted) = (Vec::with_capacity(jobs.len()), Vec::new());
         for (job, to) in jobs.iter().zip(&written) {
             let first = segments.last().map_or(0, |of: &Segment| of.first + of.rows);
             let rows = count(job.tokens.len());
             let end = first + rows;
-            cursors[first as usize][0] = job.record.index();
-            cursors[end as usize - 1][1] = to.index();
             segments.push(Segment { first, rows, from: job.record.index(), to: to.index() });
             wanted.extend(end - count(job.logits.rows(job.tokens.len()))..end);
         }
@@ -296,9 +294,9 @@ impl Executor {
         let queue = self.device.queue();
         queue.write_buffer(&self.scratch.tokens, 0, bytemuck::cast_slice(&tokens));
         if shape.rows == 1 && self.in_one_step() {
-            self.scratch.write_one(queue, cursors[0], None);
+            self.scratch.write_one(queue, segments[0], None);
         } else {
-            self.tell(&work, &cursors, &segments, &wanted)?;
+            self.tell(&work, &segments, &wanted)?;
         }
         let mut encoder = self.encoder();
         self.encode(&mut work, &mut encoder, shape, None)?;
@@ -387,7 +385,7 @@ impl Executor {
 
     /// An error if the device failed since.
     fn sound(&self) -> Result<(), Error> {
-        self.device.fault().map_or(Ok(()), |what| Err(Error::Lost(what.to_owned())))
+        sound(&self.device)
     }
 
     fn lock(&self) -> MutexGuard<'_, Work> {
@@ -408,15 +406,17 @@ impl Executor {
     }
 
     /// Writes the tables of a pass, but for one token in a form of its own.
-    fn tell(
-        &self,
-        work: &Work,
-        cursors: &[[u32; 2]],
-        segments: &[Segment],
-        wanted: &[u32],
-    ) -> Result<(), Error> {
+    fn tell(&self, work: &Work, segments: &[Segment], wanted: &[u32]) -> Result<(), Error> {
         let queue = self.device.queue();
-        self.scratch.write(queue, cursors, segments, wanted);
+        let shared = |of: &Segment| mix_rows::Segment {
+            rows: of.rows as usize,
+            from: of.from as usize,
+            to: of.to as usize,
+        };
+        let all: Vec<_> = segments.iter().map(shared).collect();
+        let cursors = kernels::mix_rows::cursors(&all, work.records.capacity())
+            .map_err(|why| Error::Extents { part: "cursors", why: why.to_string() })?;
+        self.scratch.write(queue, &cursors, segments, wanted);
         match (&self.unfused, segments) {
             (Some(unfused), [of]) => unfused.write(queue, &self.config, work.records.layout, *of),
             _ => Ok(()),
@@ -492,14 +492,7 @@ impl Executor {
 
     /// A buffer that the host can read.
     fn staging(&self, bytes: u64) -> Result<wgpu::Buffer, Error> {
-        checked(self.device.device(), || {
-            self.device.device().create_buffer(&wgpu::BufferDescriptor {
-                label: Some("staging"),
-                size: bytes,
-                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-                mapped_at_creation: false,
-            })
-        })
+        staging(&self.device, bytes)
     }
 
     /// Copies bytes of a buffer where [`Self::read`] finds them.
@@ -517,13 +510,35 @@ impl Executor {
 
     /// Waits for what was submitted and reads a buffer.
     fn read(&self, buffer: &wgpu::Buffer) -> Result<Vec<f32>, Error> {
-        // A failure shows when the range is asked for below.
-        buffer.slice(..).map_async(wgpu::MapMode::Read, |_| ());
-        self.device.device().poll(wgpu::PollType::wait_indefinitely())?;
-        self.sound()?;
-        let bytes = buffer.slice(..).get_mapped_range()?;
-        Ok(bytemuck::pod_collect_to_vec(&bytes))
+        read(&self.device, buffer)
     }
+}
+
+/// A buffer that the host can read.
+fn staging(device: &Device, bytes: u64) -> Result<wgpu::Buffer, Error> {
+    checked(device.device(), || {
+        device.device().create_buffer(&wgpu::BufferDescriptor {
+            label: Some("staging"),
+            size: bytes,
+            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        })
+    })
+}
+
+/// Waits for what was submitted and reads a buffer.
+fn read<T: bytemuck::Pod>(device: &Device, buffer: &wgpu::Buffer) -> Result<Vec<T>, Error> {
+    // A failure shows when the range is asked for below.
+    buffer.slice(..).map_async(wgpu::MapMode::Read, |_| ());
+    device.device().poll(wgpu::PollType::wait_indefinitely())?;
+    sound(device)?;
+    let bytes = buffer.slice(..).get_mapped_range()?;
+    Ok(bytemuck::pod_collect_to_vec(&bytes))
+}
+
+/// An error if the device failed since.
+fn sound(device: &Device) -> Result<(), Error> {
+    device.fault().map_or(Ok(()), |what| Err(Error::Lost(what.to_owned())))
 }
 
 /// A number of tokens, which are in memory several times over and of which a pass has few.

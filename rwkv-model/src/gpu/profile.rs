@@ -2,8 +2,8 @@
 
 use rwkv_kernels::gpu::Device;
 
-use super::Error;
 use super::plan::{Shape, Step};
+use super::{Error, read, staging};
 
 /// Dispatches between two calls of `take`, at most; later ones are not timed.
 const CAPACITY: u32 = 4096;
@@ -102,18 +102,11 @@ impl Recorder {
         if bytes == 0 {
             return Ok(Profile::default());
         }
-        let staging = device.device().create_buffer(&wgpu::BufferDescriptor {
-            label: Some("profile"),
-            size: bytes,
-            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-            mapped_at_creation: false,
-        });
+        let staging = staging(device, bytes)?;
         let mut encoder = device.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         encoder.copy_buffer_to_buffer(&self.resolved, 0, &staging, 0, bytes);
         device.queue().submit([encoder.finish()]);
-        staging.slice(..).map_async(wgpu::MapMode::Read, |_| ());
-        device.device().poll(wgpu::PollType::wait_indefinitely())?;
-        let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&staging.slice(..).get_mapped_range()?);
+        let ticks: Vec<u64> = read(device, &staging)?;
         self.used = 0;
 
         let first = ticks[0];

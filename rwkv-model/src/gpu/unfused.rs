@@ -397,8 +397,8 @@ impl<'a> Steps<'a> {
     ) -> Result<(), Error> {
         let dims =
             layer_norm::Dims { of: self.of.scratch.rows, rows: self.rows, width: self.of.config.width };
-        let [gain, bias] = [0, 1].map(|at| self.vectors(part, vectors, at, 1));
-        let buffers = [Bound::Whole(x), Bound::Whole(rows), gain?, bias?, Bound::Whole(y)];
+        let [gain, bias] = self.of.norm(part, vectors)?;
+        let buffers = [Bound::Whole(x), Bound::Whole(rows), gain, bias, Bound::Whole(y)];
         self.push(part, &self.of.kernels.layer_norm, layer_norm::lower(dims, LN_EPS), &buffers, 0)
     }
 

@@ -49,13 +49,11 @@ const BLOCK: usize = 1 << 18;
 #[derive(Debug)]
 pub(super) struct Weights {
     pub(super) embedding: wgpu::Buffer,
-    /// ln0, gain and bias.
-    pub(super) ln0: [wgpu::Buffer; 2],
+    /// ln0, gain and bias, `[2, D]`.
+    pub(super) ln0: wgpu::Buffer,
     pub(super) layers: Vec<Layer>,
     /// `ln_out`, gain and bias, `[2, D]`.
     pub(super) ln_out: wgpu::Buffer,
-    /// The same in two.
-    pub(super) ln_out_parts: [wgpu::Buffer; 2],
     pub(super) head: wgpu::Buffer,
 }
 
@@ -149,15 +147,16 @@ impl Upload<'_> {
             self.device.queue().submit([]);
             self.device.device().poll(wgpu::PollType::wait_indefinitely()).map_err(Error::from)?;
         }
-        let vector = |name: &str| self.reader.vector::<f32>(name);
-        let floats = |values: &[f32]| self.floats("vectors", values);
-        let ln_out = [vector("ln_out.weight")?, vector("ln_out.bias")?];
+        let norm = |name: &str| {
+            let [gain, bias] =
+                ["weight", "bias"].map(|of| self.reader.vector::<f32>(&format!("{name}.{of}")));
+            self.floats("vectors", &[gain?, bias?].concat())
+        };
         Ok(Weights {
             embedding: self.matrix("embedding", &[plain("emb.weight", vocab)])?,
-            ln0: [floats(&vector("blocks.0.ln0.weight")?)?, floats(&vector("blocks.0.ln0.bias")?)?],
+            ln0: norm("blocks.0.ln0")?,
             layers,
-            ln_out: floats(&ln_out.concat())?,
-            ln_out_parts: [floats(&ln_out[0])?, floats(&ln_out[1])?],
+            ln_out: norm("ln_out")?,
             head: self.matrix("head", &[plain("head.weight", vocab)])?,
         })
     }
