@@ -39,15 +39,46 @@ pub trait Compute<R: Real>: Linear<R> + Sized {
 
 /// One segment's share of the state update.
 #[derive(Debug)]
-pub struct WkvSegment<'a, R> {
+pub struct WkvSegment<'a, R, S: ?Sized = [R]> {
     /// Extents.
     pub dims: wkv7::Dims,
     /// Operands, each `[T, H, N]`.
     pub inputs: wkv7::Inputs<'a, R>,
-    /// State, `[H, N, N]`.
-    pub state: &'a mut [R],
+    /// State, `[H, N, N]`, or what holds it.
+    pub state: &'a mut S,
     /// Output, `[T, H, N]`.
     pub y: &'a mut [R],
+}
+
+/// Where a sequence stands, as a forward pass moves it on: [`State`], or another form of it that its holder keeps.
+pub trait Memory<R: Real, M: Compute<R>>: Send + Sized {
+    /// Checks that it is of a model of these extents.
+    ///
+    /// # Panics
+    ///
+    /// If it is not.
+    fn check(&self, config: &ModelConfig);
+
+    /// Called before the layers, with the tokens to come.
+    fn begin(&mut self, _tokens: usize) {}
+
+    /// Remembers the rows `[T, D]` that a layer's shift sees, and tells the one `[D]` before them.
+    fn shift(&mut self, part: Shift, layer: usize, width: usize, rows: &[R]) -> Vec<R>;
+
+    /// Runs the state update of a layer, of every segment.
+    fn wkv7(form: Wkv, layer: usize, segments: Vec<WkvSegment<'_, R, Self>>);
+
+    /// Called after the layers.
+    fn end(&mut self) {}
+}
+
+/// Of which mix a token shift is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shift {
+    /// The time mix's: rows are ln1's output.
+    Att,
+    /// The channel mix's: rows are ln2's output.
+    Ffn,
 }
 
 impl<R: Real, W: Weight> Compute<R> for Matrix<W> {
@@ -185,6 +216,37 @@ impl<R: Real> State<R> {
     }
 }
 
+impl<R: Real, M: Compute<R>> Memory<R, M> for State<R> {
+    fn check(&self, config: &ModelConfig) {
+        assert_eq!(self.wkv.len(), config.n_layers * config.wkv_len(), "wkv is not [L, H, N, N]");
+        for shift in [&self.att_shift, &self.ffn_shift] {
+            assert_eq!(shift.len(), config.n_layers * config.width, "shift is not [L, D]");
+        }
+    }
+
+    fn shift(&mut self, part: Shift, layer: usize, width: usize, rows: &[R]) -> Vec<R> {
+        let shifts = match part {
+            Shift::Att => &mut self.att_shift,
+            Shift::Ffn => &mut self.ffn_shift,
+        };
+        let kept = &mut shifts[layer * width..][..width];
+        let before = kept.to_vec();
+        kept.copy_from_slice(&rows[rows.len() - width..]);
+        before
+    }
+
+    fn wkv7(form: Wkv, layer: usize, segments: Vec<WkvSegment<'_, R, Self>>) {
+        let mut segments: Vec<_> = segments
+            .into_iter()
+            .map(|WkvSegment { dims, inputs, state, y }| {
+                let len = dims.state_len();
+                WkvSegment { dims, inputs, state: &mut state.wkv[layer * len..][..len], y }
+            })
+            .collect();
+        M::wkv7(form, &mut segments);
+    }
+}
+
 /// For which of a segment's tokens the head is computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Logits {
@@ -211,11 +273,11 @@ impl Logits {
 
 /// Consecutive tokens of one sequence.
 #[derive(Debug)]
-pub struct Segment<'a, R> {
+pub struct Segment<'a, S> {
     /// The tokens, at least one.
     pub tokens: &'a [u32],
-    /// Where the sequence stands; moved on by the call.
-    pub state: &'a mut State<R>,
+    /// Where the sequence stands: a [`Memory`]; moved on by the call.
+    pub state: &'a mut S,
     /// Which logits are wanted.
     pub logits: Logits,
 }
@@ -254,7 +316,7 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
     /// If a segment is empty, a token is outside the vocabulary, or a state or one of the model's own vectors and
     /// matrices has other extents than [`Self::config`] says.
     #[must_use]
-    pub fn forward(&self, segments: &mut [Segment<'_, R>], options: Options) -> Vec<R> {
+    pub fn forward<S: Memory<R, M>>(&self, segments: &mut [Segment<'_, S>], options: Options) -> Vec<R> {
         self.forward_observed(segments, options, &mut ())
     }
 
@@ -264,19 +326,16 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
     ///
     /// As [`Self::forward`].
     #[must_use]
-    pub fn forward_observed(
+    pub fn forward_observed<S: Memory<R, M>>(
         &self,
-        segments: &mut [Segment<'_, R>],
+        segments: &mut [Segment<'_, S>],
         options: Options,
         observer: &mut (impl Observer<R> + ?Sized),
     ) -> Vec<R> {
         let config = &self.config;
         for s in &*segments {
             assert!(!s.tokens.is_empty(), "an empty segment");
-            assert_eq!(s.state.wkv.len(), config.n_layers * config.wkv_len(), "wkv is not [L, H, N, N]");
-            for shift in [&s.state.att_shift, &s.state.ffn_shift] {
-                assert_eq!(shift.len(), config.n_layers * config.width, "shift is not [L, D]");
-            }
+            s.state.check(config);
         }
         let tokens: Vec<u32> = segments.iter().flat_map(|s| s.tokens).copied().collect();
         if tokens.is_empty() {
@@ -284,18 +343,16 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
         }
         assert_eq!(self.blocks.len(), config.n_layers, "blocks are not [L]");
         let mut rows = Rows::new(config, tokens.len());
+        segments.iter_mut().for_each(|s| s.state.begin(s.tokens.len()));
         self.embed(&tokens, &mut rows.x);
         observer.see(0, "x_embed_ln0", &rows.x);
 
         for (layer, block) in self.blocks.iter().enumerate() {
             let mut see = |name, values: &[R]| observer.see(layer, name, values);
-            let shift = layer * config.width..(layer + 1) * config.width;
-            let wkv = layer * config.wkv_len()..(layer + 1) * config.wkv_len();
-
             block.ln1.apply(&rows.x, &mut rows.normed);
             see("ln1", &rows.normed);
-            let shifts = segments.iter_mut().map(|s| (s.tokens.len(), &mut s.state.att_shift[shift.clone()]));
-            shift_rows(shifts, &block.time_mix.mixes, &rows.normed, &mut rows.mixed);
+            let before = rows_before(segments, Shift::Att, layer, config.width, &rows.normed);
+            shift_rows(&before, &block.time_mix.mixes, &rows.normed, &mut rows.mixed);
             block.time_mix.operands(config, layer, &mut rows);
             for (name, values) in [("r", &rows.r), ("lw", &rows.w), ("k", &rows.k), ("v", &rows.v)] {
                 see(name, values);
@@ -303,8 +360,7 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
             for (name, values) in [("neg_kappa", &rows.a), ("kappa_eta", &rows.b), ("gate", &rows.g)] {
                 see(name, values);
             }
-            let states = segments.iter_mut().map(|s| (s.tokens.len(), &mut s.state.wkv[wkv.clone()]));
-            rows.update_state::<M>(config, options.wkv, states);
+            rows.update_state::<M, S>(config, options.wkv, layer, segments);
             see("wkv_y", &rows.y);
             block.time_mix.finish(config, &mut rows);
             see("att_out", &rows.normed);
@@ -313,8 +369,8 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
 
             block.ln2.apply(&rows.x, &mut rows.normed);
             see("ln2", &rows.normed);
-            let shifts = segments.iter_mut().map(|s| (s.tokens.len(), &mut s.state.ffn_shift[shift.clone()]));
-            shift_rows(shifts, &block.channel_mix.mix, &rows.normed, &mut rows.y);
+            let before = rows_before(segments, Shift::Ffn, layer, config.width, &rows.normed);
+            shift_rows(&before, &block.channel_mix.mix, &rows.normed, &mut rows.y);
             block.channel_mix.key.apply(&rows.y, &mut rows.hidden);
             rows.hidden
                 .par_chunks_mut(config.hidden)
@@ -330,6 +386,7 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
             add_rows(config, &rows.normed, &mut rows.x);
             see("x_after_ffn", &rows.x);
         }
+        segments.iter_mut().for_each(|s| s.state.end());
         self.logits(segments, &rows.x)
     }
 
@@ -342,7 +399,7 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
         }
     }
 
-    fn logits(&self, segments: &[Segment<'_, R>], x: &[R]) -> Vec<R> {
+    fn logits<S>(&self, segments: &[Segment<'_, S>], x: &[R]) -> Vec<R> {
         let width = self.config.width;
         let (mut wanted, mut end) = (Vec::new(), 0);
         for s in segments {
@@ -403,19 +460,21 @@ impl<R: Real> Rows<R> {
         }
     }
 
-    fn update_state<'a, M: Compute<R>>(
-        &'a mut self,
+    fn update_state<M: Compute<R>, S: Memory<R, M>>(
+        &mut self,
         config: &ModelConfig,
         form: Wkv,
-        states: impl Iterator<Item = (usize, &'a mut [R])>,
+        layer: usize,
+        segments: &mut [Segment<'_, S>],
     ) {
         let (mut y, mut start) = (self.y.as_mut_slice(), 0);
-        let mut segments = Vec::new();
-        for (tokens, state) in states {
-            let (mine, rest) = y.split_at_mut(tokens * config.width);
+        let mut updates = Vec::new();
+        for Segment { tokens, state, .. } in segments {
+            let (mine, rest) = y.split_at_mut(tokens.len() * config.width);
             let at = start..start + mine.len();
             (y, start) = (rest, at.end);
-            let dims = wkv7::Dims { tokens, heads: config.n_heads, head_size: config.head_size };
+            let dims =
+                wkv7::Dims { tokens: tokens.len(), heads: config.n_heads, head_size: config.head_size };
             let inputs = wkv7::Inputs {
                 r: &self.r[at.clone()],
                 lw: &self.w[at.clone()],
@@ -424,9 +483,9 @@ impl<R: Real> Rows<R> {
                 a: &self.a[at.clone()],
                 b: &self.b[at],
             };
-            segments.push(WkvSegment { dims, inputs, state, y: mine });
+            updates.push(WkvSegment { dims, inputs, state: &mut **state, y: mine });
         }
-        M::wkv7(form, &mut segments);
+        S::wkv7(form, layer, updates);
     }
 }
 
@@ -512,35 +571,33 @@ impl<R: Real, M: Compute<R>> TimeMix<R, M> {
     }
 }
 
-/// Token shift of packed segments: `x` `[T, D]` by each of `mixes` `[M, D]` into `out` `[M, T, D]`; each segment's kept
-/// row `[D]` is read, then replaced by its last.
-fn shift_rows<'a, R: Real>(
-    segments: impl Iterator<Item = (usize, &'a mut [R])>,
-    mixes: &[R],
+/// For each row of `x` `[T, D]`, packed by segments, the one before it in its sequence; the segments remember theirs.
+fn rows_before<R: Real, M: Compute<R>, S: Memory<R, M>>(
+    segments: &mut [Segment<'_, S>],
+    part: Shift,
+    layer: usize,
+    width: usize,
     x: &[R],
-    out: &mut [R],
-) {
-    let mut start = 0;
-    // the row before each row
-    let mut before: Vec<&[R]> = Vec::new();
-    let kept: Vec<(usize, &'a mut [R])> = segments.collect();
-    let width = kept.first().map_or(1, |(_, kept)| kept.len());
-    for (tokens, kept) in &kept {
-        before.push(kept);
-        before.extend(x[start..][..(tokens - 1) * width].chunks_exact(width));
-        start += tokens * width;
+) -> Vec<R> {
+    let (mut before, mut rest) = (Vec::with_capacity(x.len()), x);
+    for Segment { tokens, state, .. } in segments {
+        let (own, others) = rest.split_at(tokens.len() * width);
+        before.extend(state.shift(part, layer, width, own));
+        before.extend_from_slice(&own[..own.len() - width]);
+        rest = others;
     }
+    before
+}
+
+/// Token shift: `x` `[T, D]`, and the rows before, by each of `mixes` `[M, D]` into `out` `[M, T, D]`.
+fn shift_rows<R: Real>(before: &[R], mixes: &[R], x: &[R], out: &mut [R]) {
+    let width = mixes.len() / (out.len() / x.len());
     for (mix, out) in mixes.chunks_exact(width).zip(out.chunks_exact_mut(x.len())) {
         out.par_chunks_exact_mut(width)
             .zip(x.par_chunks_exact(width))
-            .zip(&before)
+            .zip(before.par_chunks_exact(width))
             .with_min_len(ROWS_PER_TASK)
             .for_each(|((out, x), before)| token_shift::lerp(x, before, mix, out));
-    }
-    let mut end = 0;
-    for (tokens, kept) in kept {
-        end += tokens * width;
-        kept.copy_from_slice(&x[end - width..end]);
     }
 }
 

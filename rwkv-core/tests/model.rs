@@ -191,5 +191,5 @@ fn packed_segments_are_as_alone() {
         want.extend_from_slice(&all[all.len() - logits.rows(tokens.len()) * CONFIG.vocab..]);
     }
     assert_eq!(got, want, "the rows asked for, in order");
-    assert_eq!(model.forward(&mut [], Options::default()), [0.0; 0], "no segments");
+    assert_eq!(model.forward::<State<f64>>(&mut [], Options::default()), [0.0; 0], "no segments");
 }

@@ -205,6 +205,11 @@ impl StateLayout {
         }
     }
 
+    /// Checks that a state in canonical order has this layout's elements.
+    pub(crate) fn check_len(&self, flat: &[f32]) -> Result<(), WrongLength> {
+        self.check(flat.len(), self.len())
+    }
+
     const fn check(&self, found: usize, expected: usize) -> Result<(), WrongLength> {
         if found == expected { Ok(()) } else { Err(WrongLength { found, expected, layout: *self }) }
     }

@@ -24,11 +24,16 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use half::f16;
+use rayon::prelude::*;
+use rwkv_core::model::{Compute, Wkv, WkvSegment};
 use rwkv_core::ops::wkv7::{Dims, Inputs, wkv7};
+use rwkv_core::ops::wkv7_chunked::wkv7_chunked;
 use rwkv_core::ops::wkv7_lazy::{Pending, materialize_delta, read_delta, step_delta};
 
-use crate::format::{NotFinite, Rounding, float16};
+use crate::base::{Base, Rows};
+use crate::format::{NotFinite, Rounding, decay_dither, float16};
 use crate::layout::{Part, StateLayout};
+use crate::resident::{self, Resident, ResidentRounding, step};
 
 /// What is wrong with a call.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
@@ -80,6 +85,9 @@ pub enum Error {
         /// Tokens the first layer has read.
         expected: u64,
     },
+    /// States cannot be held so.
+    #[error(transparent)]
+    Resident(#[from] resident::Error),
     /// A delta that cannot be stored in halves.
     #[error("delta: {0}")]
     NotFinite(NotFinite),
@@ -146,27 +154,6 @@ const fn check_len(what: &'static str, found: usize, expected: usize) -> Result<
     if found == expected { Ok(()) } else { Err(Error::Length { what, found, expected }) }
 }
 
-/// Rounds what becomes a base, `[H, N, N]`, to what a storage format can hold. It is called with the head size `N`, which
-/// is the length of a row, and the tokens read so far, for roundings that differ from fold to fold. A value that is not
-/// finite must stay what it is.
-pub type BaseRounding = fn(head_size: usize, tokens: u64, base: &mut [f32]);
-
-/// When, and to what precision, pending tokens become part of the base.
-#[derive(Clone, Copy, Debug)]
-pub struct Folding {
-    /// Tokens that may be pending, `C`; 0 for a state that is written out at every token.
-    pub capacity: usize,
-    /// How every base that is folded is rounded. The first base is the caller's, and is shared as it is.
-    pub rounding: Option<BaseRounding>,
-}
-
-impl Default for Folding {
-    /// Eight tokens, within one percent of the least traffic for heads of 64; no rounding.
-    fn default() -> Self {
-        Self { capacity: 8, rounding: None }
-    }
-}
-
 /// Bytes of memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Bytes {
@@ -177,13 +164,8 @@ pub struct Bytes {
 }
 
 impl Bytes {
-    fn of_base(base: &Arc<[f32]>) -> Self {
-        let bytes = size_of_val::<[f32]>(base);
-        if Arc::strong_count(base) == 1 {
-            Self { own: bytes, shared: 0 }
-        } else {
-            Self { own: 0, shared: bytes }
-        }
+    const fn of_base(bytes: usize, is_shared: bool) -> Self {
+        if is_shared { Self { own: 0, shared: bytes } } else { Self { own: bytes, shared: 0 } }
     }
 
     const fn and_own(self, own: usize) -> Self {
@@ -196,19 +178,19 @@ impl Bytes {
 /// A clone is a fork: it shares the base and copies the pending entries, and owns a base of its own from its first fold.
 ///
 /// ```
-/// use std::sync::Arc;
 /// use rwkv_core::ops::wkv7::Inputs;
-/// use rwkv_state::lazy::{Extents, Folding, LazyState};
+/// use rwkv_state::Resident;
+/// use rwkv_state::lazy::{Extents, LazyState};
 ///
 /// let extents = Extents { n_heads: 1, head_size: 2 };
-/// let mut state = LazyState::new(extents, vec![0.0; 4], Folding::default())?;
+/// let mut state = LazyState::new(extents, &[0.0; 4], Resident::lazy(8))?;
 /// let write = Inputs { r: &[1., 1.], lw: &[0., 0.], k: &[2., 3.], v: &[5., 7.], a: &[0., 0.], b: &[0., 0.] };
 /// let mut y = [0.0; 2];
 /// state.step(1, write, &mut y)?;
 /// assert_eq!(y, [25.0, 35.0]);
 ///
 /// let mut fork = state.clone();
-/// assert!(Arc::ptr_eq(fork.base(), state.base()));
+/// assert!(fork.base().ptr_eq(state.base()));
 /// fork.rollback(1)?;
 /// assert_eq!(fork.materialize(), [0.0; 4]);
 /// assert_eq!(state.materialize(), [10.0, 15.0, 14.0, 21.0]);
@@ -217,7 +199,7 @@ impl Bytes {
 #[derive(Clone, Debug)]
 pub struct LazyState {
     extents: Extents,
-    folding: Folding,
+    resident: Resident,
     tokens: u64,
     form: Form,
 }
@@ -226,36 +208,44 @@ pub struct LazyState {
 #[derive(Clone, Debug)]
 pub enum Form {
     /// Written out, `[H, N, N]`; copied when it is first written to, if it is shared.
-    Materialized(Arc<[f32]>),
+    Materialized(Base),
     /// As a base and what was done to it.
     Deferred {
         /// `[H, N, N]`.
-        base: Arc<[f32]>,
-        /// The tokens since.
-        pending: Pending<f32>,
+        base: Base,
+        /// The tokens since, of each head.
+        pending: Vec<Pending<f32>>,
     },
 }
 
 impl LazyState {
-    /// A state that starts from `base` `[H, N, N]`, which is taken as it is; an `Arc` is shared.
+    /// A state that starts from `base` `[H, N, N]`, rounded to the nearest that its format holds.
     ///
     /// # Errors
     ///
-    /// If an extent is zero or the base has another length.
-    pub fn new(extents: Extents, base: impl Into<Arc<[f32]>>, folding: Folding) -> Result<Self, Error> {
-        let base = extents.base(base)?;
-        let form = if folding.capacity == 0 {
+    /// If an extent is zero, the base has another length, or states cannot be held so.
+    pub fn new(extents: Extents, base: &[f32], resident: Resident) -> Result<Self, Error> {
+        resident.check()?;
+        check_len("base", base.len(), extents.state_len()?)?;
+        let base = Base::new(resident.format, extents.head_size, base);
+        let form = if resident.capacity == 0 {
             Form::Materialized(base)
         } else {
-            Form::Deferred { base, pending: Pending::new(extents.n_heads, extents.head_size) }
+            Form::Deferred { base, pending: vec![Pending::new(1, extents.head_size); extents.n_heads] }
         };
-        Ok(Self { extents, folding, tokens: 0, form })
+        Ok(Self { extents, resident, tokens: 0, form })
     }
 
     /// Its extents.
     #[must_use]
     pub const fn extents(&self) -> Extents {
         self.extents
+    }
+
+    /// What it is held in.
+    #[must_use]
+    pub const fn resident(&self) -> Resident {
+        self.resident
     }
 
     /// Tokens read since it was new, less those rolled back.
@@ -272,18 +262,24 @@ impl LazyState {
 
     /// What it is based on, `[H, N, N]`: the state itself if no token is pending.
     #[must_use]
-    pub const fn base(&self) -> &Arc<[f32]> {
+    pub const fn base(&self) -> &Base {
         match &self.form {
+            Form::Materialized(base) | Form::Deferred { base, .. } => base,
+        }
+    }
+
+    const fn base_mut(&mut self) -> &mut Base {
+        match &mut self.form {
             Form::Materialized(base) | Form::Deferred { base, .. } => base,
         }
     }
 
     /// Tokens since the last fold, which [`Self::rollback`] can undo.
     #[must_use]
-    pub const fn pending(&self) -> usize {
+    pub fn pending(&self) -> usize {
         match &self.form {
             Form::Materialized(_) => 0,
-            Form::Deferred { pending, .. } => pending.len(),
+            Form::Deferred { pending, .. } => pending.first().map_or(0, Pending::len),
         }
     }
 
@@ -294,22 +290,38 @@ impl LazyState {
     /// If a slice has another length.
     pub fn step(&mut self, tokens: usize, x: Inputs<'_, f32>, y: &mut [f32]) -> Result<(), Error> {
         self.extents.check(tokens, &x, y)?;
-        let (one, width) = (self.extents.dims(1), self.extents.width());
-        for (t, y) in y.chunks_exact_mut(width).enumerate() {
-            let token = x.part(t * width..(t + 1) * width);
-            if self.pending() == self.folding.capacity {
-                self.fold();
+        let Extents { n_heads, head_size: n } = self.extents;
+        let dithered;
+        let x = if self.resident.rounding == ResidentRounding::DecayDither {
+            dithered = dithered_decay(self.tokens, self.extents.width(), x.lw);
+            Inputs { lw: &dithered, ..x }
+        } else {
+            x
+        };
+        let (base, mut none) = match &mut self.form {
+            Form::Materialized(base) => (base, Vec::new()),
+            Form::Deferred { base, pending } => {
+                (base, pending.iter_mut().map(Some).collect::<Vec<_>>())
             }
-            self.tokens += 1;
-            match &mut self.form {
-                Form::Materialized(state) => {
-                    let state = Arc::make_mut(state);
-                    wkv7(one, token, state, y);
-                    round(self.folding, self.extents, self.tokens, state);
-                }
-                Form::Deferred { base, pending } => pending.step(one, token, base, y),
-            }
+        };
+        none.resize_with(n_heads, || None);
+        let mut of_heads: Vec<Vec<&mut [f32]>> = Vec::new();
+        of_heads.resize_with(n_heads, || Vec::with_capacity(tokens));
+        for token in y.chunks_exact_mut(self.extents.width()) {
+            token.chunks_exact_mut(n).zip(&mut of_heads).for_each(|(y, of)| of.push(y));
         }
+        let (resident, before) = (self.resident, self.tokens);
+        let parts: Vec<Option<Rows>> = (0..n_heads, none, of_heads)
+            .into_par_iter()
+            .map(|(h, pending, y)| {
+                Head { n, h, n_heads, base: base.rows(), stored: None, pending, resident, before }.step(x, y)
+            })
+            .collect();
+        // All heads fold at the same token.
+        if let Some(folded) = Base::of_parts(n, parts.into_iter().flatten()) {
+            *base = folded;
+        }
+        self.tokens += tokens as u64;
         Ok(())
     }
 
@@ -320,46 +332,52 @@ impl LazyState {
     /// If a slice has another length.
     pub fn read(&self, x: &[f32], y: &mut [f32]) -> Result<(), Error> {
         self.extents.check_read(x, y)?;
-        let none = Pending::new(self.extents.n_heads, self.extents.head_size);
-        let pending = if let Form::Deferred { pending, .. } = &self.form { pending } else { &none };
-        pending.read(self.base(), x, y);
+        let (n, base) = (self.extents.head_size, self.base().load());
+        let none = Pending::new(1, n);
+        let heads = base.chunks_exact(n * n).zip(x.chunks_exact(n)).zip(y.chunks_exact_mut(n));
+        for (h, ((base, x), y)) in heads.enumerate() {
+            let pending = if let Form::Deferred { pending, .. } = &self.form { &pending[h] } else { &none };
+            pending.read(base, x, y);
+        }
         Ok(())
     }
 
     /// The state in canonical order, `[H, N, N]`.
     #[must_use]
     pub fn materialize(&self) -> Vec<f32> {
+        let base = self.base().load();
         match &self.form {
-            Form::Materialized(state) => state.to_vec(),
-            Form::Deferred { base, pending } => pending.materialize(base),
+            Form::Materialized(_) => base.into_owned(),
+            Form::Deferred { pending, .. } => {
+                let heads = base.chunks_exact(base.len() / pending.len()).zip(pending);
+                heads.flat_map(|(base, pending)| pending.materialize(base)).collect()
+            }
         }
     }
 
     /// Makes the state the base, rounded. Does nothing if no token is pending.
     pub fn fold(&mut self) {
-        if let Form::Deferred { base, pending } = &mut self.form
-            && !pending.is_empty()
-        {
-            let base = Arc::make_mut(base);
-            pending.fold(base);
-            round(self.folding, self.extents, self.tokens, base);
+        if self.pending() > 0 {
+            self.update(0, |_| ());
         }
     }
 
     /// Lets `run` move the state `[H, N, N]` on by `tokens` tokens, for executors that work on the state itself, as a
     /// prefill by chunks does. What it leaves is the new base, rounded.
     pub fn update<T>(&mut self, tokens: u64, run: impl FnOnce(&mut [f32]) -> T) -> T {
-        let base = match &mut self.form {
-            Form::Materialized(state) => Arc::make_mut(state),
-            Form::Deferred { base, pending } => {
-                let base = Arc::make_mut(base);
-                pending.fold(base);
-                base
-            }
-        };
-        let result = run(base);
+        let (n, rounding) = (self.extents.head_size, self.resident.rounding_at(self.tokens + tokens));
         self.tokens += tokens;
-        round(self.folding, self.extents, self.tokens, base);
+        if self.pending() == 0
+            && let Rows::F32(state) = self.base_mut().rows_mut()
+        {
+            return run(state);
+        }
+        let mut state = self.materialize();
+        if let Form::Deferred { pending, .. } = &mut self.form {
+            pending.iter_mut().for_each(|of| of.truncate(0));
+        }
+        let result = run(&mut state);
+        self.base_mut().rows_mut().store(n, &state, rounding, 0);
         result
     }
 
@@ -373,7 +391,7 @@ impl LazyState {
         let pending = self.pending();
         let left = pending.checked_sub(tokens).ok_or(Error::Rollback { asked: tokens, pending })?;
         if let Form::Deferred { pending, .. } = &mut self.form {
-            pending.truncate(left);
+            pending.iter_mut().for_each(|of| of.truncate(left));
         }
         self.tokens -= tokens as u64;
         Ok(())
@@ -401,9 +419,9 @@ impl LazyState {
     pub fn bytes(&self) -> Bytes {
         let pending = match &self.form {
             Form::Materialized(_) => 0,
-            Form::Deferred { pending, .. } => pending.bytes(),
+            Form::Deferred { pending, .. } => pending.iter().map(Pending::bytes).sum(),
         };
-        Bytes::of_base(self.base()).and_own(pending)
+        Bytes::of_base(self.base().bytes(), self.base().is_shared()).and_own(pending)
     }
 
     fn fits(&self, other: &Self) -> Result<(), Error> {
@@ -412,10 +430,99 @@ impl LazyState {
     }
 }
 
-fn round(folding: Folding, extents: Extents, tokens: u64, base: &mut [f32]) {
-    if let Some(rounding) = folding.rounding {
-        rounding(extents.head_size, tokens, base);
+/// One head of a layer, and what it needs to read tokens.
+struct Head<'a> {
+    /// N.
+    n: usize,
+    /// Which of `n_heads`.
+    h: usize,
+    n_heads: usize,
+    base: &'a Rows,
+    /// Its rows of what becomes the base.
+    stored: Option<Rows>,
+    /// None where it is written at every token.
+    pending: Option<&'a mut Pending<f32>>,
+    resident: Resident,
+    /// Tokens read before.
+    before: u64,
+}
+
+impl Head<'_> {
+    /// Reads the tokens of `x` `[T, H, N]`; `y` is the head's part of each token's output. Gives its rows of a new base, if
+    /// anything was folded.
+    fn step(mut self, x: Inputs<'_, f32>, y: Vec<&mut [f32]>) -> Option<Rows> {
+        let Self { n, h, n_heads, .. } = self;
+        let one = Dims { tokens: 1, heads: 1, head_size: n };
+        let mut state = vec![0.0; n * n];
+        self.base.load(n, h * n..(h + 1) * n, &mut state);
+        for (t, y) in y.into_iter().enumerate() {
+            let at = (t * n_heads + h) * n;
+            let token = x.part(at..at + n);
+            match self.pending.take() {
+                None => {
+                    wkv7(one, token, &mut state, y);
+                    self.store(&mut state, t + 1);
+                }
+                Some(pending) => {
+                    if pending.len() == self.resident.capacity {
+                        pending.fold(&mut state);
+                        self.store(&mut state, t);
+                    }
+                    pending.step(one, token, &state, y);
+                    self.pending = Some(pending);
+                }
+            }
+        }
+        self.stored
     }
+
+    /// Stores the state after so many tokens, and rounds it to what could be stored.
+    fn store(&mut self, state: &mut [f32], tokens: usize) {
+        let Self { n, h, base, .. } = *self;
+        let rounding = self.resident.rounding_at(self.before + tokens as u64);
+        let stored = self.stored.get_or_insert_with(|| base.part(n, h * n..(h + 1) * n));
+        stored.store(n, state, rounding, h * n * n);
+        stored.load(n, 0..n, state);
+    }
+}
+
+/// Logarithms of decays `[T, H N]`, with the dither added to the decays.
+fn dithered_decay(before: u64, width: usize, lw: &[f32]) -> Vec<f32> {
+    let dithered = |(token, lw): (u64, &[f32])| {
+        let channels = (0..).zip(lw.to_vec());
+        channels
+            .map(move |(channel, lw)| (lw.exp_m1() + decay_dither(step(token), channel)).ln_1p())
+            .collect::<Vec<_>>()
+    };
+    (before..).zip(lw.chunks_exact(width)).flat_map(dithered).collect()
+}
+
+/// Moves states of one layer on, side by side.
+pub(crate) fn update_all<M: Compute<f32>>(form: Wkv, segments: Vec<WkvSegment<'_, f32, LazyState>>) {
+    let (mut plain, mut rest) = (Vec::new(), Vec::new());
+    for WkvSegment { dims, inputs, state, y } in segments {
+        if state.resident.is_plain() {
+            state.tokens += dims.tokens as u64;
+            if let Rows::F32(state) = state.base_mut().rows_mut() {
+                plain.push(WkvSegment { dims, inputs, state: &mut state[..], y });
+            }
+        } else {
+            rest.push(WkvSegment { dims, inputs, state, y });
+        }
+    }
+    M::wkv7(form, &mut plain);
+    rest.into_par_iter().for_each(|WkvSegment { dims, inputs, state, y }| {
+        let stepped = match form {
+            Wkv::Sequential => state.step(dims.tokens, inputs, y),
+            // Chunks leave nothing pending.
+            Wkv::Chunked(chunk) => {
+                let tokens = dims.tokens as u64;
+                state.update(tokens, |state| wkv7_chunked(dims, chunk, inputs, state, y));
+                Ok(())
+            }
+        };
+        debug_assert!(stepped.is_ok(), "the forward pass has operands of these extents");
+    });
 }
 
 /// A moment of a [`LazyState`] or of [`LazyLayers`], to return to.
@@ -450,14 +557,14 @@ impl LazyLayers {
     ///
     /// # Errors
     ///
-    /// If an extent is zero or `wkv` has another length.
-    pub fn new(layout: &StateLayout, wkv: &[f32], folding: Folding) -> Result<Self, Error> {
+    /// If an extent is zero, `wkv` has another length, or states cannot be held so.
+    pub fn new(layout: &StateLayout, wkv: &[f32], resident: Resident) -> Result<Self, Error> {
         let shape = layout.shape(Part::Wkv);
         let extents = Extents { n_heads: shape[1], head_size: shape[2] };
         let len = extents.state_len()?;
         check_len("wkv", wkv.len(), shape[0].saturating_mul(len))?;
         wkv.chunks_exact(len)
-            .map(|base| LazyState::new(extents, base, folding))
+            .map(|base| LazyState::new(extents, base, resident))
             .collect::<Result<_, _>>()
             .map(Self)
     }
@@ -466,6 +573,18 @@ impl LazyLayers {
     #[must_use]
     pub fn layers(&self) -> &[LazyState] {
         &self.0
+    }
+
+    /// What they are held in; the default if there is none.
+    #[must_use]
+    pub fn resident(&self) -> Resident {
+        self.0.first().map(LazyState::resident).unwrap_or_default()
+    }
+
+    /// Tokens that are pending in every layer, which [`Self::rollback`] can undo.
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        self.0.iter().map(LazyState::pending).min().unwrap_or(0)
     }
 
     /// The layers, to move them on.
@@ -497,7 +616,7 @@ impl LazyLayers {
                 return Err(Error::OutOfStep { layer, found: state.tokens(), expected });
             }
         }
-        let pending = self.0.iter().map(LazyState::pending).min().unwrap_or(0);
+        let pending = self.pending();
         if tokens > pending {
             return Err(Error::Rollback { asked: tokens, pending });
         }
@@ -700,6 +819,6 @@ impl Additive {
     /// What it holds.
     #[must_use]
     pub fn bytes(&self) -> Bytes {
-        Bytes::of_base(&self.base).and_own(size_of_val(&self.log_gamma[..]) + self.delta.bytes())
+        Bytes::of_base(size_of_val::<[f32]>(&self.base), Arc::strong_count(&self.base) > 1).and_own(size_of_val(&self.log_gamma[..]) + self.delta.bytes())
     }
 }

@@ -8,6 +8,8 @@
 //! |---|---|
 //! | [`layout`] | the extents of a state and the place of each part of it |
 //! | [`format`](mod@format) | how a state is stored: F32, F16 with row exponents, scaled Int8, sparse; each with its error bound |
+//! | [`resident`] | what states are held in while sequences run, and a state held so |
+//! | [`base`] | WKV matrices in such a format, shared by forks |
 //! | [`lazy`] | a state of which the last steps are kept as factors: deferred writing, shared bases, exact rollback |
 //! | [`snapshot`] | a file of a session's state, whose it is, and how far it has read |
 //!
@@ -17,11 +19,14 @@
 //! Invariant: this crate knows no device and no weights; it knows extents and numbers, and [`snapshot`] alone knows files.
 #![forbid(unsafe_code)]
 
+pub mod base;
 pub mod format;
 pub mod layout;
 pub mod lazy;
+pub mod resident;
 pub mod snapshot;
 
 pub use format::{EncodedState, StateFormat};
 pub use layout::{Part, StateLayout, WrongLength};
+pub use resident::{Resident, ResidentRounding, ResidentState};
 pub use snapshot::Snapshot;
