@@ -137,7 +137,7 @@ fn segments_do_not_see_each_other() {
         .iter()
         .zip(&mut states)
         .zip(&mut ys)
-        .map(|((c, state), y)| WkvSegment { dims: c.dims, inputs: c.inputs(), state, y })
+        .map(|((c, state), y)| WkvSegment { dims: c.dims, inputs: c.inputs(), state: &mut state[..], y })
         .collect();
     fast::wkv7::wkv7(&mut segments);
     for ((case, state), y) in cases.iter().zip(states).zip(ys) {

@@ -8,7 +8,7 @@ use rwkv_core::Real;
 use rwkv_core::compare::{magnitude, max_abs};
 use rwkv_core::ops::decay::DECAY_SCALE;
 use rwkv_core::ops::wkv7::{Dims, Inputs, wkv7};
-use rwkv_core::ops::wkv7_lazy::{Pending, materialize_delta, read_delta, step_delta, wkv7_lazy};
+use rwkv_core::ops::wkv7_lazy::{Pending, Undecayed, materialize_delta, read_delta, step_delta, wkv7_lazy};
 use rwkv_core::rng::SplitMix64;
 
 const CAPACITIES: [usize; 5] = [1, 4, 8, 16, 64];
@@ -44,6 +44,23 @@ impl<R: Real> Operands<R> {
     /// State and output of the factored log, folded every `capacity` tokens.
     fn lazily(&self, capacity: usize) -> (Vec<R>, Vec<R>) {
         self.after(|dims, x, state, y| wkv7_lazy(dims, capacity, x, state, y))
+    }
+
+    /// State and output of the log without decay, in calls of `call` tokens, folded after 32.
+    fn undecayed(&self, call: usize) -> (Vec<R>, Vec<R>) {
+        let Dims { tokens, heads, head_size } = self.dims;
+        let (mut base, mut y, width) =
+            (self.state.clone(), vec![R::nan(); self.dims.vector_len()], heads * head_size);
+        for from in (0..tokens).step_by(32) {
+            let (mut log, end) = (Undecayed::new(heads, head_size), tokens.min(from + 32));
+            for start in (from..end).step_by(call) {
+                let tokens = call.min(end - start);
+                let at = start * width..(start + tokens) * width;
+                log.step(Dims { tokens, ..self.dims }, self.inputs().part(at.clone()), &base, &mut y[at]);
+            }
+            base = log.materialize(&base);
+        }
+        (base, y)
     }
 
     /// State and output of the dense delta.
@@ -114,7 +131,9 @@ proptest! {
         let x = draw(kind, dims, seed).wide();
         let want = x.after(wkv7);
         let limit = 1e-12 * scale(&x, &want);
-        for (form, got) in [("log", x.lazily(capacity)), ("delta", x.by_delta())] {
+        for (form, got) in
+            [("log", x.lazily(capacity)), ("undecayed", x.undecayed(capacity)), ("delta", x.by_delta())]
+        {
             let (state, y) = (max_abs(&got.0, &want.0, limit), max_abs(&got.1, &want.1, limit));
             prop_assert!(state.is_ok() && y.is_ok(), "{form}: {state:?} {y:?}");
         }
@@ -126,7 +145,7 @@ proptest! {
         let want = x.wide().after(wkv7);
         let scale = scale(&x.wide(), &want);
         let log = CAPACITIES.map(|capacity| (capacity, x.lazily(capacity)));
-        for (capacity, got) in log.into_iter().chain([(0, x.by_delta())]) {
+        for (capacity, got) in log.into_iter().chain([(0, x.by_delta()), (32, x.undecayed(7))]) {
             let limit = f32_limit(dims, capacity, scale);
             let (state, y) = (max_abs(&got.0, &want.0, limit), max_abs(&got.1, &want.1, limit));
             prop_assert!(state.is_ok() && y.is_ok(), "capacity {capacity}: {state:?} {y:?}");
@@ -153,6 +172,7 @@ proptest! {
             parts.0.step(dims, x.inputs().part(at.clone()), &x.state, &mut parts.1[at]);
         }
         prop_assert_eq!(&parts, &whole, "in two calls");
+        prop_assert_eq!(x.undecayed(cut.max(1)), x.undecayed(dims.tokens), "undecayed");
         prop_assert_eq!(&whole.0.columns()[1..], [&x.v[..], &x.b, &x.k, &x.lw], "v, b, k, lw");
         prop_assert_eq!(whole.0.columns()[0].len(), dims.vector_len(), "q");
         prop_assert_eq!(whole.0.len(), dims.tokens, "one entry a token");

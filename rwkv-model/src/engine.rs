@@ -2,18 +2,18 @@
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use rwkv_core::ModelConfig;
 use rwkv_core::fast::linear::Packed;
-use rwkv_core::model::{Logits, Model, Options, Segment, State, Wkv};
+use rwkv_core::model::{Logits, Model, Options, Segment, Wkv};
 use rwkv_state::layout::WrongLength;
 use rwkv_state::snapshot::{self, Digest};
-use rwkv_state::{StateLayout, format};
+use rwkv_state::{Resident, ResidentState, StateLayout, format, lazy, resident};
 
 use crate::checkpoint::{self, Checkpoint, LoraLayout, Progress};
 use crate::gpu::{self, WeightFormat};
-use crate::session::{Memory, Sequence, Session};
+use crate::session::{Memory, Sequence, Session, Shown};
 use crate::tokenizer::Tokenizer;
 use crate::{sample, tokenizer};
 
@@ -35,6 +35,20 @@ pub enum Error {
     /// A state of another model's extents.
     #[error(transparent)]
     State(#[from] WrongLength),
+    /// States that cannot be held as asked for.
+    #[error(transparent)]
+    Resident(#[from] resident::Error),
+    /// A lazy state does not go with the model.
+    #[error(transparent)]
+    Lazy(lazy::Error),
+    /// A rollback of more tokens than are pending.
+    #[error("cannot roll back {asked} tokens: {pending} are pending")]
+    Rollback {
+        /// Tokens to undo.
+        asked: usize,
+        /// Tokens that can be undone: see [`Session::pending`].
+        pending: usize,
+    },
     /// A token that the model does not have.
     #[error("token {token}, at index {index}, is outside the vocabulary of {vocab}")]
     Token {
@@ -135,6 +149,17 @@ pub enum Error {
     },
 }
 
+impl From<lazy::Error> for Error {
+    /// Of what a session asks of its state, a rollback alone can go too far; extents are the engine's own.
+    fn from(error: lazy::Error) -> Self {
+        match error {
+            lazy::Error::Rollback { asked, pending } => Self::Rollback { asked, pending },
+            lazy::Error::Resident(error) => Self::Resident(error),
+            other => Self::Lazy(other),
+        }
+    }
+}
+
 /// What an engine runs on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Device {
@@ -179,6 +204,8 @@ pub struct EngineOptions {
     pub pass_tokens: usize,
     /// What it runs on.
     pub device: Device,
+    /// What its sessions' states are held in, and how many tokens they can undo.
+    pub state: Resident,
     /// CPU: whether the channel mix skips the weights of hidden units that are zero. The results are the same.
     pub skip_zeros: bool,
     /// CPU: threads, for loading and running; by default as many as the machine has.
@@ -207,6 +234,7 @@ impl Default for EngineOptions {
             lora: None,
             pass_tokens: 512,
             device: Device::Auto,
+            state: Resident::default(),
             skip_zeros: true,
             threads: None,
             weights: WeightFormat::F16,
@@ -255,6 +283,8 @@ enum Executor {
 struct Cpu {
     model: Model<f32, Packed>,
     forward: Options,
+    /// The state before the first token.
+    empty: ResidentState,
     threads: Option<rayon::ThreadPool>,
 }
 
@@ -277,10 +307,12 @@ impl Cpu {
             Some(pool) => pool.install(load),
             None => load(),
         }?;
-        Ok(Self { model, forward: Options { wkv: Wkv::Sequential, skip_zeros: options.skip_zeros }, threads })
+        let empty = ResidentState::new(&StateLayout::new(&model.config), options.state)?;
+        let forward = Options { wkv: Wkv::Sequential, skip_zeros: options.skip_zeros };
+        Ok(Self { model, forward, empty, threads })
     }
 
-    fn forward(&self, segments: &mut [Segment<'_, f32>]) -> Vec<f32> {
+    fn forward(&self, segments: &mut [Segment<'_, ResidentState>]) -> Vec<f32> {
         let mut run = || self.model.forward(segments, self.forward);
         match &self.threads {
             Some(pool) => pool.install(run),
@@ -299,6 +331,7 @@ impl Executor {
         let named = |adapter: Option<String>| gpu::Setup {
             adapter,
             weights: options.weights,
+            state: options.state,
             pass_tokens: options.pass_tokens.max(1),
             batch_invariant: options.batch_invariant,
             fused: options.fused,
@@ -327,6 +360,7 @@ impl Executor {
     /// Runs sequences side by side: moves each on, with its logits if they are wanted, and gives all rows of logits
     /// `[rows, V]` of those that want all. If it fails, none has changed.
     fn run(&self, jobs: &mut [Job<'_>]) -> Result<Vec<f32>, Error> {
+        let shown: Vec<Shown> = jobs.iter().map(|job| job.sequence.shown.clone()).collect();
         let rows = match self {
             Self::Cpu(cpu) => {
                 let segments = jobs.iter_mut().map(|job| {
@@ -338,9 +372,8 @@ impl Executor {
                 for job in &mut *jobs {
                     let mine = job.logits.rows(job.tokens.len()) * cpu.model.config.vocab;
                     let (own, others) = rest.split_at(mine);
-                    if let Some(last) = own.chunks_exact(cpu.model.config.vocab).last() {
-                        job.sequence.logits = OnceLock::from(last.to_vec());
-                    }
+                    let last = own.chunks_exact(cpu.model.config.vocab).last();
+                    job.sequence.shown = last.map_or_else(Shown::default, Shown::of);
                     rest = others;
                 }
                 rows
@@ -351,14 +384,14 @@ impl Executor {
                     Ok(gpu::Job { tokens: job.tokens, record, logits: job.logits })
                 });
                 let rows = gpu.pass(&mut records.collect::<Result<Vec<_>, Error>>()?)?;
-                // They are on the device until someone asks.
-                jobs.iter_mut().for_each(|job| job.sequence.logits = OnceLock::new());
+                for job in &mut *jobs {
+                    job.sequence.shown = Shown::on_device(job.logits != Logits::None);
+                }
                 rows
             }
         };
-        for job in jobs {
-            job.sequence.position += job.tokens.len() as u64;
-            job.sequence.has_logits |= job.logits != Logits::None;
+        for (job, before) in jobs.iter_mut().zip(shown) {
+            job.sequence.read(job.tokens.len(), before);
         }
         Ok(rows)
     }
@@ -411,6 +444,7 @@ impl Engine {
         options: EngineOptions,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Self, Error> {
+        options.state.check()?;
         let model = checkpoint.config().vocab;
         let executor = Executor::open(checkpoint, &options, progress)?;
         let bytes = || (model == 256).then_some(Tokenizer::Bytes);
@@ -556,6 +590,15 @@ impl Engine {
         Ok(())
     }
 
+    /// What its sessions' states are held in.
+    #[must_use]
+    pub fn resident(&self) -> Resident {
+        match &self.0.executor {
+            Executor::Cpu(cpu) => cpu.empty.resident(),
+            Executor::Gpu(gpu) => gpu.resident(),
+        }
+    }
+
     /// Sequences in a pass, at most.
     fn segments(&self) -> usize {
         match &self.0.executor {
@@ -610,7 +653,7 @@ impl Engine {
     /// The state before the first token.
     pub(crate) fn empty(&self) -> Memory {
         match &self.0.executor {
-            Executor::Cpu(_) => Memory::Host(State::new(self.config())),
+            Executor::Cpu(cpu) => Memory::Host(cpu.empty.clone()),
             Executor::Gpu(gpu) => Memory::Device(gpu.empty()),
         }
     }
@@ -679,7 +722,7 @@ impl Engine {
         let sequence = &mut session.sequence;
         sequence.position = position;
         sequence.counts = counts.into_iter().collect();
-        sequence.logits = logits.map(OnceLock::from).unwrap_or_default();
+        sequence.shown = logits.map_or_else(Shown::default, |logits| Shown::of(&logits));
         Ok(session)
     }
 }

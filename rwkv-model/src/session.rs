@@ -1,13 +1,14 @@
 //! One sequence and what it remembers.
 
+use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
-use rwkv_core::model::{Logits, State};
+use rwkv_core::model::Logits;
 use rwkv_core::ops::softmax::log_probability;
 use rwkv_kernels::kernels::sample::{ALL_MASKED, NOT_FINITE};
-use rwkv_state::{EncodedState, StateFormat};
+use rwkv_state::{EncodedState, ResidentState, StateFormat};
 
 use crate::engine::{Engine, Error, Job};
 use crate::gpu::{Ahead, Record};
@@ -29,27 +30,65 @@ pub struct Session {
 #[derive(Clone, Debug)]
 pub(crate) struct Sequence {
     pub(crate) memory: Memory,
-    /// Of the last token, `[V]`, once they are on the host.
-    pub(crate) logits: OnceLock<Vec<f32>>,
-    /// Whether a pass left any, here or on the device. Those from a file are on the host alone.
-    pub(crate) has_logits: bool,
+    /// The logits of the last token.
+    pub(crate) shown: Shown,
     /// Tokens read.
     pub(crate) position: u64,
     /// How often each token was generated.
     pub(crate) counts: Counts,
+    /// The tokens that can be undone, oldest first.
+    recent: VecDeque<Recent>,
+}
+
+/// The logits of a token.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Shown {
+    /// `[V]`, once they are on the host.
+    logits: OnceLock<Arc<[f32]>>,
+    /// Whether the token's record has them on the device. Those from a file are on the host alone.
+    on_device: bool,
+}
+
+/// What a token that can be undone changed, beside the state.
+#[derive(Clone, Debug)]
+struct Recent {
+    /// The logits before it.
+    before: Shown,
+    /// The token, if it was generated.
+    generated: Option<u32>,
+}
+
+impl Shown {
+    /// Logits on the host.
+    pub(crate) fn of(logits: &[f32]) -> Self {
+        Self { logits: OnceLock::from(Arc::from(logits)), on_device: false }
+    }
+
+    /// Logits on the device, if there are any, until someone asks for them.
+    pub(crate) const fn on_device(on_device: bool) -> Self {
+        Self { logits: OnceLock::new(), on_device }
+    }
 }
 
 /// A state, where its engine runs.
 #[derive(Clone, Debug)]
 pub(crate) enum Memory {
     /// On the CPU.
-    Host(State<f32>),
+    Host(ResidentState),
     /// On the GPU. Clones share it.
     Device(Record),
 }
 
 impl Memory {
-    pub(crate) const fn state(&mut self) -> Option<&mut State<f32>> {
+    /// Tokens that can be undone.
+    fn pending(&self) -> usize {
+        match self {
+            Self::Host(state) => state.pending(),
+            Self::Device(record) => record.pending(),
+        }
+    }
+
+    pub(crate) const fn state(&mut self) -> Option<&mut ResidentState> {
         match self {
             Self::Host(state) => Some(state),
             Self::Device(_) => None,
@@ -72,8 +111,29 @@ pub struct Snapshot {
 }
 
 impl Sequence {
-    const fn new(memory: Memory) -> Self {
-        Self { memory, logits: OnceLock::new(), has_logits: false, position: 0, counts: Counts::new() }
+    fn new(memory: Memory) -> Self {
+        Self { memory, shown: Shown::default(), position: 0, counts: Counts::new(), recent: VecDeque::new() }
+    }
+
+    /// Notes that tokens were read, before which the logits were those.
+    pub(crate) fn read(&mut self, tokens: usize, before: Shown) {
+        self.position += tokens as u64;
+        let pending = self.memory.pending();
+        if pending > 0 {
+            // Of tokens inside a pass no logits are kept.
+            let inside = std::iter::repeat_n(Shown::default(), tokens.saturating_sub(1).min(pending));
+            let all = std::iter::once(before).chain(inside);
+            self.recent.extend(all.map(|before| Recent { before, generated: None }));
+        }
+        self.recent.drain(..self.recent.len().saturating_sub(pending));
+    }
+
+    /// Notes that the last token was generated.
+    fn generated(&mut self, token: u32) {
+        self.counts.add(token);
+        if let Some(last) = self.recent.back_mut() {
+            last.generated = Some(token);
+        }
     }
 }
 
@@ -120,15 +180,14 @@ impl Session {
     ///
     /// If no token was read yet, or the GPU failed.
     pub fn logits(&self) -> Result<&[f32], Error> {
-        let Sequence { memory, logits, has_logits, .. } = &self.sequence;
-        if !has_logits && logits.get().is_none() {
-            return Err(Error::NoLogits);
-        }
-        if let (None, Memory::Device(record), Some(gpu)) = (logits.get(), memory, self.engine.gpu()) {
+        let Sequence { memory, shown: Shown { logits, on_device }, .. } = &self.sequence;
+        if let (None, true, Memory::Device(record), Some(gpu)) =
+            (logits.get(), *on_device, memory, self.engine.gpu())
+        {
             // If another thread was faster, its copy is as good.
-            let _ = logits.set(gpu.logits(record)?);
+            let _ = logits.set(gpu.logits(record)?.into());
         }
-        logits.get().map(Vec::as_slice).ok_or(Error::NoLogits)
+        logits.get().map(|logits| &**logits).ok_or(Error::NoLogits)
     }
 
     /// Reads tokens and gives the logits after each, `[T, V]`.
@@ -201,7 +260,7 @@ impl Session {
     /// If the token is outside the vocabulary.
     pub fn accept(&mut self, token: u32) -> Result<&[f32], Error> {
         self.prefill(&[token])?;
-        self.sequence.counts.add(token);
+        self.sequence.generated(token);
         self.logits()
     }
 
@@ -247,6 +306,54 @@ impl Session {
         Ok(())
     }
 
+    /// Tokens that [`Self::rollback`] can undo: those read since the state was last written, of which there are up to
+    /// [`Resident::capacity`](rwkv_state::Resident::capacity).
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        self.sequence.memory.pending()
+    }
+
+    /// Undoes the last `tokens` tokens, exactly and without recomputing: the state, the position and the penalties'
+    /// counts are what they were before them. So are the logits, if they were the last of a call; otherwise there are
+    /// none until a token is read. For longer ways back there is [`Self::snapshot`].
+    ///
+    /// To be able to undo the next [`Resident::capacity`](rwkv_state::Resident::capacity) tokens, [`Self::fold`] first.
+    ///
+    /// # Errors
+    ///
+    /// If fewer tokens are [pending](Self::pending); the session is as it was.
+    pub fn rollback(&mut self, tokens: usize) -> Result<(), Error> {
+        let Sequence { memory, shown, position, counts, recent } = &mut self.sequence;
+        match memory {
+            Memory::Host(state) => state.rollback(tokens)?,
+            Memory::Device(record) => record.rollback(tokens)?,
+        }
+        for _ in 0..tokens {
+            if let Some(Recent { before, generated }) = recent.pop_back() {
+                generated.iter().for_each(|&token| counts.remove(token));
+                *shown = before;
+            }
+        }
+        *position -= tokens as u64;
+        Ok(())
+    }
+
+    /// Writes the state out: nothing is [pending](Self::pending) then, and the next tokens can be undone, as many as may
+    /// be pending.
+    ///
+    /// # Errors
+    ///
+    /// If the GPU failed; the session is as it was.
+    pub fn fold(&mut self) -> Result<(), Error> {
+        match (&mut self.sequence.memory, self.engine.gpu()) {
+            (Memory::Host(state), _) => state.fold(),
+            (Memory::Device(record), Some(gpu)) => *record = gpu.fold(record)?,
+            (Memory::Device(_), None) => return Err(Error::ForeignState),
+        }
+        self.sequence.recent.clear();
+        Ok(())
+    }
+
     /// The state in canonical order (see [`rwkv_state::layout`]).
     ///
     /// # Errors
@@ -255,8 +362,8 @@ impl Session {
     pub fn state(&self) -> Result<Vec<f32>, Error> {
         let layout = self.engine.state_layout();
         match (&self.sequence.memory, self.engine.gpu()) {
-            (Memory::Host(state), _) => Ok(layout.flatten(state)?),
-            (Memory::Device(record), Some(gpu)) => Ok(layout.from_records(&gpu.state(record)?)?),
+            (Memory::Host(state), _) => Ok(state.to_canonical()),
+            (Memory::Device(record), Some(gpu)) => Ok(gpu.state(record)?),
             (Memory::Device(_), None) => Err(Error::ForeignState),
         }
     }
@@ -270,8 +377,8 @@ impl Session {
     pub fn start_from(&mut self, state: &[f32]) -> Result<(), Error> {
         let layout = self.engine.state_layout();
         self.sequence = Sequence::new(match self.engine.gpu() {
-            None => Memory::Host(layout.unflatten(state)?),
-            Some(gpu) => Memory::Device(gpu.start_from(&layout.to_records(state)?)?),
+            None => Memory::Host(ResidentState::from_canonical(&layout, self.engine.resident(), state)?),
+            Some(gpu) => Memory::Device(gpu.start_from(&layout, state)?),
         });
         Ok(())
     }
@@ -320,12 +427,12 @@ impl Stream {
 
     /// Chooses the next token of the session, which the stream alone moves on. `most` is how many more are wanted.
     pub(crate) fn choose(&mut self, session: &Session, most: usize) -> Result<u32, Error> {
-        let (Sequence { memory, counts, position, has_logits, .. }, gpu) =
+        let (Sequence { memory, counts, position, shown, .. }, gpu) =
             (&session.sequence, session.engine.gpu());
         let (Memory::Device(record), Some(gpu)) = (memory, gpu) else {
             return session.sample_except(&self.masked, &self.sampler);
         };
-        if !has_logits {
+        if !shown.on_device {
             return session.sample_except(&self.masked, &self.sampler);
         }
         self.sampler.validate()?;
@@ -349,9 +456,10 @@ impl Stream {
             None => session.accept(token).map(|_| ()),
             Some(record) => {
                 let sequence = &mut session.sequence;
-                (sequence.memory, sequence.logits) = (Memory::Device(record), OnceLock::new());
-                sequence.position += 1;
-                sequence.counts.add(token);
+                sequence.memory = Memory::Device(record);
+                let before = std::mem::replace(&mut sequence.shown, Shown::on_device(true));
+                sequence.read(1, before);
+                sequence.generated(token);
                 Ok(())
             }
         }

@@ -300,9 +300,7 @@ impl LazyState {
         };
         let (base, mut none) = match &mut self.form {
             Form::Materialized(base) => (base, Vec::new()),
-            Form::Deferred { base, pending } => {
-                (base, pending.iter_mut().map(Some).collect::<Vec<_>>())
-            }
+            Form::Deferred { base, pending } => (base, pending.iter_mut().map(Some).collect::<Vec<_>>()),
         };
         none.resize_with(n_heads, || None);
         let mut of_heads: Vec<Vec<&mut [f32]>> = Vec::new();
@@ -819,6 +817,7 @@ impl Additive {
     /// What it holds.
     #[must_use]
     pub fn bytes(&self) -> Bytes {
-        Bytes::of_base(size_of_val::<[f32]>(&self.base), Arc::strong_count(&self.base) > 1).and_own(size_of_val(&self.log_gamma[..]) + self.delta.bytes())
+        Bytes::of_base(size_of_val::<[f32]>(&self.base), Arc::strong_count(&self.base) > 1)
+            .and_own(size_of_val(&self.log_gamma[..]) + self.delta.bytes())
     }
 }

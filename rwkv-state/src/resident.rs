@@ -77,7 +77,9 @@ pub enum Error {
         got: usize,
     },
     /// A dither of what is not rounded at every token to halves.
-    #[error("the dither of decays is for f16 states that are written at every token, not {format:?} every {capacity}")]
+    #[error(
+        "the dither of decays is for f16 states that are written at every token, not {format:?} every {capacity}"
+    )]
     DecayDither {
         /// The format asked for.
         format: StateFormat,
@@ -196,7 +198,12 @@ impl ResidentState {
     ///
     /// If states cannot be held so.
     pub fn new(layout: &StateLayout, resident: Resident) -> Result<Self, lazy::Error> {
-        Self::of(layout, resident, vec![0.0; layout.part_len(Part::AttShift) * 2], &vec![0.0; layout.part_len(Part::Wkv)])
+        Self::of(
+            layout,
+            resident,
+            vec![0.0; layout.part_len(Part::AttShift) * 2],
+            &vec![0.0; layout.part_len(Part::Wkv)],
+        )
     }
 
     /// A state in canonical order; nothing is pending.
@@ -216,11 +223,19 @@ impl ResidentState {
         layout.check_len(state)?;
         let shifts = [Part::AttShift, Part::FfnShift].map(|part| &state[layout.range(part)]).concat();
         let made = Self::of(layout, resident, shifts, &state[layout.range(Part::Wkv)]);
-        #[expect(clippy::expect_used, reason = "lengths were checked, and what is left is the caller's to check")]
+        #[expect(
+            clippy::expect_used,
+            reason = "lengths were checked, and what is left is the caller's to check"
+        )]
         Ok(made.expect("a way to hold states that was checked"))
     }
 
-    fn of(layout: &StateLayout, resident: Resident, shifts: Vec<f32>, wkv: &[f32]) -> Result<Self, lazy::Error> {
+    fn of(
+        layout: &StateLayout,
+        resident: Resident,
+        shifts: Vec<f32>,
+        wkv: &[f32],
+    ) -> Result<Self, lazy::Error> {
         let wkv = LazyLayers::new(layout, wkv, resident)?;
         let advance = Advance { folds: false, pending: 0 };
         Ok(Self { layout: *layout, wkv, shifts: vec![shifts], next: Vec::new(), advance })
@@ -231,6 +246,12 @@ impl ResidentState {
     pub fn to_canonical(&self) -> Vec<f32> {
         let (att, ffn) = self.now().split_at(self.layout.part_len(Part::AttShift));
         [att, &self.wkv.materialize(), ffn].concat()
+    }
+
+    /// What it is held in.
+    #[must_use]
+    pub fn resident(&self) -> Resident {
+        self.wkv.resident()
     }
 
     /// Tokens that are pending, which [`Self::rollback`] can undo.
@@ -298,8 +319,11 @@ impl<M: Compute<f32>> Memory<f32, M> for ResidentState {
     fn wkv7(form: Wkv, layer: usize, segments: Vec<WkvSegment<'_, f32, Self>>) {
         let of_layer = segments
             .into_iter()
-            .map(|WkvSegment { dims, inputs, state, y }| {
-                WkvSegment { dims, inputs, state: &mut state.wkv.layers_mut()[layer], y }
+            .map(|WkvSegment { dims, inputs, state, y }| WkvSegment {
+                dims,
+                inputs,
+                state: &mut state.wkv.layers_mut()[layer],
+                y,
             })
             .collect();
         lazy::update_all::<M>(form, of_layer);
@@ -340,8 +364,13 @@ mod tests {
 
     #[test]
     fn what_cannot_be_held_is_told() {
-        for good in [Resident::default(), Resident::lazy(32), Resident::f16(8), Resident::f16_dithered(), Resident::int8(16)]
-        {
+        for good in [
+            Resident::default(),
+            Resident::lazy(32),
+            Resident::f16(8),
+            Resident::f16_dithered(),
+            Resident::int8(16),
+        ] {
             assert_eq!(good.check(), Ok(()), "{good:?}");
         }
         let sparse = StateFormat::Sparse(SparseRule::default());

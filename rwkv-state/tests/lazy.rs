@@ -10,7 +10,9 @@ use rwkv_core::ops::decay::DECAY_SCALE;
 use rwkv_core::ops::wkv7::{Dims, Inputs, wkv7};
 use rwkv_core::rng::SplitMix64;
 use rwkv_state::format::{Rounding, SparseRule, StateFormat, float16, int8};
-use rwkv_state::lazy::{Additive, Bytes, Checkpoint, Delta, DeltaFormat, Error, Extents, LazyLayers, LazyState};
+use rwkv_state::lazy::{
+    Additive, Bytes, Checkpoint, Delta, DeltaFormat, Error, Extents, LazyLayers, LazyState,
+};
 use rwkv_state::{Resident, ResidentRounding, StateLayout};
 
 const EXTENTS: Extents = Extents { n_heads: 2, head_size: 6 };
@@ -421,7 +423,8 @@ fn bytes_are_what_is_held() {
     assert_eq!(state.bytes(), Bytes { own: 0, shared: base }, "shared");
     drop(other);
     assert_eq!(state.bytes(), Bytes { own: base, shared: 0 }, "no longer");
-    for (resident, bytes) in [(Resident::f16(8), base / 2 + 12), (Resident::int8(16), base / 4 + 2 * 12 + 12)] {
+    for (resident, bytes) in [(Resident::f16(8), base / 2 + 12), (Resident::int8(16), base / 4 + 2 * 12 + 12)]
+    {
         let state = LazyState::new(EXTENTS, &[0.0; 72], resident).unwrap();
         assert_eq!(state.bytes(), Bytes { own: bytes, shared: 0 }, "{resident:?}: exponents, and scales");
     }
@@ -477,9 +480,7 @@ fn bases_are_rounded_at_folds_alone() {
             let rounding = match resident.rounding {
                 ResidentRounding::Nearest | ResidentRounding::DecayDither => Rounding::Nearest,
                 ResidentRounding::Stochastic { seed } => Rounding::Stochastic { seed: seed + tokens - 1 },
-                ResidentRounding::Dither => {
-                    Rounding::Dither { step: u32::try_from(tokens - 1).unwrap() }
-                }
+                ResidentRounding::Dither => Rounding::Dither { step: u32::try_from(tokens - 1).unwrap() },
             };
             let exact = before.materialize();
             let want: Vec<f32> = exact

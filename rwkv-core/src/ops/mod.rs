@@ -22,6 +22,7 @@ pub mod readout;
 pub mod sample;
 pub mod softmax;
 pub mod time_mix;
+pub mod time_mix_resident;
 pub mod token_shift;
 pub mod value_residual;
 pub mod wkv4;

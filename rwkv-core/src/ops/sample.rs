@@ -99,6 +99,16 @@ impl Counts {
         *count = count.saturating_add(1);
     }
 
+    /// Counts one less of `token`.
+    pub fn remove(&mut self, token: u32) {
+        if let Some(count) = self.0.get_mut(&token) {
+            *count -= 1;
+            if *count == 0 {
+                self.0.remove(&token);
+            }
+        }
+    }
+
     /// The tokens that were counted, and how often.
     pub fn iter(&self) -> impl Iterator<Item = (u32, u32)> {
         self.0.iter().map(|(&token, &count)| (token, count))

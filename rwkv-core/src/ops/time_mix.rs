@@ -68,6 +68,18 @@ pub fn time_mix<R: Real, M: Linear<R>>(
     state: &mut [R],
     out: &mut [R],
 ) {
+    time_mix_with(dims, weights, x, v_first, out, |inputs, y| wkv7::wkv7(dims, inputs, state, y));
+}
+
+/// As [`time_mix`], with the state update left to the caller: from its operands to its output, each `[T, D]`.
+pub(super) fn time_mix_with<R: Real, M: Linear<R>>(
+    dims: wkv7::Dims,
+    weights: Weights<'_, R, M>,
+    x: Inputs<'_, R>,
+    v_first: &mut [R],
+    out: &mut [R],
+    update: impl FnOnce(wkv7::Inputs<'_, R>, &mut [R]),
+) {
     let up = |(up, bias): (&M, &[R]), low: &[R]| {
         let mut y = vec![R::zero(); out.len()];
         up.apply(low, &mut y);
@@ -88,7 +100,7 @@ pub fn time_mix<R: Real, M: Linear<R>>(
     learning_rate::modulate_key(&a, weights.k_a, &mut k);
     learning_rate::directions(&mut a, &mut b);
     let mut y = vec![R::zero(); out.len()];
-    wkv7::wkv7(dims, wkv7::Inputs { r: x.r, lw: &lw, k: &k, v: &v, a: &a, b: &b }, state, &mut y);
+    update(wkv7::Inputs { r: x.r, lw: &lw, k: &k, v: &v, a: &a, b: &b }, &mut y);
     let (gain, bias, r_k) = (weights.gain, weights.bias, weights.r_k);
     readout::readout(
         dims.head_size,

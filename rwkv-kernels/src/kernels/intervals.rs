@@ -49,13 +49,18 @@ impl Interval {
         Self { lo: f(self.lo), hi: f(self.hi) }
     }
 
-    fn size(self) -> f64 {
+    pub(super) fn size(self) -> f64 {
         self.lo.abs().max(self.hi.abs())
     }
 
     pub(super) fn square(self) -> Self {
         let least = if self.lo <= 0.0 && self.hi >= 0.0 { 0.0 } else { self.lo.abs().min(self.hi.abs()) };
         Self { lo: least.powi(2), hi: self.size().powi(2) }.off(1.0)
+    }
+
+    /// Off by so much more.
+    pub(super) fn widened(self, by: f64) -> Self {
+        Self { lo: self.lo - by, hi: self.hi + by }
     }
 
     pub(super) fn max(self, least: Self) -> Self {

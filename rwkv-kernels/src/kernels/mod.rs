@@ -18,11 +18,15 @@ pub mod readout;
 pub mod sample;
 pub mod softmax;
 pub mod time_mix;
+pub mod time_mix_resident;
 pub mod token_shift;
 pub mod value_residual;
 pub mod wkv4;
 pub mod wkv7;
 
+#[cfg(test)]
+#[cfg(feature = "gpu")]
+mod heads;
 #[cfg(test)]
 #[cfg(feature = "gpu")]
 mod intervals;

@@ -68,6 +68,9 @@ pub enum Error {
     /// The heads do not fit into a record, or the operands into a row of inputs.
     #[error("{0:?}: the heads exceed a record, or the operands a row of inputs")]
     Layout(Dims),
+    /// Of [`time_mix_resident`](super::time_mix_resident): what does not fit into bases, slots or rows, or is nothing.
+    #[error("{0:?}: bases, slots or rows do not hold their parts, or there is nothing to do")]
+    Resident(super::time_mix_resident::Dims),
     /// More elements than the kernel can index, or none.
     #[error("{0:?}: nothing to do, or too much for 32-bit indices")]
     Extents(Dims),
@@ -102,17 +105,15 @@ pub fn lower(dims: Dims, lora_up: Option<u32>) -> Result<(Params, [u32; 3]), Err
     }
     let too_much = Error::Extents(dims);
     let product = |a: usize, b: usize| a.checked_mul(b).filter(|&n| u32::try_from(n).is_ok()).ok_or(too_much);
-    let sum = |terms: &[usize]| terms.iter().try_fold(0usize, |sum, &x| sum.checked_add(x)).ok_or(too_much);
     let width = product(heads, HEAD_SIZE)?;
-    let rank = sum(&[ranks.w, ranks.a, ranks.v, ranks.g])?;
-    if sum(&[offset, product(width, HEAD_SIZE)?])? > stride || sum(&[product(3, width)?, rank])? > inputs {
+    let sum = |terms: &[usize]| terms.iter().try_fold(0usize, |sum, &x| sum.checked_add(x)).ok_or(too_much);
+    let operands = sum(&[ranks.w, ranks.a, ranks.v, ranks.g])?;
+    if offset.saturating_add(product(width, HEAD_SIZE)?) > stride
+        || product(3, width)?.saturating_add(operands) > inputs
+    {
         return Err(Error::Layout(dims));
     }
-    let elements = [product(rows, inputs)?, product(product(rows, 4)?, width)?];
-    if elements.contains(&0) || segments == 0 {
-        return Err(too_much);
-    }
-    product(rank, width)?;
+    common(rows, segments, heads, head_size, ranks, inputs).ok_or(too_much)?;
     let [groups_w, groups_a, groups_v] = lora_up.map_or(Ok([0; 3]), |lanes| divided(ranks, lanes))?;
     let u = |n: usize| u32::try_from(n).map_err(|_| too_much);
     #[expect(clippy::cast_possible_truncation, reason = "constants that an f32 holds well enough")]
@@ -140,9 +141,27 @@ pub fn lower(dims: Dims, lora_up: Option<u32>) -> Result<(Params, [u32; 3]), Err
     }
 }
 
+/// That there is something to do, and that its operands can be indexed: all but the state.
+pub(super) fn common(
+    rows: usize,
+    segments: usize,
+    heads: usize,
+    head_size: usize,
+    ranks: Ranks,
+    inputs: usize,
+) -> Option<()> {
+    let product = |a: usize, b: usize| a.checked_mul(b).filter(|&n| u32::try_from(n).is_ok());
+    let width = product(heads, head_size)?;
+    let rank = ranks.w.checked_add(ranks.a)?.checked_add(ranks.v)?.checked_add(ranks.g)?;
+    let elements = [product(rows, inputs)?, product(product(rows, 4)?, width)?, segments];
+    product(rank, width)?;
+    let operands = product(3, width)?.checked_add(rank)?;
+    (head_size == HEAD_SIZE && !elements.contains(&0) && operands <= inputs).then_some(())
+}
+
 /// How many of the groups of [`HEAD_SIZE`] lanes multiply the adapters w, a and v; the rest is for g. Each has one, and
 /// the others go where most ranks wait for a group.
-fn divided(ranks: Ranks, lanes: u32) -> Result<[u32; 3], Error> {
+pub(super) fn divided(ranks: Ranks, lanes: u32) -> Result<[u32; 3], Error> {
     let (ranks, mut shares) = ([ranks.w, ranks.a, ranks.v, ranks.g], [1; 4]);
     let groups = lanes as usize / HEAD_SIZE;
     if groups < shares.len() {

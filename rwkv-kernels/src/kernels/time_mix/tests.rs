@@ -3,37 +3,26 @@
 use std::ops::Range;
 
 use proptest::prelude::*;
-use rwkv_core::Real as _;
 use rwkv_core::config::Ranks;
-use rwkv_core::ops::decay::DECAY_SCALE;
-use rwkv_core::ops::kappa::KAPPA_EPS;
-use rwkv_core::ops::linear::Matrix;
-use rwkv_core::ops::readout::GN_EPS;
-use rwkv_core::ops::time_mix::{self as twin, Inputs, Weights};
+use rwkv_core::ops::time_mix as twin;
 use rwkv_core::ops::wkv7;
 use rwkv_core::rng::SplitMix64;
 
 use super::{Dims, Error, HEAD_SIZE as N, Segment, VARIANTS, lower};
 use crate::gpu::{Device, device_for_tests};
 use crate::kernels::MAX_GROUPS;
-use crate::kernels::intervals::{Halves, Interval, Sum, below, exact, floats, held};
+use crate::kernels::heads::{Heads, NAN, swapped};
+use crate::kernels::intervals::{Interval, below, exact, floats, held};
 use crate::kernels::testing::{bits as words, wide};
 use crate::pipeline::Pipeline;
 
-/// Operands of one call.
+/// One call.
 struct Case {
+    of: Heads,
     dims: Dims,
     segments: Vec<Segment>,
-    /// `[T, P]`, NaN where nothing is.
-    inputs: Vec<f32>,
-    /// `[ranks, D]`.
-    weights: Halves,
-    /// `[8, D]`.
-    vectors: Vec<f32>,
     /// Records, NaN but for the heads that are read.
     state: Vec<f32>,
-    /// `[T, D]`, NaN in the first layer.
-    v_first: Vec<f32>,
 }
 
 /// What a call changes.
@@ -45,13 +34,11 @@ struct After {
 }
 
 impl Case {
-    /// Operands of the sizes that trained models have, and of all that the operation is defined for.
     fn draw(heads: usize, lengths: &[usize], ranks: Ranks, seed: u64) -> Self {
         let mut rng = SplitMix64::new(seed);
         let mut some = |n| below(&mut rng, n) as usize;
         let (width, records) = (heads * N, 2 * lengths.len());
-        let rank = ranks.w + ranks.a + ranks.v + ranks.g;
-        let (inputs, offset) = (3 * width + rank + some(5), some(40));
+        let offset = some(40);
         let stride = offset + width * N + some(40);
 
         // Rows of no segment come between; record `s` or `s + segments` is read, and either is written.
@@ -62,84 +49,20 @@ impl Case {
             segments.push(Segment { first, rows: len, from, to });
             rows += length + some(2);
         }
-        let dims = Dims { rows, segments: lengths.len(), heads, head_size: N, ranks, inputs, stride, offset };
-
         let mut state = vec![f32::NAN; records * stride];
         for segment in &segments {
             for head in state[segment.from as usize * stride + offset..][..width * N].chunks_mut(N * N) {
-                let size = [0.0, 1.0, 180.0, 4e4][below(&mut rng, 4) as usize];
-                // One in four answers nearly the same in all channels: a mean of squares would keep nothing of
-                // their variance.
-                let alike = below(&mut rng, 4) == 0;
-                for values in head.chunks_mut(N) {
-                    let value = rng.uniform(-size, size);
-                    values.fill_with(|| match alike {
-                        true => value * rng.uniform(0.9999, 1.0001),
-                        false => rng.uniform(-size, size),
-                    });
-                }
+                head.copy_from_slice(&Heads::draw_state(&mut rng));
             }
         }
-        let mut x = Vec::new();
-        for _ in 0..rows {
-            // Receptances; keys of any size, zero, and of less than kappa's eps; values.
-            for sizes in [[1.0, 5.0, 1.0, 5.0], [5.0, 1e-9, 0.0, 1e-14], [1.0, 10.0, 1.0, 10.0]] {
-                for _ in 0..heads {
-                    let size = sizes[below(&mut rng, 4) as usize];
-                    x.extend((0..N).map(|_| size * rng.normal()));
-                }
-            }
-            // After tanh, nothing, nothing and sigmoid.
-            x.extend((0..ranks.w).map(|_| rng.uniform(-1.0, 1.0)));
-            x.extend((0..ranks.a + ranks.v).map(|_| rng.normal()));
-            x.extend((0..ranks.g).map(|_| rng.uniform(0.0, 1.0)));
-            x.resize(x.len().next_multiple_of(inputs), f32::NAN);
-        }
-        // Decays of every size: none, slower than an f32 near 1 can tell, slow, the fastest, any.
-        let decay = |rng: &mut SplitMix64| match below(rng, 8) {
-            0 => -200.0,
-            1 => -20.0,
-            2 => -13.0,
-            3 => 20.0,
-            _ => rng.uniform(-6.0, 6.0),
-        };
-        let mut vectors: Vec<f32> = (0..width).map(|_| decay(&mut rng)).collect();
-        let ranges =
-            [(-4.0, 4.0), (-4.0, 4.0), (0.2, 1.5), (-0.5, 2.0), (-1.0, 1.0), (-2.0, 2.0), (-1.0, 1.0)];
-        for (lo, hi) in ranges {
-            vectors.extend((0..width).map(|_| rng.uniform(lo, hi)));
-        }
-        let v_first = match ranks.v {
-            0 => vec![f32::NAN; rows * width],
-            _ => (0..rows * width).map(|_| 3.0 * rng.normal()).collect(),
-        };
-        let weights = Halves::draw(&mut rng, rank * width);
-        Self { dims, segments, inputs: x, weights, vectors, state, v_first }
+        let of = Heads::draw(&mut rng, rows, heads, ranks, 5);
+        let inputs = of.stride;
+        let dims = Dims { rows, segments: lengths.len(), heads, head_size: N, ranks, inputs, stride, offset };
+        Self { of, dims, segments, state }
     }
 
     fn width(&self) -> usize {
-        self.dims.heads * N
-    }
-
-    fn vector(&self, of: usize) -> &[f32] {
-        &self.vectors[of * self.width()..][..self.width()]
-    }
-
-    /// Where the ranks of w, a, v and g begin, and where they end.
-    fn starts(&self) -> [usize; 5] {
-        let Ranks { w, a, v, g } = self.dims.ranks;
-        [0, w, w + a, w + a + v, w + a + v + g]
-    }
-
-    /// What adapter `of` has of a row.
-    fn low_rank(&self, row: usize, of: usize) -> &[f32] {
-        let [start, end] = [of, of + 1].map(|i| row * self.dims.inputs + 3 * self.width() + self.starts()[i]);
-        &self.inputs[start..end]
-    }
-
-    /// `r`, `k` and `v` of a row.
-    fn projected(&self, row: usize, of: usize) -> &[f32] {
-        &self.inputs[row * self.dims.inputs + of * self.width()..][..self.width()]
+        self.of.width()
     }
 
     /// Where a head of a record is.
@@ -150,87 +73,20 @@ impl Case {
 
     /// Heads, output and `v_first` of one row, the state being `state`, `[H, key, value]`.
     fn twin(&self, row: usize, state: &[f32]) -> [Vec<f64>; 3] {
-        let (weights, starts, width) = (self.weights.values(), self.starts(), self.width());
-        let factor = |of: usize| {
-            let rows = &weights[starts[of] * width..starts[of + 1] * width];
-            let rank = rows.len() / width;
-            let swapped = (0..width).flat_map(|o| (0..rank).map(move |r| r * width + o)).map(|at| rows[at]);
-            Matrix::new(rank.max(1), swapped.collect())
-        };
-        let factors = [0, 1, 2, 3].map(factor);
-        let vectors = [0, 1, 2, 3, 4, 5, 6, 7].map(|of| wide(self.vector(of)));
-        let [w0, a0, v0, k_k, k_a, r_k, gain, bias] = &vectors;
-        let of = Weights {
-            w: (&factors[0], w0),
-            a: (&factors[1], a0),
-            v: (self.dims.ranks.v > 0).then_some((&factors[2], v0)),
-            g: &factors[3],
-            k_k,
-            k_a,
-            r_k,
-            gain,
-            bias,
-        };
-        let [r, k, v] = [0, 1, 2].map(|of| wide(self.projected(row, of)));
-        let [w_low, a_low, v_low, g_low] = [0, 1, 2, 3].map(|of| wide(self.low_rank(row, of)));
-        let x = Inputs { r: &r, k: &k, v: &v, w_low: &w_low, a_low: &a_low, v_low: &v_low, g_low: &g_low };
         let mut state = swapped(&wide(state));
-        let (mut v_first, mut out) = (wide(&self.v_first[row * width..][..width]), vec![f64::NAN; width]);
         let dims = wkv7::Dims { tokens: 1, heads: self.dims.heads, head_size: N };
-        twin::time_mix(dims, of, x, &mut v_first, &mut state, &mut out);
+        let [out, v_first] = self.of.twin(row, |of, x, v_first, out| {
+            twin::time_mix(dims, of, x, v_first, &mut state, out);
+        });
         [swapped(&state), out, v_first]
     }
 
     /// State and output of one head after one row, the state being `state`.
-    ///
-    /// An adapter's product passes at most as many additions as there are ranks, a term of a sum over the channels of a
-    /// head as many as there are channels, in any order.
     fn bounds(&self, row: usize, head: usize, state: &[f32]) -> [Vec<Interval>; 2] {
-        let own = head * N..(head + 1) * N;
-        let (weights, width) = (self.weights.values(), self.width());
-        let lora = |of: usize, i: usize| {
-            let low = self.low_rank(row, of).iter().zip(self.starts()[of]..);
-            let weight = |r: usize| Interval::exact(weights[r * width + own.start + i]);
-            low.map(|(&low, r)| Interval::exact(low) * weight(r))
-                .collect::<Sum>()
-                .by(self.low_rank(row, of).len())
-        };
-        let vectors = [0, 1, 2, 3, 4, 5, 6, 7].map(|of| exact(&self.vector(of)[own.clone()]));
-        let [w0, a0, v0, k_k, k_a, r_k, gain, bias] = &vectors;
-        let [r, k, v] = [0, 1, 2].map(|of| exact(&self.projected(row, of)[own.clone()]));
-        let v_first = exact(&self.v_first[row * width..][own.clone()]);
-        let each = |f: &dyn Fn(usize) -> Interval| (0..N).map(f).collect::<Vec<_>>();
-        let one = Interval::exact(1.0);
-        let total = |terms: &mut dyn Iterator<Item = Interval>| terms.collect::<Sum>().by(N);
-
-        let scale = Interval::constant(-DECAY_SCALE);
-        let decay = each(&|j| (scale * (w0[j] + lora(0, j)).sigmoid()).exp_m1());
-        let eta = each(&|j| (a0[j] + lora(1, j)).sigmoid());
-        let key = each(&|j| k[j] * (one + (eta[j] - one) * k_a[j]));
-        let value = each(&|i| match self.dims.ranks.v {
-            0 => v[i],
-            _ => v[i] + (v_first[i] - v[i]) * (v0[i] + lora(2, i)).sigmoid(),
-        });
-        let u = each(&|j| k[j] * k_k[j]);
-        let norm = total(&mut u.iter().map(|u| u.square())).sqrt();
-        let unit = norm.max(Interval::constant(KAPPA_EPS)).recip();
-        let kappa = each(&|j| u[j] * unit);
-
-        let (mut after, mut y) = (exact(state), Vec::new());
-        for i in 0..N {
-            let q = total(&mut (0..N).map(|j| after[j * N + i] * u[j])) * unit;
-            for j in 0..N {
-                let s = after[j * N + i];
-                after[j * N + i] = s + (s * decay[j] - q * (kappa[j] * eta[j]) + value[i] * key[j]);
-            }
-            y.push(total(&mut (0..N).map(|j| after[j * N + i] * r[j])));
-        }
-        let mean = total(&mut y.iter().copied()) / N;
-        let variance = total(&mut y.iter().map(|&y| (y - mean).square())).max(Interval::ZERO) / N;
-        let scale = (variance + Interval::constant(GN_EPS)).inverse_sqrt();
-        let bonus = total(&mut (0..N).map(|j| r[j] * key[j] * r_k[j]));
-        let normed = |i: usize| (y[i] - mean) * scale * gain[i] + bias[i];
-        [after, each(&|i| (normed(i) + bonus * value[i]) * lora(3, i))]
+        let x = self.of.operands(row, head);
+        let after = x.after(&exact(state));
+        let out = x.out(&x.answers(&after));
+        [after, out]
     }
 
     /// One call over `segments`, going on from `before`, of which nothing but what they name may change.
@@ -238,13 +94,13 @@ impl Case {
         let (params, groups) =
             lower(Dims { segments: segments.len(), ..self.dims }, of.lora_up.then_some(of.lanes)).unwrap();
         let [weights, up] =
-            if of.lora_up { [self.weights.words(), NAN.to_vec()] } else { [NAN.to_vec(), self.up()] };
+            if of.lora_up { [self.of.weights.words(), NAN.to_vec()] } else { [NAN.to_vec(), self.of.up()] };
         let buffers = [
             bytemuck::cast_slice(segments).to_vec(),
-            words(&self.inputs),
+            words(&self.of.inputs),
             weights,
             up,
-            words(&self.vectors),
+            words(&self.of.vectors),
             words(&before.state),
             words(&before.v_first),
             words(&before.out),
@@ -255,25 +111,9 @@ impl Case {
         After { state, v_first, out }
     }
 
-    /// The adapters' products, rounded once.
-    fn up(&self) -> Vec<u32> {
-        let (weights, width) = (self.weights.values(), self.width());
-        let mut up = Vec::new();
-        for (row, of) in (0..self.dims.rows).flat_map(|row| (0..4).map(move |of| (row, of))) {
-            let product = |o: usize| {
-                let low = self.low_rank(row, of).iter().zip(self.starts()[of]..);
-                low.map(|(&low, r)| f64::from(low) * f64::from(weights[r * width + o])).sum::<f64>()
-            };
-            // There is none of v in the first layer.
-            let absent = self.low_rank(row, of).is_empty();
-            up.extend((0..width).map(|o| if absent { f32::NAN } else { f32::of(product(o)) }));
-        }
-        words(&up)
-    }
-
     fn before(&self) -> After {
         let out = vec![f32::NAN; self.dims.rows * self.width()];
-        After { state: self.state.clone(), v_first: self.v_first.clone(), out }
+        After { state: self.state.clone(), v_first: self.of.v_first.clone(), out }
     }
 
     /// What may differ between `before` and `after` a call over `segments`, put back.
@@ -351,15 +191,6 @@ impl After {
         [words(&self.state), words(&self.v_first), words(&self.out)]
     }
 }
-
-/// States of heads, between `[key, value]` and `[value, key]`, either way.
-fn swapped(state: &[f64]) -> Vec<f64> {
-    let swap = |head: &[f64]| (0..N * N).map(|at| head[at % N * N + at / N]).collect::<Vec<_>>();
-    state.chunks(N * N).flat_map(swap).collect()
-}
-
-/// An element of a buffer that is not read.
-const NAN: [u32; 4] = [0x7FFF_FFFF; 4];
 
 /// The kernel with its overrides.
 struct Compiled {

@@ -1,0 +1,364 @@
+// Twin: rwkv-core/src/ops/time_mix_resident.rs, all that happens in a head, on a state that is written seldom.
+//use head
+//use round
+//
+// As `time_mix`, with states in less than single precision, and written seldom. One workgroup per head and segment;
+// invocation (i, g) has value row i of the keys of group g.
+//
+// With LAZY, what is read is a base and the entries of the tokens since, five vectors each; what is written is an entry
+// for each token, and a base only where `capacity` tokens are pending. Between two bases s is the state as if it had not
+// decayed since the first, so that an entry is added to it in the same way whenever it was made:
+//
+//     S = s diag(since)        since = the product of w since the base
+//
+// A segment of no rows that has a base to write folds what is pending into it.
+
+const N: u32 = 64u;
+const COLUMNS: u32 = N;
+
+override LANES: u32 = 256u;    // N times the groups of keys; at least 256 for bytes
+override LORA_UP: bool = true; // whether the adapters' second factors are multiplied here
+override FORMAT: u32 = 0u;
+override ROUNDING: u32 = 0u;
+override LAZY: bool = true;
+
+const F32: u32 = 0u;
+const F16: u32 = 1u;
+const INT8: u32 = 2u;
+
+// In place of a base that is written.
+const NONE: u32 = 0xFFFFFFFFu;
+
+struct Params {
+    width: u32,       // D
+    inputs: u32,      // P
+    rank_w: u32,
+    rank_a: u32,
+    rank_v: u32,
+    rank_g: u32,
+    groups_w: u32,    // groups that multiply each adapter; those of g are the rest
+    groups_a: u32,
+    groups_v: u32,
+    first_layer: u32, // whether there is no value residual
+    base_stride: u32, // of a base
+    slots: u32,       // where slots begin, of which each has an entry
+    slot_stride: u32, // of a slot
+    entry: u32,       // of the entry in a slot
+    capacity: u32,    // tokens that may be pending
+    decay_scale: f32,
+    kappa_eps: f32,
+    norm_eps: f32,    // of the group norm
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> segments: array<u32>;       // see `Segment`, and the tables that they name
+@group(0) @binding(2) var<storage, read> inputs: array<f32>;         // [T, P], r k v, then the low ranks of w a v g
+@group(0) @binding(3) var<storage, read> weights: array<vec4<u32>>;  // [ranks, D], w a v g
+@group(0) @binding(4) var<storage, read> up: array<f32>;             // [T, 4, D], w a v g
+@group(0) @binding(5) var<storage, read> vectors: array<f32>;        // [8, D], w0 a0 v0 k_k k_a r_k, gain, bias
+@group(0) @binding(6) var<storage, read_write> state: array<u32>;    // bases, then slots
+@group(0) @binding(7) var<storage, read_write> v_first: array<f32>;  // [T, D]
+@group(0) @binding(8) var<storage, read_write> out: array<f32>;      // [T, D]
+
+const SEGMENT: u32 = 8u; // words
+
+struct Segment {
+    first: u32,   // its first row
+    rows: u32,
+    read: u32,    // base read
+    written: u32, // base written, if any
+    pending: u32, // entries since the base that is read
+    entries: u32, // where their slots are listed
+    slots: u32,   // where the slots of its rows are listed
+    step: u32,    // tokens read before
+}
+
+// Product of w since the base, after this token, by channel.
+var<workgroup> since: array<f32, N>;
+var<workgroup> exponents: array<u32, N>;
+
+// Row i of the state, by key of this group; and its exponent in the base.
+var<private> s: array<f32, N>;
+var<private> exponent: i32;
+
+fn segment_of(index: u32) -> Segment {
+    let at = index * SEGMENT;
+    return Segment(
+        segments[at],
+        segments[at + 1u],
+        segments[at + 2u],
+        segments[at + 3u],
+        segments[at + 4u],
+        segments[at + 5u],
+        segments[at + 6u],
+        segments[at + 7u],
+    );
+}
+
+// A head of a base, in words: its values, a word of one row's neighbouring keys, [keys / keys of a word, N]; for bytes the
+// scales of the row's blocks of 16 keys, two to a word, [2, N]; but for single precision the exponents, [N / 4].
+fn values_len() -> u32 {
+    if FORMAT == F16 {
+        return N * N / 2u;
+    }
+    if FORMAT == INT8 {
+        return N * N / 4u;
+    }
+    return N * N;
+}
+
+fn head_len() -> u32 {
+    if FORMAT == F16 {
+        return N * N / 2u + N / 4u;
+    }
+    if FORMAT == INT8 {
+        return N * N / 4u + 2u * N + N / 4u;
+    }
+    return N * N;
+}
+
+// Reads a base.
+fn load_base(base: u32, i: u32, g: u32) {
+    let keys = N / (LANES / N);
+    if FORMAT == F32 {
+        for (var j = 0u; j < keys; j++) {
+            s[j] = bitcast<f32>(state[base + (g * keys + j) * N + i]);
+        }
+        return;
+    }
+    exponent = extractBits(bitcast<i32>(state[base + head_len() - N / 4u + i / 4u]), 8u * (i % 4u), 8u);
+    let size = power_of_two(exponent);
+    if FORMAT == F16 {
+        for (var w = 0u; w < keys / 2u; w++) {
+            let pair = unpack2x16float(state[base + (g * keys / 2u + w) * N + i]);
+            s[2u * w] = raised(pair.x, size);
+            s[2u * w + 1u] = raised(pair.y, size);
+        }
+        return;
+    }
+    let block = g * keys / 16u;
+    let scales = unpack2x16float(state[base + values_len() + block / 2u * N + i]);
+    let scale = select(scales.x, scales.y, block % 2u == 1u);
+    for (var w = 0u; w < keys / 4u; w++) {
+        let word = bitcast<i32>(state[base + (g * keys / 4u + w) * N + i]);
+        for (var b = 0u; b < 4u; b++) {
+            s[4u * w + b] = raised(f32(extractBits(word, 8u * b, 8u)) * scale, size);
+        }
+    }
+}
+
+// Rounds s to what a base can hold, and writes it if `keep`. Every invocation must call it, with a barrier between it and
+// what was read of `parts` before.
+fn settle(base: u32, keep: bool, head: u32, step: u32, i: u32, g: u32, l: u32) {
+    let groups = LANES / N;
+    let keys = N / groups;
+    if FORMAT == F32 {
+        if keep {
+            for (var j = 0u; j < keys; j++) {
+                state[base + (g * keys + j) * N + i] = bitcast<u32>(s[j]);
+            }
+        }
+        return;
+    }
+    var most = 0.0;
+    for (var j = 0u; j < keys; j++) {
+        most = max(most, abs(s[j]));
+    }
+    parts[l] = most;
+    workgroupBarrier();
+    most = 0.0;
+    for (var p = 0u; p < groups; p++) {
+        most = max(most, parts[p * N + i]);
+    }
+    let first = (head * N + i) * N + g * keys; // its element's place in the layer's state
+
+    if FORMAT == F16 {
+        exponent = renewed(exponent, most);
+        let down = power_of_two(-exponent);
+        let size = power_of_two(exponent);
+        for (var w = 0u; w < keys / 2u; w++) {
+            let a = half_near(s[2u * w] * down, ROUNDING, step, first + 2u * w);
+            let b = half_near(s[2u * w + 1u] * down, ROUNDING, step, first + 2u * w + 1u);
+            s[2u * w] = raised(a, size);
+            s[2u * w + 1u] = raised(b, size);
+            if keep {
+                state[base + (g * keys / 2u + w) * N + i] = pack2x16float(vec2(a, b));
+            }
+        }
+    } else {
+        exponent = fresh(most);
+        let down = power_of_two(-exponent);
+        let size = power_of_two(exponent);
+        let together = max(groups / 4u, 1u); // groups that share a block
+        let scale = scale_of(block_most(g / together, together, i) * down);
+        for (var w = 0u; w < keys / 4u; w++) {
+            var word = 0u;
+            for (var b = 0u; b < 4u; b++) {
+                let x = s[4u * w + b] * down;
+                var units = 0.0;
+                if scale != 0.0 {
+                    units = min(rounded(abs(x) / scale, ROUNDING, step, first + 4u * w + b), 127.0);
+                }
+                let whole = i32(units * sign(x));
+                s[4u * w + b] = raised(f32(whole) * scale, size);
+                word = insertBits(word, bitcast<u32>(whole), 8u * b, 8u);
+            }
+            if keep {
+                state[base + (g * keys / 4u + w) * N + i] = word;
+            }
+        }
+        if keep && g < 2u {
+            let low = scale_of(block_most(2u * g, together, i) * down);
+            let high = scale_of(block_most(2u * g + 1u, together, i) * down);
+            state[base + values_len() + g * N + i] = pack2x16float(vec2(low, high));
+        }
+    }
+    if g == 0u {
+        exponents[i] = bitcast<u32>(exponent);
+    }
+    workgroupBarrier();
+    if keep && l < N / 4u {
+        var word = 0u;
+        for (var b = 0u; b < 4u; b++) {
+            word = insertBits(word, exponents[4u * l + b], 8u * b, 8u);
+        }
+        state[base + head_len() - N / 4u + l] = word;
+    }
+}
+
+// The largest magnitude in a block of 16 keys of row i, of which so many groups have a part.
+fn block_most(block: u32, together: u32, i: u32) -> f32 {
+    var most = 0.0;
+    for (var p = 0u; p < together; p++) {
+        most = max(most, parts[(block * together + p) * N + i]);
+    }
+    return most;
+}
+
+// Makes s what it is once decayed, a new base.
+fn fold(base: u32, keep: bool, head: u32, step: u32, i: u32, g: u32, l: u32) {
+    let keys = N / (LANES / N);
+    for (var j = 0u; j < keys; j++) {
+        s[j] *= since[g * keys + j];
+    }
+    settle(base, keep, head, step, i, g, l);
+    workgroupBarrier(); // since is read, and parts
+}
+
+@compute @workgroup_size(LANES)
+fn time_mix_resident(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) l: u32) {
+    let head = group.x;
+    let segment = segment_of(group.y);
+    let i = l % N;
+    let g = l / N;
+    let keys = N / (LANES / N);
+    let width = params.width;
+    let own = vectors_of(head * N + i);
+    let own_head = head * head_len();
+    let entry = params.slots + params.entry + head * N; // in a slot, this head's part of its first vector
+
+    load_base(segment.read * params.base_stride + own_head, i, g);
+    let to = segment.written * params.base_stride + own_head;
+    var pending = segment.pending;
+    var left = 1.0; // the channel's part of `since`, in the first group
+    if LAZY {
+        for (var p = 0u; p < pending; p++) {
+            let at = entry + segments[segment.entries + p] * params.slot_stride;
+            let q_i = bitcast<f32>(state[at + i]);
+            let v_i = bitcast<f32>(state[at + width + i]);
+            for (var j = 0u; j < keys; j++) {
+                let b = bitcast<f32>(state[at + 2u * width + g * keys + j]);
+                let k = bitcast<f32>(state[at + 3u * width + g * keys + j]);
+                s[j] = fma(q_i, b, fma(v_i, k, s[j]));
+            }
+            if g == 0u {
+                left = bitcast<f32>(state[at + 4u * width + i]);
+            }
+        }
+        if g == 0u {
+            since[i] = left;
+        }
+        workgroupBarrier();
+        if segment.rows == 0u && segment.written != NONE {
+            fold(to, true, head, segment.step, i, g, l);
+        }
+    }
+
+    for (var t = 0u; t < segment.rows; t++) {
+        let row = segment.first + t;
+        if LAZY && pending == params.capacity {
+            // A base that another follows is not written.
+            fold(to, t + params.capacity >= segment.rows, head, segment.step + t, i, g, l);
+            pending = 0u;
+            left = 1.0;
+        }
+        let token = operands_of(row, head, own, i, g, l);
+        if g == 0u {
+            receptance[i] = token.receptance;
+            value[i] = token.value;
+            removal[i] = token.removal;
+            bonus[i] = token.bonus;
+            if LAZY {
+                decay[i] = left; // what is left of the base before this token
+                left = fma(left, token.decay, left);
+                let undecayed = 1.0 / left;
+                since[i] = left;
+                key[i] = token.key * undecayed;
+                rate[i] = token.rate * undecayed;
+            } else {
+                decay[i] = token.decay + decay_dither(ROUNDING, segment.step + t, head * N + i);
+                key[i] = token.key;
+                rate[i] = token.rate;
+            }
+        }
+        workgroupBarrier();
+
+        // Each group asks the state what it holds at kappa, and has its part of the norm of kappa and of the bonus.
+        var q = 0.0;
+        var square = 0.0;
+        var extra = 0.0;
+        for (var j = 0u; j < keys; j++) {
+            let at = g * keys + j;
+            let u = removal[at];
+            if LAZY {
+                q += s[j] * (decay[at] * u);
+            } else {
+                q += s[j] * u;
+            }
+            square += u * u;
+            extra += bonus[at];
+        }
+        let sums = gathered(q, square, extra, i, g, l);
+        let unit = 1.0 / max(sqrt(sums.y), params.kappa_eps);
+        q = -(sums.x * unit);
+
+        let v_i = value[i];
+        var y = 0.0;
+        for (var j = 0u; j < keys; j++) {
+            let at = g * keys + j;
+            let b = removal[at] * unit * rate[at];
+            if LAZY {
+                s[j] = fma(q, b, fma(v_i, key[at], s[j]));
+                y += s[j] * (since[at] * receptance[at]);
+            } else {
+                s[j] += s[j] * decay[at] + q * b + v_i * key[at];
+                y += s[j] * receptance[at];
+            }
+        }
+        if LAZY {
+            if g == 0u {
+                let at = entry + segments[segment.slots + t] * params.slot_stride + i;
+                state[at] = bitcast<u32>(q);
+                state[at + width] = bitcast<u32>(v_i);
+                state[at + 2u * width] = bitcast<u32>(removal[i] * unit * rate[i]);
+                state[at + 3u * width] = bitcast<u32>(key[i]);
+                state[at + 4u * width] = bitcast<u32>(left);
+            }
+            pending += 1u;
+        }
+        finish(row, head, own, y, sums.z * v_i, token.gate, i, g, l);
+        if !LAZY {
+            settle(to, t + 1u == segment.rows, head, segment.step + t + 1u, i, g, l);
+        }
+    }
+}

@@ -1,0 +1,215 @@
+// One token of a head: from the projections to the operands of the state update, from the state's answer to the output.
+//use columns
+//use weights
+//use sigmoid
+//use expm1
+//
+// The kernel declares N, COLUMNS = N, LANES, LORA_UP, the parameters and bindings used below. Invocation
+// (i, g), i = index % N, has channel i; of the groups g, of N invocations each, the first alone has the operands.
+//
+// With LORA_UP the adapters' second factors are multiplied here, with 16-byte loads: eight invocations, a team, to a
+// row of the head's 64 channels. The groups, of eight teams, are divided among the adapters as `lower` says, in
+// proportion to their ranks, so that all four are summed at once: there must be four groups. Otherwise `up` has the
+// products.
+
+// What invocations have of a sum over the groups.
+var<workgroup> parts: array<f32, LANES * 2u>;
+var<workgroup> squares: array<f32, LANES / N>;
+var<workgroup> bonuses: array<f32, LANES / N>;
+var<workgroup> answer: array<f32, N>; // what the state answers
+
+// One token of the head, by channel.
+var<workgroup> receptance: array<f32, N>;
+var<workgroup> decay: array<f32, N>; // w - 1
+var<workgroup> key: array<f32, N>;
+var<workgroup> value: array<f32, N>;
+var<workgroup> removal: array<f32, N>; // kappa before it is normalised
+var<workgroup> rate: array<f32, N>; // eta
+var<workgroup> bonus: array<f32, N>; // r k r_k
+
+// The vectors of a channel.
+struct Vectors {
+    w0: f32,
+    a0: f32,
+    v0: f32,
+    k_k: f32,
+    k_a: f32,
+    r_k: f32,
+    gain: f32,
+    bias: f32,
+}
+
+// A token's operands in a channel.
+struct Operands {
+    receptance: f32,
+    decay: f32,   // w - 1
+    key: f32,
+    value: f32,
+    removal: f32, // kappa before it is normalised
+    rate: f32,    // eta
+    bonus: f32,   // r k r_k
+    gate: f32,
+}
+
+fn vectors_of(channel: u32) -> Vectors {
+    let width = params.width;
+    return Vectors(
+        vectors[channel],
+        vectors[width + channel],
+        vectors[2u * width + channel],
+        vectors[3u * width + channel],
+        vectors[4u * width + channel],
+        vectors[5u * width + channel],
+        vectors[6u * width + channel],
+        vectors[7u * width + channel],
+    );
+}
+
+// By scalars, since two invocations must not write components of one vector.
+fn answers(j: u32) -> vec4<f32> {
+    return vec4(answer[4u * j], answer[4u * j + 1u], answer[4u * j + 2u], answer[4u * j + 3u]);
+}
+
+// A part of an adapter's low ranks times its second factor, for eight channels of the head, held until it is summed. Team
+// `team` of `teams` takes every so manieth rank.
+fn lora_up(row: u32, head: u32, start: u32, rank: u32, team: u32, teams: u32, l: u32) {
+    let width8 = params.width / 8u;
+    let column = head * (N / 8u) + l % 8u;
+    let low_rank = row * params.inputs + 3u * params.width + start;
+    var low = vec4(0.0);
+    var high = vec4(0.0);
+    for (var r = team; r < rank; r += teams) {
+        let x = inputs[low_rank + r];
+        let w = weights[(start + r) * width8 + column];
+        low += x * low4(w);
+        high += x * high4(w);
+    }
+    hold_columns(low, high, l);
+}
+
+// The product of an adapter for channel i: what its groups, from `g` to before `end`, have of it.
+fn lora_of(g: u32, end: u32, i: u32) -> f32 {
+    var sum = 0.0;
+    for (var p = g; p < end; p++) {
+        sum += parts[p * N + i];
+    }
+    return sum;
+}
+
+// The operands of a row. Every invocation must call it; those of the first group alone get them.
+fn operands_of(row: u32, head: u32, own: Vectors, i: u32, g: u32, l: u32) -> Operands {
+    // All that is read of a token comes before the first barrier.
+    let width = params.width;
+    let groups = LANES / N;
+    let channel = head * N + i;
+    let at = row * params.inputs + channel;
+    let r = inputs[at];
+    let k = inputs[at + width];
+    var v = inputs[at + 2u * width];
+    var first = v;
+    if params.first_layer == 0u {
+        first = v_first[row * width + channel];
+    }
+    let a_groups = params.groups_w;
+    let v_groups = a_groups + params.groups_a;
+    let g_groups = v_groups + params.groups_v;
+    if LORA_UP {
+        let team = l / 8u;
+        let a_start = params.rank_w;
+        let v_start = a_start + params.rank_a;
+        let g_start = v_start + params.rank_v;
+        if g < a_groups {
+            lora_up(row, head, 0u, params.rank_w, team, 8u * params.groups_w, l);
+        } else if g < v_groups {
+            lora_up(row, head, a_start, params.rank_a, team - 8u * a_groups, 8u * params.groups_a, l);
+        } else if g < g_groups {
+            lora_up(row, head, v_start, params.rank_v, team - 8u * v_groups, 8u * params.groups_v, l);
+        } else {
+            lora_up(row, head, g_start, params.rank_g, team - 8u * g_groups, 8u * (groups - g_groups), l);
+        }
+        workgroupBarrier();
+        var part = 0.0;
+        for (var t = 0u; t < 8u; t++) {
+            part += held_column(8u * g + t, i);
+        }
+        parts[l] = part;
+        workgroupBarrier();
+    }
+    var token: Operands;
+    if g == 0u {
+        var lora = vec4(0.0);
+        if LORA_UP {
+            lora = vec4(
+                lora_of(0u, a_groups, i),
+                lora_of(a_groups, v_groups, i),
+                lora_of(v_groups, g_groups, i),
+                lora_of(g_groups, groups, i),
+            );
+        } else {
+            let at = row * 4u * width + channel;
+            lora = vec4(up[at], up[at + width], up[at + 2u * width], up[at + 3u * width]);
+        }
+        let eta = sigmoid(own.a0 + lora.y);
+        if params.first_layer != 0u {
+            v_first[row * width + channel] = v;
+        } else {
+            v += (first - v) * sigmoid(own.v0 + lora.z);
+        }
+        let modulated = k * (1.0 + (eta - 1.0) * own.k_a);
+        token.receptance = r;
+        token.decay = expm1(-params.decay_scale * sigmoid(own.w0 + lora.x));
+        token.key = modulated;
+        token.value = v;
+        token.removal = k * own.k_k;
+        token.rate = eta;
+        token.bonus = r * modulated * own.r_k;
+        token.gate = lora.w;
+    }
+    return token;
+}
+
+// What the groups have of the state's answer to kappa, of the square of its norm and of the bonus, summed. Every invocation
+// must call it.
+fn gathered(q: f32, square: f32, extra: f32, i: u32, g: u32, l: u32) -> vec3<f32> {
+    parts[l] = q;
+    if i == 0u {
+        squares[g] = square;
+        bonuses[g] = extra;
+    }
+    workgroupBarrier();
+    var sum = vec3(0.0);
+    for (var p = 0u; p < LANES / N; p++) {
+        sum += vec3(parts[p * N + i], squares[p], bonuses[p]);
+    }
+    return sum;
+}
+
+// What the groups' answers y come to: normed, with the bonus, gated, written. Every invocation must call it. After it an
+// invocation of another group than the first reads nothing that the first writes before the next barrier.
+fn finish(row: u32, head: u32, own: Vectors, y: f32, bonus: f32, gate: f32, i: u32, g: u32, l: u32) {
+    parts[LANES + l] = y;
+    workgroupBarrier();
+    if g == 0u {
+        var sum = 0.0;
+        for (var p = 0u; p < LANES / N; p++) {
+            sum += parts[LANES + p * N + i];
+        }
+        answer[i] = sum;
+    }
+    workgroupBarrier();
+    if g == 0u {
+        var sum = vec4(0.0);
+        for (var j = 0u; j < N / 4u; j++) {
+            sum += answers(j);
+        }
+        let mean = dot(sum, vec4(1.0)) / f32(N);
+        sum = vec4(0.0);
+        for (var j = 0u; j < N / 4u; j++) {
+            let centred = answers(j) - mean;
+            sum += centred * centred;
+        }
+        let scale = inverseSqrt(dot(sum, vec4(1.0)) / f32(N) + params.norm_eps);
+        let normed = (answer[i] - mean) * scale * own.gain + own.bias;
+        out[row * params.width + head * N + i] = (normed + bonus) * gate;
+    }
+}
