@@ -9,7 +9,7 @@ use rwkv_core::fast::linear::Packed;
 use rwkv_core::model::{Logits, Model, Options, Segment, Wkv};
 use rwkv_state::layout::WrongLength;
 use rwkv_state::snapshot::{self, Digest};
-use rwkv_state::{Resident, ResidentState, StateLayout, format, lazy, resident};
+use rwkv_state::{Resident, ResidentState, StateLayout, StateStore, format, lazy, resident, store};
 
 use crate::checkpoint::{self, Checkpoint, LoraLayout, Progress};
 use crate::gpu::{self, WeightFormat};
@@ -97,10 +97,13 @@ pub enum Error {
     /// A session cannot be saved or loaded.
     #[error(transparent)]
     Snapshot(#[from] snapshot::Error),
+    /// A store does not take a session, or does not have it.
+    #[error(transparent)]
+    Store(#[from] store::Error),
     /// A saved session of another model.
     #[error("{file}: a session of model {found}, not of {expected}")]
     OtherModel {
-        /// The file.
+        /// The file, or the key in a store.
         file: String,
         /// Fingerprint of the session's model.
         found: String,
@@ -110,7 +113,7 @@ pub enum Error {
     /// A saved session whose tokens mean something else.
     #[error("{file}: a session with tokenizer {found}, not with {expected}")]
     OtherTokenizer {
-        /// The file.
+        /// The file, or the key in a store.
         file: String,
         /// Fingerprint of the session's tokenizer.
         found: String,
@@ -120,7 +123,7 @@ pub enum Error {
     /// A saved session that says it is of the model, with a state of another layout.
     #[error("{file}: a state of {found}, expected {expected}")]
     OtherLayout {
-        /// The file.
+        /// The file, or the key in a store.
         file: String,
         /// The layout of its state.
         found: StateLayout,
@@ -130,7 +133,7 @@ pub enum Error {
     /// A saved session that says it is of the model, with tokens of another vocabulary.
     #[error("{file}: {what} {found}, and the vocabulary has {vocab}")]
     OtherVocabulary {
-        /// The file.
+        /// The file, or the key in a store.
         file: String,
         /// What there is of another vocabulary.
         what: &'static str,
@@ -690,9 +693,23 @@ impl Engine {
     /// If the file cannot be read or is damaged; if it is of another model, or both have a tokenizer and they differ; or
     /// if the GPU failed.
     pub fn load_session(&self, path: impl AsRef<Path>) -> Result<Session, Error> {
-        let file = || path.as_ref().display().to_string();
-        let rwkv_state::Snapshot { model, tokenizer, position, state, counts, logits } =
-            rwkv_state::Snapshot::load(&path)?;
+        let path = path.as_ref();
+        self.resumed(rwkv_state::Snapshot::load(path)?, || path.display().to_string())
+    }
+
+    /// As [`Self::load_session`], from a store: the session that [`Session::save_to`] put there under `key`.
+    ///
+    /// # Errors
+    ///
+    /// If the store does not have it or failed, or it is damaged; if it is of another model, or both have a tokenizer and
+    /// they differ; or if the GPU failed.
+    pub fn load_from(&self, store: &dyn StateStore, key: &str) -> Result<Session, Error> {
+        self.resumed(store.get(key)?, || key.to_owned())
+    }
+
+    /// A session that goes on from a snapshot, which came from `file`.
+    fn resumed(&self, snapshot: rwkv_state::Snapshot, file: impl Fn() -> String) -> Result<Session, Error> {
+        let rwkv_state::Snapshot { model, tokenizer, position, state, counts, logits } = snapshot;
         if model != self.fingerprint() {
             return Err(Error::OtherModel {
                 file: file(),

@@ -25,6 +25,7 @@
 //! | [`session`] | [`Session`]: one sequence and what it remembers |
 //! | [`text`] | a session's tokens as text, up to a stop sequence |
 //! | [`sample`] | [`Sampler`]: from logits to the next token |
+//! | [`store`] | where sessions are kept to move between machines: [`Session::save_to`], [`Engine::load_from`] |
 //! | [`tokenizer`] | text to tokens and back |
 //! | [`quality`] | how well a model predicts a text |
 //!
@@ -53,6 +54,7 @@ pub use tokenizer::Tokenizer;
 
 pub use rwkv_core::ModelConfig;
 pub use rwkv_core::ops::sample::{self, Sampler};
+pub use rwkv_state::store::{self, StateStore};
 pub use rwkv_state::{StateFormat, StateLayout};
 
 /// The code in the README compiles.

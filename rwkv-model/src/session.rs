@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use rwkv_core::model::Logits;
 use rwkv_core::ops::softmax::log_probability;
 use rwkv_kernels::kernels::sample::{ALL_MASKED, NOT_FINITE};
-use rwkv_state::{EncodedState, ResidentState, StateFormat};
+use rwkv_state::{EncodedState, ResidentState, StateFormat, StateStore};
 
 use crate::engine::{Engine, Error, Job};
 use crate::gpu::{Ahead, Record};
@@ -391,20 +391,33 @@ impl Session {
     ///
     /// If the file cannot be written, a value of the state is not finite, or the GPU failed.
     pub fn save(&self, path: impl AsRef<Path>, format: StateFormat) -> Result<(), Error> {
+        Ok(self.stored(format)?.save(path)?)
+    }
+
+    /// As [`Self::save`], to a store under `key`, for [`Engine::load_from`]: on this machine or another.
+    ///
+    /// # Errors
+    ///
+    /// If the store does not take it, a value of the state is not finite, or the GPU failed.
+    pub fn save_to(&self, store: &dyn StateStore, key: &str, format: StateFormat) -> Result<(), Error> {
+        Ok(store.put(key, &self.stored(format)?)?)
+    }
+
+    /// Where the session stands, as it is stored.
+    fn stored(&self, format: StateFormat) -> Result<rwkv_state::Snapshot, Error> {
         let logits = match self.logits() {
             Ok(logits) => Some(logits.to_vec()),
             Err(Error::NoLogits) => None,
             Err(error) => return Err(error),
         };
-        let snapshot = rwkv_state::Snapshot {
+        Ok(rwkv_state::Snapshot {
             model: self.engine.fingerprint().to_owned(),
             tokenizer: self.engine.tokenizer_fingerprint(),
             position: self.position(),
             state: EncodedState::encode(&self.engine.state_layout(), &self.state()?, format)?,
             counts: self.sequence.counts.iter().collect(),
             logits,
-        };
-        Ok(snapshot.save(path)?)
+        })
     }
 }
 

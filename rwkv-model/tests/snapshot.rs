@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use rwkv_core::compare::nmse;
 use rwkv_kernels::gpu::device_for_tests;
 use rwkv_model::engine::Device;
+use rwkv_model::store::{self, MemoryStore, StateStore};
 use rwkv_model::{Engine, EngineOptions, Error, Sampler, Session, Tokenizer};
 use rwkv_state::format::SparseRule;
 use rwkv_state::snapshot::{Fault, Snapshot};
@@ -72,6 +73,61 @@ fn goes_on_bit_equal() {
     snapshot.counts.clear();
     snapshot.save(&path).unwrap();
     assert_ne!(generate(&mut small(7).load_session(&path).unwrap(), 30), want, "without the counts");
+}
+
+/// Through a store as through a file: put by one engine, gone on with by another that is opened anew.
+fn moves(store: &dyn StateStore) {
+    let mut session = talked(&small(7));
+    session.save_to(store, "user-17", StateFormat::F32).unwrap();
+    let there = small(7);
+    let mut loaded = there.load_from(store, "user-17").unwrap();
+    assert_eq!(loaded.position(), 27, "position");
+    assert_eq!(loaded.state().unwrap(), session.state().unwrap(), "state");
+    assert_eq!(loaded.logits().unwrap(), session.logits().unwrap(), "logits");
+    assert_eq!(generate(&mut loaded, 30), generate(&mut session, 30), "the same text");
+    assert_eq!(loaded.step(9).unwrap(), session.step(9).unwrap(), "and on");
+
+    // Back, in the place of the first.
+    loaded.save_to(store, "user-17", StateFormat::F32).unwrap();
+    let back = small(7).load_from(store, "user-17").unwrap();
+    assert_eq!(back.position(), 58, "as far as it went there");
+    assert_eq!(back.state().unwrap(), session.state().unwrap(), "there and back");
+
+    let missing = there.load_from(store, "user-18").unwrap_err();
+    assert!(matches!(&missing, Error::Store(store::Error::Missing { key }) if key == "user-18"), "{missing}");
+    let no_key = session.save_to(store, "../17", StateFormat::F16).unwrap_err();
+    assert!(matches!(no_key, Error::Store(store::Error::Key { .. })), "{no_key}");
+    let error = small(8).load_from(store, "user-17").unwrap_err();
+    assert!(matches!(error, Error::OtherModel { .. }), "{error}");
+    assert!(error.to_string().starts_with("user-17: a session of model "), "{error}");
+}
+
+#[test]
+fn moves_through_memory() {
+    let store = MemoryStore::new(1 << 20);
+    moves(&store);
+    let full = MemoryStore::new(1 << 10);
+    let error = talked(&small(7)).save_to(&full, "a", StateFormat::F32).unwrap_err();
+    assert!(matches!(error, Error::Store(store::Error::TooLarge { limit: 1024, .. })), "{error}");
+}
+
+#[cfg(feature = "object-store")]
+#[test]
+fn moves_through_a_directory() {
+    let folder = tempfile::tempdir().unwrap();
+    moves(&store::ObjectStore::local(folder.path()).unwrap());
+    // What the store has is a file, and the other way round.
+    let path = folder.path().join("user-17.state");
+    assert_eq!(small(7).load_session(&path).unwrap().position(), 58, "as a file");
+    let mut bytes = std::fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&path, &bytes).unwrap();
+    let opened_anew = store::ObjectStore::local(folder.path()).unwrap();
+    let damaged = small(7).load_from(&opened_anew, "user-17").unwrap_err();
+    assert!(
+        matches!(&damaged, Error::Store(store::Error::Damaged { fault: Fault::Checksum { .. }, .. })),
+        "{damaged}"
+    );
 }
 
 #[test]

@@ -26,13 +26,16 @@
 //! ```
 //!
 //! Invariant: a file is written under another name, synced, and then renamed: a crash leaves the old file or the new one.
-//! Only its owner may read it, since a state tells of what was read.
+//! It may leave the other name as well, `.tmp` and some letters, which nothing reads and anyone may delete. Only its owner
+//! may read it, since a state tells of what was read.
 //!
 //! Invariant: reading a file takes memory by the file's length, never by what it claims of itself; whatever the bytes, the
-//! outcome is a typed error or a snapshot whose state decodes to finite values.
+//! outcome is a typed error or a snapshot whose state decodes to finite values. No name is in a header twice: all readers
+//! see the same.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -41,6 +44,7 @@ use rwkv_core::ModelConfig;
 use rwkv_core::config::Ranks;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
+use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
 use crate::format::{self, EncodedState, StateFormat, int8};
 use crate::layout::{Part, StateLayout};
@@ -210,8 +214,8 @@ impl Default for Digest {
     }
 }
 
-impl std::fmt::Display for Digest {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}", self.0)
     }
 }
@@ -366,8 +370,11 @@ impl Snapshot {
         if 8 + bytes > len {
             return Err(Fault::CutShort { want: 8 + bytes, got: len });
         }
+        let header = fetch(from, bytes)?;
+        // Of a name that is there twice, what comes next takes the last and says nothing.
+        serde_json::from_slice::<Names>(&header)?;
         // This checks that the tensors lie one after the other and have the bytes of their types and shapes.
-        let header: Metadata = serde_json::from_slice(&fetch(from, bytes)?)?;
+        let header: Metadata = serde_json::from_slice(&header)?;
         let entries: BTreeMap<String, String> =
             header.metadata().clone().unwrap_or_default().into_iter().collect();
         let optional = |key: &str| entries.get(key).map(String::as_str);
@@ -425,6 +432,38 @@ impl Snapshot {
             counts,
             logits,
         })
+    }
+}
+
+/// The names in a header and in its metadata, none of them twice.
+struct Names;
+
+impl<'de> Deserialize<'de> for Names {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Self)
+    }
+}
+
+impl<'de> Visitor<'de> for Names {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self, A::Error> {
+        let mut names = BTreeSet::new();
+        while let Some(name) = map.next_key::<String>()? {
+            if name == "__metadata__" {
+                map.next_value::<Option<Self>>()?;
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+            if let Some(name) = names.replace(name) {
+                return Err(A::Error::custom(format_args!("{name:?} is there twice")));
+            }
+        }
+        Ok(self)
     }
 }
 

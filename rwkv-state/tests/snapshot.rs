@@ -1,48 +1,17 @@
 //! Snapshot files: what was saved is loaded, what is damaged is named, and a save that fails leaves the old file.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod support;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use proptest::prelude::*;
-use rwkv_core::ModelConfig;
-use rwkv_core::config::Ranks;
-use rwkv_core::rng::SplitMix64;
-use rwkv_state::format::SparseRule;
 use rwkv_state::snapshot::{Digest, Fault, HEADER_LIMIT};
-use rwkv_state::{EncodedState, Part, Snapshot, StateFormat, StateLayout};
+use rwkv_state::{EncodedState, Part, Snapshot, StateFormat};
 use serde_json::{Value, json};
-
-const FORMATS: [StateFormat; 4] = [
-    StateFormat::F32,
-    StateFormat::F16,
-    StateFormat::Int8Scaled,
-    // The default rule, which is what a loaded state has.
-    StateFormat::Sparse(SparseRule::Threshold { per_mille: 20 }),
-];
-
-fn layout(n_layers: usize, n_heads: usize, head_size: usize) -> StateLayout {
-    let ranks = Ranks { w: 1, a: 1, v: 1, g: 1 };
-    let width = n_heads * head_size;
-    StateLayout::new(&ModelConfig { n_layers, width, n_heads, head_size, hidden: 1, vocab: 1, ranks })
-}
-
-fn draw(layout: &StateLayout, seed: u64) -> Vec<f32> {
-    let mut rng = SplitMix64::new(seed);
-    (0..layout.len()).map(|_| rng.normal()).collect()
-}
-
-fn snapshot(layout: &StateLayout, format: StateFormat, seed: u64) -> Snapshot {
-    Snapshot {
-        model: "0123456789abcdef".to_owned(),
-        tokenizer: Some("words \"and\" \u{e9}".to_owned()),
-        position: u64::MAX - 1,
-        state: EncodedState::encode(layout, &draw(layout, seed), format).unwrap(),
-        counts: [(0, 1), (7, u32::MAX), (u32::MAX, 2)].into(),
-        logits: Some(vec![0.25, -0.0, f32::MIN, f32::INFINITY]),
-    }
-}
+use support::{FORMATS, draw, header_len, layout, snapshot, with_header};
 
 fn any_snapshot() -> impl Strategy<Value = Snapshot> {
     let extents = (1usize..4, 1usize..3, prop::sample::select(vec![1usize, 3, 8, 17, 33]));
@@ -56,17 +25,11 @@ fn any_snapshot() -> impl Strategy<Value = Snapshot> {
     })
 }
 
-/// Bytes of the header with its length.
-fn header_len(file: &[u8]) -> usize {
-    8 + usize::try_from(u64::from_le_bytes(file[..8].try_into().unwrap())).unwrap()
-}
-
 /// The file with another header, which does not change what lies behind it.
 fn edited(file: &[u8], edit: impl FnOnce(&mut Value)) -> Vec<u8> {
     let mut header: Value = serde_json::from_slice(&file[8..header_len(file)]).unwrap();
     edit(&mut header);
-    let header = serde_json::to_vec(&header).unwrap();
-    [&(header.len() as u64).to_le_bytes()[..], &header, &file[header_len(file)..]].concat()
+    with_header(file, &serde_json::to_vec(&header).unwrap())
 }
 
 fn fault(file: &[u8]) -> String {
@@ -284,6 +247,31 @@ fn what_differs_is_named() {
     for header in ["", "{", "[]", "{}x", r#"{"t":1}"#] {
         let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
         assert!(matches!(Snapshot::from_bytes(&bytes), Err(Fault::Header(_))), "{header}");
+    }
+}
+
+/// A name that is there twice would be one thing to one reader and another to the next, whichever comes last.
+#[test]
+fn no_name_is_there_twice() {
+    let file = snapshot(&layout(2, 3, 5), StateFormat::F16, 1).to_bytes().unwrap();
+    let header = std::str::from_utf8(&file[8..header_len(&file)]).unwrap();
+    let entry = "\"position\":\"18446744073709551614\"";
+    let counts = &header[header.find("\"counts\"").unwrap()..];
+    let counts = &counts[..=counts.find('}').unwrap()];
+    let metadata = &header[header.find("\"__metadata__\"").unwrap()..];
+    let metadata = &metadata[..=metadata.find('}').unwrap()];
+    let cases = [
+        (entry, "\"position\":\"5\"".to_owned(), "position"),
+        (entry, entry.to_owned(), "position"),
+        (entry, entry.replacen('o', "\\u006f", 1), "position"),
+        (counts, counts.replace("[3,2]", "[2,3]"), "counts"),
+        (metadata, "\"__metadata__\":null".to_owned(), "__metadata__"),
+    ];
+    for (there, before, name) in cases {
+        let twice = header.replacen(there, &format!("{before},{there}"), 1);
+        assert_ne!(twice, header, "{name}: not found");
+        let fault = fault(&with_header(&file, twice.as_bytes()));
+        assert!(fault.starts_with(&format!("header: {name:?} is there twice at line 1")), "{fault}");
     }
 }
 

@@ -13,7 +13,15 @@ pub(crate) fn run() -> Outcome {
         let args = ["clippy", "-p", "rwkv-kernels", "--no-default-features", "--", "-D", "warnings"];
         spawn(&mut cargo(&args))
     })?;
-    step("doc", || spawn(cargo(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings")))?;
+    // a directory, which the tests run, and each service, which they cannot
+    step("stores", || {
+        let args = ["clippy", "-p", "rwkv-state", "-p", "rwkv-model", "--all-targets", "--all-features"];
+        spawn(cargo(&args).args(["--", "-D", "warnings"]))
+    })?;
+    step("doc", || {
+        let args = ["doc", "--workspace", "--no-deps", "--features", "rwkv-model/object-store"];
+        spawn(cargo(&args).env("RUSTDOCFLAGS", "-D warnings"))
+    })?;
     step("test", || test::run(&[]))?;
     // the README's first command, in the profile that it is meant for
     step("generate", || {

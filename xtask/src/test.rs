@@ -17,7 +17,8 @@ const FOLDERS: [&str; 3] = ["/etc/vulkan/icd.d", "/usr/local/share/vulkan/icd.d"
 pub(crate) fn run(args: &[String]) -> Outcome {
     let mut tests = cargo(&["test"]);
     if !args.iter().any(|arg| arg.starts_with("-p") || arg.starts_with("--package")) {
-        tests.arg("--workspace");
+        // With what is off by default, or its tests would not run.
+        tests.args(["--workspace", "--features", "rwkv-model/object-store"]);
     }
     tests.args(args);
     if !cfg!(target_os = "linux") {
