@@ -363,7 +363,6 @@ impl Executor {
     /// Runs sequences side by side: moves each on, with its logits if they are wanted, and gives all rows of logits
     /// `[rows, V]` of those that want all. If it fails, none has changed.
     fn run(&self, jobs: &mut [Job<'_>]) -> Result<Vec<f32>, Error> {
-        let shown: Vec<Shown> = jobs.iter().map(|job| job.sequence.shown.clone()).collect();
         let rows = match self {
             Self::Cpu(cpu) => {
                 let segments = jobs.iter_mut().map(|job| {
@@ -393,9 +392,7 @@ impl Executor {
                 rows
             }
         };
-        for (job, before) in jobs.iter_mut().zip(shown) {
-            job.sequence.read(job.tokens.len(), before);
-        }
+        jobs.iter_mut().for_each(|job| job.sequence.read(job.tokens.len()));
         Ok(rows)
     }
 }

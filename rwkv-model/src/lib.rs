@@ -55,7 +55,7 @@ pub use tokenizer::Tokenizer;
 pub use rwkv_core::ModelConfig;
 pub use rwkv_core::ops::sample::{self, Sampler};
 pub use rwkv_state::store::{self, StateStore};
-pub use rwkv_state::{StateFormat, StateLayout};
+pub use rwkv_state::{Resident, ResidentRounding, StateFormat, StateLayout};
 
 /// The code in the README compiles.
 #[cfg(doctest)]

@@ -36,8 +36,8 @@ pub(crate) struct Sequence {
     pub(crate) position: u64,
     /// How often each token was generated.
     pub(crate) counts: Counts,
-    /// The tokens that can be undone, oldest first.
-    recent: VecDeque<Recent>,
+    /// Of the tokens that can be undone, oldest first, those that were generated.
+    recent: VecDeque<Option<u32>>,
 }
 
 /// The logits of a token.
@@ -49,19 +49,15 @@ pub(crate) struct Shown {
     on_device: bool,
 }
 
-/// What a token that can be undone changed, beside the state.
-#[derive(Clone, Debug)]
-struct Recent {
-    /// The logits before it.
-    before: Shown,
-    /// The token, if it was generated.
-    generated: Option<u32>,
-}
-
 impl Shown {
     /// Logits on the host.
     pub(crate) fn of(logits: &[f32]) -> Self {
         Self { logits: OnceLock::from(Arc::from(logits)), on_device: false }
+    }
+
+    /// Whether there are any.
+    pub(crate) fn is_some(&self) -> bool {
+        self.on_device || self.logits.get().is_some()
     }
 
     /// Logits on the device, if there are any, until someone asks for them.
@@ -115,16 +111,11 @@ impl Sequence {
         Self { memory, shown: Shown::default(), position: 0, counts: Counts::new(), recent: VecDeque::new() }
     }
 
-    /// Notes that tokens were read, before which the logits were those.
-    pub(crate) fn read(&mut self, tokens: usize, before: Shown) {
+    /// Notes that tokens were read.
+    pub(crate) fn read(&mut self, tokens: usize) {
         self.position += tokens as u64;
         let pending = self.memory.pending();
-        if pending > 0 {
-            // Of tokens inside a pass no logits are kept.
-            let inside = std::iter::repeat_n(Shown::default(), tokens.saturating_sub(1).min(pending));
-            let all = std::iter::once(before).chain(inside);
-            self.recent.extend(all.map(|before| Recent { before, generated: None }));
-        }
+        self.recent.extend(std::iter::repeat_n(None, tokens.min(pending)));
         self.recent.drain(..self.recent.len().saturating_sub(pending));
     }
 
@@ -132,7 +123,7 @@ impl Sequence {
     fn generated(&mut self, token: u32) {
         self.counts.add(token);
         if let Some(last) = self.recent.back_mut() {
-            last.generated = Some(token);
+            *last = Some(token);
         }
     }
 }
@@ -314,8 +305,8 @@ impl Session {
     }
 
     /// Undoes the last `tokens` tokens, exactly and without recomputing: the state, the position and the penalties'
-    /// counts are what they were before them. So are the logits, if they were the last of a call; otherwise there are
-    /// none until a token is read. For longer ways back there is [`Self::snapshot`].
+    /// counts are what they were before them. The logits are not kept: there are none until a token is read. For longer
+    /// ways back there is [`Self::snapshot`], which keeps them too.
     ///
     /// To be able to undo the next [`Resident::capacity`](rwkv_state::Resident::capacity) tokens, [`Self::fold`] first.
     ///
@@ -328,11 +319,10 @@ impl Session {
             Memory::Host(state) => state.rollback(tokens)?,
             Memory::Device(record) => record.rollback(tokens)?,
         }
-        for _ in 0..tokens {
-            if let Some(Recent { before, generated }) = recent.pop_back() {
-                generated.iter().for_each(|&token| counts.remove(token));
-                *shown = before;
-            }
+        let undone = recent.split_off(recent.len().saturating_sub(tokens));
+        undone.into_iter().flatten().for_each(|token| counts.remove(token));
+        if tokens > 0 {
+            *shown = Shown::default();
         }
         *position -= tokens as u64;
         Ok(())
@@ -363,7 +353,9 @@ impl Session {
         let layout = self.engine.state_layout();
         match (&self.sequence.memory, self.engine.gpu()) {
             (Memory::Host(state), _) => Ok(state.to_canonical()),
-            (Memory::Device(record), Some(gpu)) => Ok(gpu.state(record)?),
+            (Memory::Device(record), Some(gpu)) => {
+                Ok(layout.from_device(self.engine.resident(), &gpu.state(record)?)?)
+            }
             (Memory::Device(_), None) => Err(Error::ForeignState),
         }
     }
@@ -378,7 +370,7 @@ impl Session {
         let layout = self.engine.state_layout();
         self.sequence = Sequence::new(match self.engine.gpu() {
             None => Memory::Host(ResidentState::from_canonical(&layout, self.engine.resident(), state)?),
-            Some(gpu) => Memory::Device(gpu.start_from(&layout, state)?),
+            Some(gpu) => Memory::Device(gpu.start_from(&layout.to_device(self.engine.resident(), state)?)?),
         });
         Ok(())
     }
@@ -470,8 +462,8 @@ impl Stream {
             Some(record) => {
                 let sequence = &mut session.sequence;
                 sequence.memory = Memory::Device(record);
-                let before = std::mem::replace(&mut sequence.shown, Shown::on_device(true));
-                sequence.read(1, before);
+                sequence.shown = Shown::on_device(true);
+                sequence.read(1);
                 sequence.generated(token);
                 Ok(())
             }

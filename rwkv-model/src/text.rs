@@ -72,7 +72,7 @@ impl Session {
     /// stop sequence is empty.
     pub fn text(&mut self, options: TextOptions) -> Result<Text<'_>, Error> {
         self.engine().tokenizer()?;
-        if !self.sequence.has_logits {
+        if !self.sequence.shown.is_some() {
             return Err(Error::NoLogits);
         }
         options.sampler.validate()?;

@@ -12,6 +12,11 @@ use std::ops::Range;
 
 use rwkv_core::ModelConfig;
 use rwkv_core::model::State;
+use rwkv_core::ops::wkv7_lazy::Undecayed;
+
+use crate::base::{Base, head_words};
+use crate::format::StateFormat;
+use crate::resident::Resident;
 
 /// A part of a state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,18 +52,49 @@ pub struct StateLayout {
     head_size: usize,
 }
 
-/// Where the parts of one layer's state lie in a record, in elements: what a sequence is on a GPU is a record for each
-/// layer. The matrices are `[H, key N, value N]` there, so that neighbouring lanes read neighbouring words.
+/// Where the parts of one layer's state lie on a device, in words. What a sequence is there is, for each layer, a base, the
+/// WKV matrices as they were last written, and a slot for each token since, and for the one before:
+///
+/// ```text
+/// base     WKV matrices          H heads of base::head_words, and room up to a multiple of 64 words
+/// slot     shifts f32 [2, D]     of the time mix and the channel mix, after the token
+///          entry f32 [5, D]      what the token did to the base, if it is pending: ops::wkv7_lazy::Undecayed of rwkv-core
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RecordLayout {
-    /// [`Part::AttShift`], `[D]`.
+pub struct DeviceLayout {
+    /// What bases are stored in.
+    pub format: StateFormat,
+    /// D.
+    pub width: usize,
+    /// N.
+    pub head_size: usize,
+    /// Of a base.
+    pub base_words: usize,
+    /// [`Part::AttShift`] in a slot, `[D]`.
     pub att_shift: usize,
-    /// [`Part::FfnShift`], `[D]`.
+    /// [`Part::FfnShift`] in a slot, `[D]`.
     pub ffn_shift: usize,
-    /// [`Part::Wkv`], `[H, key N, value N]`.
-    pub heads: usize,
-    /// Of a record.
-    pub stride: usize,
+    /// The entry in a slot, if slots have any.
+    pub entry: usize,
+    /// Of a slot.
+    pub slot_words: usize,
+}
+
+/// Vectors of an entry.
+pub const ENTRY: usize = 5;
+
+/// Bases and slots begin at multiples of so many words.
+const WORDS: usize = 64;
+
+/// What a device has of one layer of a sequence, in words.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceState {
+    /// The base.
+    pub base: Vec<u32>,
+    /// What the shifts remember now, `[2, D]`.
+    pub shifts: Vec<u32>,
+    /// The entries of pending tokens, oldest first, `[m, 5, D]`.
+    pub entries: Vec<u32>,
 }
 
 /// A state of other extents than wanted.
@@ -157,52 +193,74 @@ impl StateLayout {
         Ok(State { att_shift: part(Part::AttShift), wkv: part(Part::Wkv), ffn_shift: part(Part::FfnShift) })
     }
 
-    /// Where the parts of one layer lie in a device's record.
+    /// Where the parts of one layer lie on a device.
     #[must_use]
-    pub const fn record(&self) -> RecordLayout {
-        let width = self.n_heads * self.head_size;
-        let heads = 2 * width;
-        RecordLayout { att_shift: 0, ffn_shift: width, heads, stride: heads + width * self.head_size }
+    pub fn device(&self, resident: Resident) -> DeviceLayout {
+        let (format, head_size, width) = (resident.format, self.head_size, self.n_heads * self.head_size);
+        let entry = if resident.capacity == 0 { 0 } else { ENTRY * width };
+        DeviceLayout {
+            format,
+            width,
+            head_size,
+            base_words: (self.n_heads * head_words(format, head_size)).next_multiple_of(WORDS),
+            att_shift: 0,
+            ffn_shift: width,
+            entry: 2 * width,
+            slot_words: (2 * width + entry).next_multiple_of(WORDS),
+        }
     }
 
-    /// A state in canonical order as records, one for each layer.
+    /// A state in canonical order as a device has it, layer by layer; nothing is pending.
     ///
     /// # Errors
     ///
     /// If `flat` has another length.
-    pub fn to_records(&self, flat: &[f32]) -> Result<Vec<f32>, WrongLength> {
-        self.check(flat.len(), self.len())?;
-        let mut records = Vec::with_capacity(flat.len());
-        for layer in 0..self.n_layers {
-            records.extend_from_slice(&flat[self.layer_range(Part::AttShift, layer)]);
-            records.extend_from_slice(&flat[self.layer_range(Part::FfnShift, layer)]);
-            self.swap(&flat[self.layer_range(Part::Wkv, layer)], &mut records);
-        }
-        Ok(records)
+    pub fn to_device(&self, resident: Resident, flat: &[f32]) -> Result<Vec<DeviceState>, WrongLength> {
+        self.check_len(flat)?;
+        let of_layer = |layer| {
+            let part = |part| &flat[self.layer_range(part, layer)];
+            let shifts = [part(Part::AttShift), part(Part::FfnShift)].concat();
+            DeviceState {
+                base: Base::new(resident.format, self.head_size, part(Part::Wkv)).to_words(),
+                shifts: shifts.iter().map(|x| x.to_bits()).collect(),
+                entries: Vec::new(),
+            }
+        };
+        Ok((0..self.n_layers).map(of_layer).collect())
     }
 
-    /// The state in canonical order that records, one for each layer, hold.
+    /// The state in canonical order that a device has, layer by layer.
     ///
     /// # Errors
     ///
-    /// If `records` has another length.
-    pub fn from_records(&self, records: &[f32]) -> Result<Vec<f32>, WrongLength> {
-        self.check(records.len(), self.len())?;
-        let RecordLayout { att_shift, ffn_shift, heads, stride } = self.record();
-        let layers = || records.chunks_exact(stride);
-        let mut flat = Vec::with_capacity(records.len());
-        layers().for_each(|record| flat.extend_from_slice(&record[att_shift..ffn_shift]));
-        layers().for_each(|record| self.swap(&record[heads..], &mut flat));
-        layers().for_each(|record| flat.extend_from_slice(&record[ffn_shift..heads]));
-        Ok(flat)
-    }
-
-    /// Appends the matrices of a layer with key and value in each other's place.
-    fn swap(&self, wkv: &[f32], to: &mut Vec<f32>) {
-        let n = self.head_size;
-        for head in wkv.chunks_exact(n * n) {
-            (0..n).for_each(|column| to.extend(head.iter().skip(column).step_by(n)));
+    /// If there is not as much of each as there should be.
+    pub fn from_device(&self, resident: Resident, layers: &[DeviceState]) -> Result<Vec<f32>, WrongLength> {
+        let (n, width) = (self.head_size, self.n_heads * self.head_size);
+        let head = head_words(resident.format, n);
+        let floats = |words: &[u32]| words.iter().map(|&word| f32::from_bits(word)).collect::<Vec<_>>();
+        let mut parts = [const { Vec::new() }; 3];
+        for DeviceState { base, shifts, entries } in layers {
+            let base = base.get(..self.n_heads * head).unwrap_or_default();
+            let base = Base::from_words(resident.format, n, base);
+            let mut pending = Undecayed::new(self.n_heads, n);
+            for entry in entries.chunks_exact(ENTRY * width) {
+                let vector = |of: usize| floats(&entry[of * width..][..width]);
+                pending.q.extend(vector(0));
+                pending.v.extend(vector(1));
+                pending.b.extend(vector(2));
+                pending.k.extend(vector(3));
+                pending.since = vector(4);
+            }
+            let shifts = floats(shifts);
+            let (att, ffn) = shifts.split_at(width.min(shifts.len()));
+            parts[0].extend_from_slice(att);
+            self.check(base.load().len(), self.part_len(Part::Wkv) / self.n_layers)?;
+            parts[1].extend(pending.materialize(&base.load()));
+            parts[2].extend_from_slice(ffn);
         }
+        let flat = parts.concat();
+        self.check_len(&flat)?;
+        Ok(flat)
     }
 
     /// Checks that a state in canonical order has this layout's elements.
@@ -223,6 +281,7 @@ mod tests {
     use rwkv_core::model::State;
 
     use super::{Part, StateLayout};
+    use crate::resident::Resident;
 
     fn config(n_layers: usize, n_heads: usize, head_size: usize) -> ModelConfig {
         let ranks = Ranks { w: 1, a: 1, v: 1, g: 1 };
@@ -239,15 +298,6 @@ mod tests {
             values.zip(0u16..).for_each(|(v, i)| *v = f32::from(i));
             let flat = layout.flatten(&state).unwrap();
             prop_assert_eq!(flat.len(), layout.len(), "length");
-            let records = layout.to_records(&flat).unwrap();
-            prop_assert_eq!(&layout.from_records(&records).unwrap(), &flat, "by way of records");
-            // Of the last layer, head and column: the element before the last in its row.
-            let (record, wkv) = (layout.record(), layout.layer_range(Part::Wkv, layers - 1));
-            let [last, transposed] = [(size - 1, 0), (0, size - 1)].map(|(x, y)| (heads - 1) * size * size + x * size + y);
-            let at = (layers - 1) * record.stride + record.heads + transposed;
-            prop_assert_eq!(records[at], flat[wkv.start + last], "keys are rows");
-            let shift = layout.layer_range(Part::FfnShift, layers - 1).start;
-            prop_assert_eq!(records[at - transposed - heads * size], flat[shift], "the shift before them");
             prop_assert!(flat.iter().zip(0u16..).all(|(&v, i)| v == f32::from(i)), "order");
             prop_assert_eq!(layout.unflatten(&flat).unwrap(), state, "round trip");
         }
@@ -266,6 +316,36 @@ mod tests {
             }
             prop_assert_eq!(end, layout.len(), "nothing is left");
         }
+    }
+
+    /// A state survives the way to a device and back, in every format that it is exact in; there, keys are rows.
+    #[test]
+    fn devices_have_the_state() {
+        let layout = StateLayout::new(&config(2, 2, 16));
+        let flat: Vec<f32> = (0..layout.len()).map(|i| (i % 127) as f32 - 63.0).collect();
+        for resident in [Resident::default(), Resident::lazy(8), Resident::f16(8)] {
+            let device = layout.to_device(resident, &flat).unwrap();
+            assert_eq!(layout.from_device(resident, &device).unwrap(), flat, "{resident:?}");
+            let words = layout.device(resident);
+            assert!(device[0].base.len() <= words.base_words && words.base_words.is_multiple_of(64), "room");
+            assert_eq!(
+                words.slot_words,
+                if resident.capacity == 0 { 64 } else { 256 },
+                "{resident:?}: slots"
+            );
+        }
+        let device = layout.to_device(Resident::default(), &flat).unwrap();
+        let wkv = layout.layer_range(Part::Wkv, 1).start;
+        let [last, transposed] = [(15, 3), (3, 15)].map(|(x, y)| 256 + x * 16 + y);
+        assert_eq!(f32::from_bits(device[1].base[transposed]), flat[wkv + last], "of the last head");
+        let shift = layout.layer_range(Part::FfnShift, 1).start;
+        assert_eq!(f32::from_bits(device[1].shifts[32]), flat[shift], "the channel mix's shift");
+        assert!(layout.from_device(Resident::default(), &device[..1]).is_err(), "a layer short");
+        assert!(
+            layout.from_device(Resident::default(), &[device[0].clone(), Default::default()]).is_err(),
+            "empty"
+        );
+        assert!(layout.to_device(Resident::default(), &flat[1..]).is_err(), "an element short");
     }
 
     #[test]

@@ -9,14 +9,14 @@ use super::token_shift::token_shift;
 use crate::Real;
 
 /// Consecutive rows of one sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// How many; at least one.
     pub rows: usize,
     /// The record that keeps the normed row before the first.
     pub from: usize,
-    /// The record that is to keep the normed last row.
-    pub to: usize,
+    /// The records that are to keep the normed last rows, one each, of the very last one last.
+    pub to: Vec<usize>,
 }
 
 /// Records that keep a row each: `[records, stride]`, the row of `D` elements at `offset`.
@@ -41,7 +41,7 @@ impl<R> Kept<'_, R> {
 ///
 /// # Panics
 ///
-/// If a slice's length disagrees, a segment is empty or a record is none, or if one that is written is read or written
+/// If a slice's length disagrees, a segment is empty or is to keep more rows than it has, a record is none, or if one that is written is read or written
 /// by another segment too, or read by its own.
 pub fn mix_rows<R: Real>(
     segments: &[Segment],
@@ -56,8 +56,12 @@ pub fn mix_rows<R: Real>(
     assert_eq!(out.len() * width, x.len() * mixes.len(), "out is not [T, M, D]");
     for (i, s) in segments.iter().enumerate() {
         assert!(s.rows > 0, "an empty segment");
-        assert!(segments.iter().all(|other| other.from != s.to), "record {} is read and written", s.to);
-        assert!(segments[..i].iter().all(|other| other.to != s.to), "record {} is written twice", s.to);
+        assert!(s.to.len() <= s.rows, "{} of {} rows are to be kept", s.to.len(), s.rows);
+        for (at, to) in s.to.iter().enumerate() {
+            assert!(segments.iter().all(|other| other.from != *to), "record {to} is read and written");
+            let written = segments[..i].iter().any(|other| other.to.contains(to)) || s.to[..at].contains(to);
+            assert!(!written, "record {to} is written twice");
+        }
     }
     let mut normed = vec![R::zero(); x.len()];
     layer_norm(x, gain, bias, LN_EPS, &mut normed);
@@ -72,7 +76,9 @@ pub fn mix_rows<R: Real>(
                 row[m * width..][..width].copy_from_slice(from);
             }
         }
-        kept.row(s.to, width).copy_from_slice(&own[own.len() - width..]);
+        for (&to, row) in s.to.iter().rev().zip(own.chunks_exact(width).rev()) {
+            kept.row(to, width).copy_from_slice(row);
+        }
         (normed, out) = (rest, others);
     }
 }
@@ -85,7 +91,7 @@ mod tests {
     #[test]
     fn each_segment_is_shifted_against_its_own_row() {
         let x = [0.0f64, 2.0, 9.0, 1.0, 3.0, 5.0];
-        let segments = [Segment { rows: 2, from: 1, to: 2 }, Segment { rows: 1, from: 0, to: 3 }];
+        let segments = [Segment { rows: 2, from: 1, to: vec![2] }, Segment { rows: 1, from: 0, to: vec![3] }];
         let mut records = [f64::NAN; 16];
         records[1..3].copy_from_slice(&[7.0, 8.0]);
         records[5..7].copy_from_slice(&[3.0, 4.0]);
@@ -108,7 +114,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "record 1 is read and written")]
     fn a_record_is_read_or_written() {
-        let segments = [Segment { rows: 1, from: 0, to: 1 }, Segment { rows: 1, from: 1, to: 2 }];
+        let segments = [Segment { rows: 1, from: 0, to: vec![1] }, Segment { rows: 1, from: 1, to: vec![2] }];
         let mut kept = Kept { records: &mut [0.0f64; 3], stride: 1, offset: 0 };
         mix_rows(&segments, &[1.0, 2.0], (&[1.0], &[0.0]), &[0.5], &mut kept, &mut [0.0; 2]);
     }

@@ -8,7 +8,6 @@ use std::collections::VecDeque;
 
 use rwkv_core::ops::sample::{Counts, Sampler};
 use rwkv_kernels::kernels::sample;
-use rwkv_kernels::kernels::time_mix::Segment;
 use rwkv_kernels::pipeline::Pipeline;
 
 use super::plan::{Bound, Grid, Planner, Shape, Step};
@@ -108,26 +107,29 @@ impl Executor {
     fn launch(&self, ahead: &mut Ahead) -> Result<(), Error> {
         self.sound()?;
         let mut work = self.lock();
-        let record = self.take(&mut work, 1)?.remove(0);
+        let of = self.take(&mut work, &[(&ahead.tip, 1, true)])?.remove(0);
         // The sampler's settings were checked when it was handed over.
         let row = sample::SamplerRow::new(&ahead.sampler, ahead.position)
             .map_err(|why| Error::Extents { part: "sample", why: why.to_string() })?;
         let queue = self.device.queue();
-        let segment = Segment { first: 0, rows: 1, from: ahead.tip.index(), to: record.index() };
-        self.scratch.write_one(queue, segment, Some(row));
+        self.scratch.write_one(queue, &of, Some(row));
         if !self.in_one_step() {
-            self.tell(&work, &[segment], &[0])?;
+            self.tell(&work, std::slice::from_ref(&of), &[0])?;
         }
+        let record = of.after;
         let mut encoder = self.encoder();
         let bytes = (self.config.vocab * size_of::<f32>()) as u64;
-        if work.holds != Some(ahead.tip.index()) {
-            let from = work.records.logits_offset(&ahead.tip);
+        let Some((from, to)) = ahead.tip.logits().zip(record.logits()) else {
+            return Err(Error::Lost("a step without logits".to_owned()));
+        };
+        if work.holds != Some(from.index()) {
+            let from = work.records.logits_offset(from);
             encoder.copy_buffer_to_buffer(&work.records.logits, from, &self.scratch.logits, 0, bytes);
         }
         self.encode(&mut work, &mut encoder, ONE, Some(&ahead.step))?;
-        let into = work.records.logits_offset(&record);
+        let into = work.records.logits_offset(to);
         encoder.copy_buffer_to_buffer(&self.scratch.logits, 0, &work.records.logits, into, bytes);
-        work.holds = Some(record.index());
+        work.holds = Some(to.index());
         let token = match ahead.idle.pop() {
             Some(idle) => idle,
             None => self.staging(size_of::<u32>() as u64)?,

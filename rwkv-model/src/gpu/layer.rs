@@ -12,14 +12,19 @@ use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::matmul::Rows;
 use rwkv_kernels::gpu::Device;
 use rwkv_kernels::kernels::sample::SamplerRow;
+use rwkv_kernels::kernels::time_mix_resident::{Format, INT8_LANES, Rounding};
 use rwkv_kernels::kernels::{
     channel_mix_value, embedding, layer_norm, linear, matmul, mix_in, mix_rows, sample, time_mix,
+    time_mix_resident,
 };
 use rwkv_kernels::pipeline::{Pipeline, checked};
 use rwkv_kernels::{Capabilities, Kernel, choose};
+use rwkv_state::layout::ENTRY;
+use rwkv_state::resident::MAX_CAPACITY;
+use rwkv_state::{Resident, ResidentRounding, StateFormat};
 
 use super::plan::{Bound, Grid, PART_BYTES, Plan, Planner, Shape, Step};
-use super::records::Records;
+use super::records::{Move, Records};
 use super::weights::{Layer, Weights};
 use super::{Error, Setup, count};
 
@@ -37,9 +42,70 @@ pub(super) const MIXES: usize = 6;
 /// Adapters of the time mix.
 const ADAPTERS: usize = 4;
 
+/// The part of a layer in which the heads' states move on.
+pub(super) const HEADS: &str = "heads";
+
+/// Which kernel the heads have.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Held {
+    /// [`time_mix`]: states in single precision that are written at every token.
+    Plain,
+    /// [`time_mix_resident`]: all others.
+    Resident { format: Format, rounding: Rounding, lazy: bool },
+}
+
+impl Held {
+    /// The kernel for states that are held so.
+    pub(super) const fn new(resident: Resident, fused: bool) -> Result<Self, Error> {
+        if resident.is_plain() {
+            return Ok(Self::Plain);
+        }
+        if !fused {
+            return Err(Error::Resident(
+                resident,
+                "without fusion they are single precision, written at every token",
+            ));
+        }
+        let format = match resident.format {
+            StateFormat::F32 => Format::F32,
+            StateFormat::F16 => Format::F16,
+            StateFormat::Int8Scaled => Format::Int8,
+            StateFormat::Sparse(_) => return Err(Error::Resident(resident, "sparse states are at rest")),
+        };
+        let rounding = match resident.rounding {
+            ResidentRounding::Nearest => Rounding::Nearest,
+            ResidentRounding::Dither => Rounding::Dither,
+            ResidentRounding::DecayDither => Rounding::DecayDither,
+            ResidentRounding::Stochastic { .. } => {
+                return Err(Error::Resident(
+                    resident,
+                    "there is no stochastic rounding on the GPU, a dither is",
+                ));
+            }
+        };
+        Ok(Self::Resident { format, rounding, lazy: resident.capacity > 0 })
+    }
+
+    /// The kernel, compiled for workgroups of so many lanes, or more where it needs them.
+    fn compile(self, device: &Device, lanes: u32, lora_up: bool) -> Result<Pipeline, Error> {
+        match self {
+            Self::Plain => {
+                let overrides = [("LANES", f64::from(lanes)), ("LORA_UP", f64::from(u8::from(lora_up)))];
+                compile(device, time_mix::VARIANTS, &overrides)
+            }
+            Self::Resident { format, rounding, lazy } => {
+                let lanes = if matches!(format, Format::Int8) { lanes.max(INT8_LANES) } else { lanes };
+                let overrides = time_mix_resident::overrides(format, rounding, lazy, lanes, lora_up);
+                compile(device, time_mix_resident::VARIANTS, &overrides)
+            }
+        }
+    }
+}
+
 /// The kernels of a model, compiled.
 #[derive(Debug)]
 pub(super) struct Kernels {
+    held: Held,
     embedding: Pipeline,
     pub(super) layer_norm: Pipeline,
     mix_rows: Pipeline,
@@ -113,15 +179,16 @@ impl Kernels {
             };
             of_matmul.insert(rows, [of(0.0)?, of(1.0)?]);
         }
-        let given = [("LANES", f64::from(lanes(256))), ("LORA_UP", 0.0)];
+        let held = Held::new(setup.state, setup.fused)?;
         Ok(Self {
+            held,
             embedding: compile(device, embedding::VARIANTS, &norm)?,
             layer_norm: compile(device, layer_norm::VARIANTS, &norm)?,
             mix_rows: compile(device, mix_rows::VARIANTS, &norm)?,
             sample: compile(device, sample::VARIANTS, &[("LANES", f64::from(lanes(1024)))])?,
             matmul: of_matmul,
-            time_mix: compile(device, time_mix::VARIANTS, &given)?,
-            step: if setup.fused { StepKernels::new(device, config)? } else { None },
+            time_mix: held.compile(device, lanes(256), false)?,
+            step: if setup.fused { StepKernels::new(device, config, held)? } else { None },
         })
     }
 
@@ -161,7 +228,7 @@ impl Kernels {
 
 impl StepKernels {
     /// The kernels, or none where a row does not fit into the memory of a workgroup.
-    fn new(device: &Device, config: &ModelConfig) -> Result<Option<Self>, Error> {
+    fn new(device: &Device, config: &ModelConfig, held: Held) -> Result<Option<Self>, Error> {
         let capabilities = device.capabilities();
         let lanes = lanes(device);
         let width = count(config.width);
@@ -180,7 +247,7 @@ impl StepKernels {
                 mix_in::VARIANTS,
                 &[("LANES", f(mix_lanes)), ("TEAM_ROWS", f(team_rows)), ("WIDTH", f(width))],
             )?,
-            time_mix: compile(device, time_mix::VARIANTS, &[("LANES", f(heads_lanes)), ("LORA_UP", 1.0)])?,
+            time_mix: held.compile(device, heads_lanes, true)?,
             linear,
             value,
             mix_tile: tile(mix_lanes, team_rows),
@@ -228,8 +295,10 @@ pub(super) struct Scratch {
     one: wgpu::Buffer,
     /// Record read and record written, where there are: `[T]`.
     pub(super) cursors: wgpu::Buffer,
-    /// `[T]`.
+    /// Of up to T segments.
     segments: wgpu::Buffer,
+    /// What states are held in.
+    resident: Resident,
     /// Rows whose logits are wanted, `[R]`.
     pub(super) wanted: wgpu::Buffer,
     /// No record read and none written: for the head.
@@ -271,6 +340,7 @@ struct One {
 }
 
 const _: () = assert!(size_of::<One>() as u64 == 3 * PART_BYTES, "parts");
+const _: () = assert!(time_mix_resident::table_len(1, 1, MAX_CAPACITY) <= 64, "a segment fits");
 
 /// Products of one dispatch of `matmul`, at most: three projections and four adapters.
 const MAX_JOBS: usize = 7;
@@ -287,7 +357,12 @@ struct Lengths {
 }
 
 impl Scratch {
-    pub(super) fn new(device: &Device, config: &ModelConfig, rows: usize) -> Result<Self, Error> {
+    pub(super) fn new(
+        device: &Device,
+        config: &ModelConfig,
+        resident: Resident,
+        rows: usize,
+    ) -> Result<Self, Error> {
         let ModelConfig { width, hidden, vocab, ranks, .. } = *config;
         let limits = device.device().limits();
         let max = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
@@ -324,7 +399,8 @@ impl Scratch {
                 tokens: storage("tokens", rows),
                 one: storage("one", size_of::<One>() / size_of::<u32>()),
                 cursors: storage("cursors", 2 * rows),
-                segments: storage("segments", 4 * rows),
+                segments: storage("segments", time_mix_resident::table_len(rows, rows, resident.capacity)),
+                resident,
                 wanted: storage("wanted rows", logit_rows),
                 no_cursor: storage("no cursor", 2),
                 x: storage("x", len.x),
@@ -347,28 +423,53 @@ impl Scratch {
     }
 
     /// Writes the tables of a pass.
-    pub(super) fn write(
-        &self,
-        queue: &wgpu::Queue,
-        cursors: &[[u32; 2]],
-        segments: &[time_mix::Segment],
-        wanted: &[u32],
-    ) {
+    pub(super) fn write(&self, queue: &wgpu::Queue, cursors: &[[u32; 2]], moves: &[&Move], wanted: &[u32]) {
         queue.write_buffer(&self.wanted, 0, bytemuck::cast_slice(wanted));
         queue.write_buffer(&self.cursors, 0, bytemuck::cast_slice(cursors));
-        queue.write_buffer(&self.segments, 0, bytemuck::cast_slice(segments));
+        self.write_segments(queue, moves);
+    }
+
+    /// Writes what the heads read of a pass.
+    pub(super) fn write_segments(&self, queue: &wgpu::Queue, moves: &[&Move]) {
+        queue.write_buffer(&self.segments, 0, bytemuck::cast_slice(&self.segments_of(moves)));
+    }
+
+    /// The segments of a pass, as the heads' kernel reads them.
+    fn segments_of(&self, moves: &[&Move]) -> Vec<u32> {
+        let firsts = moves.iter().scan(0, |end, of| {
+            let first = *end;
+            *end += of.rows;
+            Some(first)
+        });
+        let all = firsts.zip(moves);
+        if self.resident.is_plain() {
+            let plain = |(first, of): (u32, &&Move)| {
+                [first, of.rows, of.before.base().index(), of.after.base().index()]
+            };
+            return all.flat_map(plain).collect();
+        }
+        let pending: Vec<_> = moves.iter().map(|of| of.before.slots()).collect();
+        let segments: Vec<_> = all
+            .zip(&pending)
+            .map(|((first, of), pending)| time_mix_resident::Segment {
+                first,
+                rows: of.rows,
+                from: of.before.base().index(),
+                to: of.written(),
+                pending,
+                slots: if self.resident.capacity == 0 { &[] } else { &of.slots },
+                step: of.before.step(),
+            })
+            .collect();
+        time_mix_resident::table(&segments)
     }
 
     /// Writes the tables of a pass over one token of one sequence, and how it is chosen.
-    pub(super) fn write_one(
-        &self,
-        queue: &wgpu::Queue,
-        segment: time_mix::Segment,
-        sampler: Option<SamplerRow>,
-    ) {
+    pub(super) fn write_one(&self, queue: &wgpu::Queue, of: &Move, sampler: Option<SamplerRow>) {
         let mut one = One { cursor: [0; 64], segment: [0; 64], sampler: [0; 64] };
-        one.cursor[..2].copy_from_slice(&[segment.from, segment.to]);
-        one.segment[..4].copy_from_slice(bytemuck::cast_slice(&[segment]));
+        one.cursor[..2].copy_from_slice(&[of.before.slot().index(), of.after.slot().index()]);
+        let segment = self.segments_of(&[of]);
+        one.segment[..segment.len()].copy_from_slice(&segment);
         if let Some(sampler) = &sampler {
             let words: &[u32] = bytemuck::cast_slice(bytemuck::bytes_of(sampler));
             one.sampler[..words.len()].copy_from_slice(words);
@@ -406,6 +507,19 @@ pub(super) struct Layers<'a> {
 /// What a kernel says of extents that it cannot do.
 pub(super) fn refused<E: std::fmt::Display>(part: &'static str) -> impl Fn(E) -> Error {
     move |why| Error::Extents { part, why: why.to_string() }
+}
+
+/// What differs between the forms in the dispatch of the heads.
+struct Heads<'a> {
+    pipeline: &'a Pipeline,
+    /// Lanes, if the adapters' second factors are multiplied in it.
+    lora_up: Option<u32>,
+    rows: usize,
+    segments: Bound<'a>,
+    /// The adapters' products, if not.
+    up: &'a wgpu::Buffer,
+    grid: Grid,
+    bytes: u64,
 }
 
 /// What is multiplied by `matmul` in one dispatch.
@@ -463,31 +577,28 @@ impl Layers<'_> {
         let ModelConfig { width, hidden, .. } = *self.config;
         let [cursor, segment, _] = s.parts_of_one();
         let mix = |part, offset, stack: &[mix_in::Stacked], vectors, matrix: &wgpu::Buffer, y| {
-            let dims = mix_in::Dims { width, stride: layout.stride, offset };
+            let dims = mix_in::Dims { width, stride: layout.slot_words, offset };
             let (params, tiles, groups) =
                 mix_in::lower(dims, stack, kernels.mix_tile).map_err(refused(part))?;
             let tiles = planner.table(&tiles);
             let mut buffers = [&tiles, &s.one, &s.x, vectors, matrix, records, y].map(Bound::Whole);
             buffers[1] = cursor;
+            buffers[5] = self.records.slots_of(records);
             planner.step(part, &kernels.mix_in, params, &buffers, Grid::Fixed(groups), matrix.size())
         };
         let key = [mix_in::Stacked { outputs: hidden, mix: Some(0), activation: Activation::SquaredRelu }];
 
-        let (params, groups) =
-            time_mix::lower(self.heads(weights, 1), Some(kernels.heads_lanes)).map_err(refused("heads"))?;
-        // `up` is not read: any other buffer that is only read stands in for it.
-        let heads =
-            [&s.one, &s.inputs, &weights.up, &s.inputs, &weights.heads, records, &s.v_first, &s.readout];
-        let mut heads = heads.map(Bound::Whole);
-        heads[0] = segment;
-        let heads = planner.step(
-            "heads",
-            &kernels.time_mix,
-            params,
-            &heads,
-            Grid::Fixed(groups),
-            weights.up.size() + self.state_bytes(),
-        )?;
+        let heads = Heads {
+            pipeline: &kernels.time_mix,
+            lora_up: Some(kernels.heads_lanes),
+            rows: 1,
+            segments: segment,
+            // Any other buffer that is only read stands in for it.
+            up: &s.inputs,
+            grid: Grid::Fixed([count(self.config.n_heads), 1, 1]),
+            bytes: weights.up.size() + self.state_bytes(),
+        };
+        let heads = self.heads(heads, weights, records)?;
 
         let dims = linear::Dims { rows: 1, inputs: width, outputs: width, accumulate: true };
         let (params, groups) = linear::lower(dims, kernels.linear_tile).map_err(refused("output"))?;
@@ -551,12 +662,13 @@ impl Layers<'_> {
                 rows: s.rows,
                 width,
                 mixes,
-                records: self.records.capacity(),
-                stride: layout.stride,
+                records: self.records.slots(),
+                stride: layout.slot_words,
                 offset,
             };
             let (params, _) = mix_rows::lower(dims).map_err(refused(part))?;
-            let buffers = [&s.x, &s.cursors, vectors, records, &s.mixed].map(Bound::Whole);
+            let mut buffers = [&s.x, &s.cursors, vectors, records, &s.mixed].map(Bound::Whole);
+            buffers[3] = self.records.slots_of(records);
             planner.step(part, &self.kernels.mix_rows, params, &buffers, Grid::Rows, 0)
         };
 
@@ -591,13 +703,16 @@ impl Layers<'_> {
         let key = job(width, hidden, 0, (0, width), (0, hidden), Activation::SquaredRelu, false);
         let value = job(hidden, width, 0, (0, hidden), (0, width), Activation::Identity, true);
 
-        let (params, _) = time_mix::lower(self.heads(weights, s.rows), None).map_err(refused("heads"))?;
-        let heads =
-            [&s.segments, &s.inputs, &weights.up, &s.up, &weights.heads, records, &s.v_first, &s.readout]
-                .map(Bound::Whole);
-        let grid = Grid::Segments(count(self.config.n_heads));
-        let heads =
-            planner.step("heads", &self.kernels.time_mix, params, &heads, grid, self.state_bytes())?;
+        let heads = Heads {
+            pipeline: &self.kernels.time_mix,
+            lora_up: None,
+            rows: s.rows,
+            segments: Bound::Whole(&s.segments),
+            up: &s.up,
+            grid: Grid::Segments(count(self.config.n_heads)),
+            bytes: self.state_bytes(),
+        };
+        let heads = self.heads(heads, weights, records)?;
         Ok([
             mix("ln1", layout.att_shift, MIXES, &weights.att)?,
             product(all("projections", &weights.stack, mixed, inputs, projections))?,
@@ -660,23 +775,53 @@ impl Layers<'_> {
         self.planner().step_with(of.part, pipeline, params, &buffers, grid, of.weights.size())
     }
 
-    fn heads(&self, weights: &Layer, rows: usize) -> time_mix::Dims {
-        let (config, layout) = (self.config, self.records.layout);
-        time_mix::Dims {
-            rows,
-            segments: 1,
-            heads: config.n_heads,
-            head_size: config.head_size,
-            ranks: weights.ranks,
-            inputs: weights.inputs(config.width),
-            stride: layout.stride,
-            offset: layout.heads,
+    fn heads(&self, of: Heads<'_>, weights: &Layer, records: &wgpu::Buffer) -> Result<Step, Error> {
+        let (s, layout, planner) = (self.scratch, self.records.layout, self.planner());
+        let ModelConfig { n_heads: heads, head_size, width, .. } = *self.config;
+        let (rows, ranks, inputs, offset) = (of.rows, weights.ranks, weights.inputs(width), 0);
+        let mut buffers =
+            [&s.inputs, &s.inputs, &weights.up, of.up, &weights.heads, records, &s.v_first, &s.readout]
+                .map(Bound::Whole);
+        buffers[0] = of.segments;
+        match self.kernels.held {
+            Held::Plain => {
+                let stride = layout.base_words;
+                let dims =
+                    time_mix::Dims { rows, segments: 1, heads, head_size, ranks, inputs, stride, offset };
+                let (params, _) = time_mix::lower(dims, of.lora_up).map_err(refused(HEADS))?;
+                planner.step(HEADS, of.pipeline, params, &buffers, of.grid, of.bytes)
+            }
+            Held::Resident { format, .. } => {
+                let dims = time_mix_resident::Dims {
+                    rows,
+                    segments: 1,
+                    heads,
+                    head_size,
+                    ranks,
+                    inputs,
+                    format,
+                    capacity: self.records.resident.capacity,
+                    base_stride: layout.base_words,
+                    slots: self.records.slot_start(),
+                    slot_stride: layout.slot_words,
+                    entry: layout.entry,
+                    state: usize::try_from(records.size()).unwrap_or(usize::MAX) / size_of::<u32>(),
+                };
+                let (params, _) = time_mix_resident::lower(dims, of.lora_up).map_err(refused(HEADS))?;
+                planner.step(HEADS, of.pipeline, params, &buffers, of.grid, of.bytes)
+            }
         }
     }
 
-    /// What the heads read and write of one sequence's state in a layer.
+    /// What the heads read and write of one sequence's state in a layer, on average over the tokens of a period.
     pub(super) const fn state_bytes(&self) -> u64 {
-        2 * (self.config.wkv_len() * size_of::<f32>()) as u64
+        let (layout, capacity) = (self.records.layout, self.records.resident.capacity);
+        let (base, entry) = (layout.base_words as u64 * 4, (ENTRY * layout.width) as u64 * 4);
+        match capacity as u64 {
+            0 => 2 * base,
+            // After a fold none is read, then one, and so on: of each four vectors, and the fifth of the last.
+            c => base + base / c + entry * (c - 1) / 2 + entry,
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! | part | what it holds |
 //! |---|---|
 //! | `weights` | the model, as the kernels read it |
-//! | `records` | what sequences leave behind |
+//! | `records` | what sequences leave behind: states as they were written, and what tokens did since |
 //! | `layer` | the dispatches of a layer, fused: five for one token, eight for many |
 //! | `unfused` | the dispatches of a layer, one for each operation: what fusion is measured against |
 //! | `plan` | a pass, laid down once |
@@ -31,16 +31,18 @@ use rwkv_core::ModelConfig;
 use rwkv_core::model::Logits;
 use rwkv_core::ops::mix_rows;
 use rwkv_kernels::gpu::{self as device, Device};
-use rwkv_kernels::kernels::time_mix::{HEAD_SIZE, Segment};
+use rwkv_kernels::kernels::time_mix::HEAD_SIZE;
 use rwkv_kernels::pipeline::checked;
 use rwkv_kernels::{kernels, pipeline};
+use rwkv_state::Resident;
+use rwkv_state::layout::{DeviceLayout, DeviceState, ENTRY};
 
 pub(crate) use self::ahead::Ahead;
 use self::layer::{Kernels, Scratch};
 use self::plan::{Plan, Shape};
 pub use self::profile::{Dispatch, Profile};
 pub(crate) use self::records::Record;
-use self::records::Records;
+use self::records::{Move, Place, Records};
 use self::unfused::Unfused;
 pub use self::weights::WeightFormat;
 use self::weights::Weights;
@@ -96,14 +98,31 @@ pub enum Error {
         /// What there can be.
         max: u64,
     },
-    /// More sequences than the device holds.
-    #[error("{wanted} states on the device, which holds {max}")]
-    Records {
+    /// More states than the device holds.
+    #[error(
+        "{bases} states and {slots} tokens after them take {bytes} bytes a layer, the device binds {max}"
+    )]
+    States {
+        /// States as they were written.
+        bases: u64,
+        /// Tokens that are pending, or the last before those.
+        slots: u64,
+        /// What they take.
+        bytes: u64,
+        /// What there can be.
+        max: u64,
+    },
+    /// More rows of logits than the device holds.
+    #[error("the logits of {wanted} tokens, the device holds {max}")]
+    Logits {
         /// As many as would be there.
         wanted: u64,
         /// As many as there can be.
         max: u64,
     },
+    /// States that the kernels have no form for.
+    #[error("states held as {0:?}: {1}")]
+    Resident(Resident, &'static str),
     /// Several sequences in a pass that runs one operation after the other.
     #[error("{got} sequences in a pass: without fusion there is one")]
     Unfused {
@@ -130,6 +149,7 @@ pub(crate) fn suits(config: &ModelConfig) -> bool {
 pub(crate) struct Setup {
     pub(crate) adapter: Option<String>,
     pub(crate) weights: WeightFormat,
+    pub(crate) state: Resident,
     pub(crate) pass_tokens: usize,
     pub(crate) batch_invariant: bool,
     pub(crate) fused: bool,
@@ -171,11 +191,22 @@ struct Work {
     batch: BTreeMap<u32, Plan>,
     /// One dispatch for each operation, by rows and rows of logits: of one token, and of the last other pass.
     unfused: BTreeMap<[u32; 2], Plan>,
-    /// The record whose logits are the first row of the scratch.
+    /// The logits that are the first row of the scratch, by number.
     holds: Option<u32>,
     /// What kernels were last told of the extents of a pass.
     told: Option<Shape>,
     profile: Option<profile::Recorder>,
+}
+
+impl Work {
+    /// Forgets plans that are bound to buffers which are no longer used.
+    fn laid_anew(&mut self, grown: bool) {
+        if grown {
+            self.step = None;
+            self.batch.clear();
+            self.unfused.clear();
+        }
+    }
 }
 
 impl Executor {
@@ -189,6 +220,7 @@ impl Executor {
         if config.head_size != HEAD_SIZE {
             return Err(Error::HeadSize { got: config.head_size, want: HEAD_SIZE });
         }
+        layer::Held::new(setup.state, setup.fused)?;
         let features = rwkv_kernels::Features { subgroup: !setup.portable, ..Default::default() };
         let request = device::Request {
             adapter: setup.adapter.clone(),
@@ -199,10 +231,10 @@ impl Executor {
         let device = Device::open_with(&request)?;
         let kernels = Kernels::new(&device, &config, &setup)?;
         let rows = setup.pass_tokens.min(if device.is_gpu() { MAX_ROWS } else { MAX_SOFTWARE_ROWS });
-        let scratch = Scratch::new(&device, &config, rows)?;
+        let scratch = Scratch::new(&device, &config, setup.state, rows)?;
         let unfused = (!setup.fused).then(|| Unfused::new(&device, &config, rows)).transpose()?;
         device.save_cache()?;
-        let records = Records::new(&device, &config)?;
+        let records = Records::new(&device, &config, setup.state)?;
         let weights = Weights::upload(&device, checkpoint, setup.weights, progress)?;
         let profile = setup.timestamps.then(|| profile::Recorder::new(&device)).flatten();
         let work = Work {
@@ -255,6 +287,11 @@ impl Executor {
         self.scratch.logit_rows
     }
 
+    /// What states are held in.
+    pub(crate) const fn resident(&self) -> Resident {
+        self.setup.state
+    }
+
     /// The state before the first token.
     pub(crate) fn empty(&self) -> Record {
         self.lock().records.empty()
@@ -278,14 +315,13 @@ impl Executor {
         if !self.setup.fused && jobs.len() > 1 {
             return Err(Error::Unfused { got: jobs.len() });
         }
-        let written = self.take(&mut work, jobs.len())?;
+        let sequences: Vec<_> =
+            jobs.iter().map(|job| (&*job.record, job.tokens.len(), job.logits != Logits::None)).collect();
+        let moves = self.take(&mut work, &sequences)?;
         let tokens: Vec<u32> = jobs.iter().flat_map(|job| job.tokens).copied().collect();
-        let (mut segments, mut wanted) = (Vec::with_capacity(jobs.len()), Vec::new());
-        for (job, to) in jobs.iter().zip(&written) {
-            let first = segments.last().map_or(0, |of: &Segment| of.first + of.rows);
-            let rows = count(job.tokens.len());
-            let end = first + rows;
-            segments.push(Segment { first, rows, from: job.record.index(), to: to.index() });
+        let (mut end, mut wanted) = (0, Vec::new());
+        for job in &*jobs {
+            end += count(job.tokens.len());
             wanted.extend(end - count(job.logits.rows(job.tokens.len()))..end);
         }
         let shape =
@@ -293,10 +329,10 @@ impl Executor {
 
         let queue = self.device.queue();
         queue.write_buffer(&self.scratch.tokens, 0, bytemuck::cast_slice(&tokens));
-        if shape.rows == 1 && self.in_one_step() {
-            self.scratch.write_one(queue, segments[0], None);
+        if let ([one], true) = (&moves[..], shape.rows == 1 && self.in_one_step()) {
+            self.scratch.write_one(queue, one, None);
         } else {
-            self.tell(&work, &segments, &wanted)?;
+            self.tell(&work, &moves, &wanted)?;
         }
         let mut encoder = self.encoder();
         self.encode(&mut work, &mut encoder, shape, None)?;
@@ -306,9 +342,9 @@ impl Executor {
         if shape.logits > 0 {
             work.holds = None;
         }
-        for (job, to) in jobs.iter().zip(&written) {
+        for (job, of) in jobs.iter().zip(&moves) {
             let rows = job.logits.rows(job.tokens.len()) as u64;
-            if rows > 0 {
+            if let Some(to) = of.after.logits() {
                 let (from, into) = ((at + rows - 1) * row, work.records.logits_offset(to));
                 encoder.copy_buffer_to_buffer(&self.scratch.logits, from, &work.records.logits, into, row);
                 if at + rows == 1 {
@@ -325,16 +361,17 @@ impl Executor {
         drop(work);
         let read: Vec<Vec<f32>> = all.iter().map(|buffer| self.read(buffer)).collect::<Result<_, _>>()?;
         self.sound()?;
-        for (job, to) in jobs.iter_mut().zip(written) {
-            *job.record = to;
+        for (job, of) in jobs.iter_mut().zip(moves) {
+            *job.record = of.after;
         }
         Ok(read.concat())
     }
 
-    /// The logits `[V]` after the last token of a record.
+    /// The logits `[V]` after the last token of a record that has some.
     pub(crate) fn logits(&self, record: &Record) -> Result<Vec<f32>, Error> {
+        let Some(logits) = record.logits() else { return Ok(Vec::new()) };
         let work = self.lock();
-        let start = work.records.logits_offset(record);
+        let start = work.records.logits_offset(logits);
         let end = start + (self.config.vocab * size_of::<f32>()) as u64;
         let mut encoder = self.encoder();
         let buffer = self.read_later(&mut encoder, &work.records.logits, start..end)?;
@@ -343,32 +380,77 @@ impl Executor {
         self.read(&buffer)
     }
 
-    /// A record's state, layer by layer, each as its layout says.
-    pub(crate) fn state(&self, record: &Record) -> Result<Vec<f32>, Error> {
+    /// A record's state, layer by layer.
+    pub(crate) fn state(&self, record: &Record) -> Result<Vec<DeviceState>, Error> {
         let work = self.lock();
-        let bytes = (work.records.layout.stride * size_of::<f32>()) as u64;
-        let total = bytes * self.config.n_layers as u64;
-        let buffer = self.staging(total)?;
+        let (records, slots) = (&work.records, record.pending_places());
+        let DeviceLayout { width, base_words, att_shift, entry, .. } = records.layout;
+        let [base, shifts, entries] =
+            [base_words, 2 * width, ENTRY * width].map(|words| words * size_of::<u32>());
+        let layer_bytes = (base + shifts + slots.len() * entries) as u64;
+        let buffer = self.staging(layer_bytes * self.config.n_layers as u64)?;
         let mut encoder = self.encoder();
-        for (layer, from) in (0..).zip(&work.records.layers) {
-            encoder.copy_buffer_to_buffer(from, work.records.offset(record), &buffer, layer * bytes, bytes);
+        for (from, start) in records.layers.iter().zip((0..).step_by(base + shifts + slots.len() * entries)) {
+            let mut at = start as u64;
+            let mut copy = |offset: u64, bytes: usize| {
+                encoder.copy_buffer_to_buffer(from, offset, &buffer, at, bytes as u64);
+                at += bytes as u64;
+            };
+            let in_slot =
+                |slot: &Place, words: usize| records.slot_offset(slot) + (words * size_of::<u32>()) as u64;
+            copy(records.base_offset(record.base()), base);
+            copy(in_slot(record.slot(), att_shift), shifts);
+            slots.iter().for_each(|slot| copy(in_slot(slot, entry), entries));
         }
         self.device.queue().submit([encoder.finish()]);
         drop(work);
-        self.read(&buffer)
+        let words: Vec<u32> = read(&self.device, &buffer)?;
+        let layers = words.chunks_exact(words.len() / self.config.n_layers).map(|layer| DeviceState {
+            base: layer[..base / 4].to_vec(),
+            shifts: layer[base / 4..][..shifts / 4].to_vec(),
+            entries: layer[(base + shifts) / 4..].to_vec(),
+        });
+        Ok(layers.collect())
     }
 
-    /// A record that holds a state, layer by layer.
-    pub(crate) fn start_from(&self, state: &[f32]) -> Result<Record, Error> {
+    /// A record that holds a state, given layer by layer.
+    pub(crate) fn start_from(&self, layers: &[DeviceState]) -> Result<Record, Error> {
         self.sound()?;
         let mut work = self.lock();
-        let record = self.take(&mut work, 1)?.remove(0);
-        let offset = work.records.offset(&record);
-        for (layer, values) in work.records.layers.iter().zip(state.chunks_exact(work.records.layout.stride))
-        {
-            self.device.queue().write_buffer(layer, offset, bytemuck::cast_slice(values));
+        let (record, grown) = work.records.take_state(&self.device)?;
+        work.laid_anew(grown);
+        let records = &work.records;
+        let (base, slot) = (records.base_offset(record.base()), records.slot_offset(record.slot()));
+        for (buffer, DeviceState { base: words, shifts, .. }) in records.layers.iter().zip(layers) {
+            let queue = self.device.queue();
+            queue.write_buffer(buffer, base, bytemuck::cast_slice(words));
+            let shift = (records.layout.att_shift * size_of::<u32>()) as u64;
+            queue.write_buffer(buffer, slot + shift, bytemuck::cast_slice(shifts));
         }
         Ok(record)
+    }
+
+    /// A record with what was pending folded into its base.
+    pub(crate) fn fold(&self, record: &Record) -> Result<Record, Error> {
+        if record.pending() == 0 {
+            return Ok(record.clone());
+        }
+        self.sound()?;
+        let mut work = self.lock();
+        let (after, grown) = work.records.take_base(&self.device, record)?;
+        work.laid_anew(grown);
+        let of = Move { rows: 0, before: record.clone(), after, slots: Vec::new(), kept: 0 };
+        self.scratch.write_segments(self.device.queue(), &[&of]);
+        let shape = Shape { rows: 2, segments: 1, logits: 0 };
+        let mut encoder = self.encoder();
+        {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            let plan = self.batch(&mut work, shape)?;
+            let heads = plan.body.iter().filter(|step| step.part == layer::HEADS);
+            heads.for_each(|step| step.encode(&mut pass, shape));
+        }
+        self.device.queue().submit([encoder.finish()]);
+        Ok(of.after)
     }
 
     /// How long the dispatches of all passes since the last call took; empty without timestamps.
@@ -393,32 +475,29 @@ impl Executor {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes records for a pass; plans that are bound to buffers which had to grow are laid down anew.
-    fn take(&self, work: &mut Work, n: usize) -> Result<Vec<Record>, Error> {
-        let (taken, grown) = work.records.take(&self.device, n)?;
-        work.holds = work.holds.filter(|&held| taken.iter().all(|record| record.index() != held));
-        if grown {
-            work.step = None;
-            work.batch.clear();
-            work.unfused.clear();
-        }
-        Ok(taken)
+    /// Takes what a pass writes; plans that are bound to buffers which had to grow are laid down anew.
+    fn take(&self, work: &mut Work, sequences: &[(&Record, usize, bool)]) -> Result<Vec<Move>, Error> {
+        let (moves, grown) = work.records.take(&self.device, sequences)?;
+        let taken = |held: &u32| moves.iter().all(|of| of.after.logits().map(Place::index) != Some(*held));
+        work.holds = work.holds.filter(taken);
+        work.laid_anew(grown);
+        Ok(moves)
     }
 
     /// Writes the tables of a pass, but for one token in a form of its own.
-    fn tell(&self, work: &Work, segments: &[Segment], wanted: &[u32]) -> Result<(), Error> {
+    fn tell(&self, work: &Work, moves: &[Move], wanted: &[u32]) -> Result<(), Error> {
         let queue = self.device.queue();
-        let shared = |of: &Segment| mix_rows::Segment {
+        let shared = |of: &Move| mix_rows::Segment {
             rows: of.rows as usize,
-            from: of.from as usize,
-            to: of.to as usize,
+            from: of.before.slot().index() as usize,
+            to: of.slots[of.slots.len() - of.kept..].iter().map(|&slot| slot as usize).collect(),
         };
-        let all: Vec<_> = segments.iter().map(shared).collect();
-        let cursors = kernels::mix_rows::cursors(&all, work.records.capacity())
+        let all: Vec<_> = moves.iter().map(shared).collect();
+        let cursors = kernels::mix_rows::cursors(&all, work.records.slots())
             .map_err(|why| Error::Extents { part: "cursors", why: why.to_string() })?;
-        self.scratch.write(queue, &cursors, segments, wanted);
-        match (&self.unfused, segments) {
-            (Some(unfused), [of]) => unfused.write(queue, &self.config, work.records.layout, *of),
+        self.scratch.write(queue, &cursors, &moves.iter().collect::<Vec<_>>(), wanted);
+        match (&self.unfused, moves) {
+            (Some(unfused), [of]) => unfused.write(queue, &self.config, work.records.layout, of),
             _ => Ok(()),
         }
     }
@@ -430,14 +509,7 @@ impl Executor {
 
     /// The plan for a pass.
     fn plan<'w>(&self, work: &'w mut Work, shape: Shape) -> Result<&'w Plan, Error> {
-        let layers = layer::Layers {
-            device: &self.device,
-            config: &self.config,
-            kernels: &self.kernels,
-            weights: &self.weights,
-            scratch: &self.scratch,
-            records: &work.records,
-        };
+        let layers = self.layers(&work.records);
         if let Some(unfused) = &self.unfused {
             let key = [shape.rows, shape.logits.max(1)];
             if !work.unfused.contains_key(&key) {
@@ -450,11 +522,28 @@ impl Executor {
             let plan = work.step.take().map_or_else(|| layers.step(), Ok)?;
             return Ok(work.step.insert(plan));
         }
+        self.batch(work, shape)
+    }
+
+    /// The plan for a pass, in the form for several rows.
+    fn batch<'w>(&self, work: &'w mut Work, shape: Shape) -> Result<&'w Plan, Error> {
         let tile = self.kernels.tile_rows(shape.rows);
+        let layers = self.layers(&work.records);
         Ok(match work.batch.entry(tile) {
             Entry::Occupied(laid) => laid.into_mut(),
             Entry::Vacant(room) => room.insert(layers.batch(tile)?),
         })
+    }
+
+    const fn layers<'a>(&'a self, records: &'a Records) -> layer::Layers<'a> {
+        layer::Layers {
+            device: &self.device,
+            config: &self.config,
+            kernels: &self.kernels,
+            weights: &self.weights,
+            scratch: &self.scratch,
+            records,
+        }
     }
 
     /// Encodes a pass; `first` is a dispatch to go before it.

@@ -21,19 +21,19 @@ use rwkv_core::ops::layer_norm::LN_EPS;
 use rwkv_core::ops::matmul::Rows;
 use rwkv_core::ops::wkv7::Dims;
 use rwkv_kernels::gpu::Device;
-use rwkv_kernels::kernels::time_mix::Segment;
 use rwkv_kernels::kernels::wkv7::Places;
 use rwkv_kernels::kernels::{
     activation, add, channel_mix_value, decay, extents, kappa, layer_norm, learning_rate, linear, matmul,
     readout, token_shift, value_residual, wkv7,
 };
 use rwkv_kernels::pipeline::{Pipeline, checked};
-use rwkv_state::layout::RecordLayout;
+use rwkv_state::layout::DeviceLayout;
 
 use super::layer::{
     Kernels, Layers, MIX_A, MIX_G, MIX_K, MIX_R, MIX_V, MIX_W, MIXES, compile, linear_of, refused, value_of,
 };
 use super::plan::{Bound, Grid, Plan, Shape, Step};
+use super::records::{Move, Record};
 use super::weights::Layer;
 use super::{Error, count};
 
@@ -120,11 +120,11 @@ impl Unfused {
         &self,
         queue: &wgpu::Queue,
         config: &ModelConfig,
-        layout: RecordLayout,
-        of: Segment,
+        layout: DeviceLayout,
+        of: &Move,
     ) -> Result<(), Error> {
-        let place = |record: u32| record as usize * layout.stride + layout.heads;
-        let places = Places { before: place(of.from), after: place(of.to) };
+        let place = |of: &Record| of.base().index() as usize * layout.base_words;
+        let places = Places { before: place(&of.before), after: place(&of.after) };
         let (params, _) = wkv7::lower(dims(config, of.rows as usize), places).map_err(refused("wkv7"))?;
         queue.write_buffer(&self.scratch.places, 0, bytemuck::bytes_of(&params));
         Ok(())
@@ -411,13 +411,12 @@ impl<'a> Steps<'a> {
         offset: usize,
         records: &'a wgpu::Buffer,
     ) -> Result<(), Error> {
-        let (width, stride) = (self.of.config.width, self.of.records.layout.stride);
+        let (width, stride) = (self.of.config.width, self.of.records.layout.slot_words);
         let dims = token_shift::Dims { tokens: self.rows, planes, width, stride, offset };
         let mixes = self.vectors(part, vectors, 2, planes)?;
-        let [normed, cursors, records, mixed] =
-            [&self.own.scratch.normed, &self.of.scratch.cursors, records, &self.of.scratch.mixed]
-                .map(Bound::Whole);
-        let buffers = [normed, cursors, mixes, records, mixed];
+        let [normed, cursors, mixed] =
+            [&self.own.scratch.normed, &self.of.scratch.cursors, &self.of.scratch.mixed].map(Bound::Whole);
+        let buffers = [normed, cursors, mixes, self.of.records.slots_of(records), mixed];
         self.push(part, &self.own.kernels.token_shift, token_shift::lower(dims), &buffers, 0)
     }
 

@@ -20,7 +20,7 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;       // [T, D]
-// [T]: the record that holds the row before a segment's first, and the one that is to hold its last.
+// [T]: the record that holds the row before a segment's first, and the one that is to hold this row.
 @group(0) @binding(2) var<storage, read> cursors: array<vec2<u32>>;
 @group(0) @binding(3) var<storage, read> vectors: array<vec4<f32>>; // [2 + M, D]: gain, bias, mixes
 // [records, stride]. No record is both read and written in a pass.

@@ -78,6 +78,16 @@ pub enum Error {
         /// Which.
         segment: usize,
     },
+    /// A segment is to keep more rows than it has.
+    #[error("mix_rows: segment {segment} is to keep {kept} of {rows} rows")]
+    Kept {
+        /// Which.
+        segment: usize,
+        /// Rows to be kept.
+        kept: usize,
+        /// Its rows.
+        rows: usize,
+    },
     /// There is no such record.
     #[error("mix_rows: segment {segment} has record {record} of {records}")]
     NoRecord {
@@ -138,12 +148,16 @@ pub fn cursors(segments: &[Segment], records: usize) -> Result<Vec<[u32; 2]>, Er
             let found = u32::try_from(record).ok().filter(|&of| record < records && of != NONE);
             found.ok_or(Error::NoRecord { segment, record, records })
         };
-        let (from, to) = (record(s.from)?, record(s.to)?);
-        if reads.contains(&s.to) || !writes.insert(s.to) {
-            return Err(Error::Shared { segment, record: s.to });
+        let from = record(s.from)?;
+        let to = s.to.iter().map(|&to| record(to)).collect::<Result<Vec<_>, _>>()?;
+        if let Some(&record) = s.to.iter().find(|to| reads.contains(to) || !writes.insert(**to)) {
+            return Err(Error::Shared { segment, record });
         }
         if s.rows == 0 {
             return Err(Error::Empty { segment });
+        }
+        if to.len() > s.rows {
+            return Err(Error::Kept { segment, kept: to.len(), rows: s.rows });
         }
         let (first, got) = (cursors.len(), cursors.len().saturating_add(s.rows));
         if got > MAX_GROUPS as usize {
@@ -151,7 +165,7 @@ pub fn cursors(segments: &[Segment], records: usize) -> Result<Vec<[u32; 2]>, Er
         }
         cursors.resize(got, [NONE; 2]);
         cursors[first][0] = from;
-        cursors[got - 1][1] = to;
+        cursors.iter_mut().rev().zip(to.into_iter().rev()).for_each(|(cursor, to)| cursor[1] = to);
     }
     Ok(cursors)
 }

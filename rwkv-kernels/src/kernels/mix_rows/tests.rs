@@ -37,11 +37,14 @@ impl Case {
     /// Segments of `lengths` rows, on records in a drawn order, some of which no segment has.
     fn draw(lengths: &[usize], width: usize, mixes: usize, seed: u64) -> Self {
         let mut rng = SplitMix64::new(seed);
-        let records = 2 * lengths.len() + 2;
+        let records = 4 * lengths.len() + 2;
         let mut order: Vec<usize> = (0..records).collect();
         order.sort_by_cached_key(|_| rng.next_u64());
-        let pairs = lengths.iter().zip(order.chunks_exact(2));
-        let segments: Vec<_> = pairs.map(|(&rows, r)| Segment { rows, from: r[0], to: r[1] }).collect();
+        let mut segment = |(&rows, r): (&usize, &[usize])| {
+            let kept = (1 + rng.next_u64() as usize % 3).min(rows);
+            Segment { rows, from: r[0], to: r[1..][..kept].to_vec() }
+        };
+        let segments: Vec<_> = lengths.iter().zip(order.chunks_exact(4)).map(&mut segment).collect();
         let rows = lengths.iter().sum();
         let offset = 4 * (rng.next_u64() % 3) as usize;
         let dims = Dims { rows, width, mixes, records, stride: width + 16, offset };
@@ -91,8 +94,10 @@ impl Case {
                 }
                 t += 1;
             }
-            limit.state[s.to * stride + offset..][..width]
-                .copy_from_slice(&of_norm[(t - 1) * width..][..width]);
+            for (to, row) in s.to.iter().rev().zip((0..t).rev()) {
+                limit.state[to * stride + offset..][..width]
+                    .copy_from_slice(&of_norm[row * width..][..width]);
+            }
         }
         (want, limit)
     }
@@ -168,7 +173,7 @@ fn a_sequence_has_its_bits_however_it_is_split() {
                     }
                     let dims = Dims { rows: part.len(), records: 3, ..case.dims };
                     let x = case.x[part.start * width..part.end * width].to_vec();
-                    let segments = vec![Segment { rows: part.len(), from, to: from + 1 }];
+                    let segments = vec![Segment { rows: part.len(), from, to: vec![from + 1] }];
                     let after = Case { dims, segments, x, state, ..case.clone() }.run(device, kernel);
                     out.extend(after.out);
                     (state, from) = (after.state, from + 1);
@@ -176,7 +181,7 @@ fn a_sequence_has_its_bits_however_it_is_split() {
                 let kept = |of: usize, state: &[f32]| {
                     bits(&record(of, state)[case.dims.offset..][..width])
                 };
-                prop_assert_eq!(kept(from, &state), kept(s.to, &whole.state), "state");
+                prop_assert_eq!(kept(from, &state), kept(*s.to.last().unwrap(), &whole.state), "state");
                 let rows = start * mixes * width..(start + s.rows) * mixes * width;
                 prop_assert!(bits(&out) == bits(&whole.out[rows]), "out of rows {}..+{}", start, s.rows);
             }
@@ -214,10 +219,16 @@ fn refuses_what_it_cannot_run() {
 
 #[test]
 fn cursors_name_records_where_segments_begin_and_end() {
-    let segment = |rows, from, to| Segment { rows, from, to };
+    let segment = |rows, from, to| Segment { rows, from, to: vec![to] };
     let none = u32::MAX;
     let got = cursors(&[segment(3, 1, 2), segment(1, 1, 0)], 3);
     assert_eq!(got, Ok(vec![[1, none], [none, none], [none, 2], [1, 0]]), "both read one record");
+    let last = |to: &[usize]| cursors(&[Segment { rows: 3, from: 0, to: to.to_vec() }], 4);
+    assert_eq!(last(&[3, 1]), Ok(vec![[0, none], [none, 3], [none, 1]]), "the last two");
+    assert_eq!(last(&[]), Ok(vec![[0, none], [none, none], [none, none]]), "none");
+    assert_eq!(last(&[1, 2, 3, 1]), Err(Error::Shared { segment: 0, record: 1 }), "one twice");
+    let too_many = cursors(&[Segment { rows: 1, from: 0, to: vec![1, 2] }], 4);
+    assert_eq!(too_many, Err(Error::Kept { segment: 0, kept: 2, rows: 1 }), "more than there are");
     assert_eq!(cursors(&[], 0), Ok(Vec::new()), "nothing to do");
     let records = 3;
     assert_eq!(cursors(&[segment(0, 0, 1)], records), Err(Error::Empty { segment: 0 }), "empty");
