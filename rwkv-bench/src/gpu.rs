@@ -91,7 +91,7 @@ const WARM: Duration = Duration::from_millis(500);
 /// their size, whatever their order, and a layer adds a tenth of what it reads. A wrong kernel is off by far more.
 const LIMIT: f64 = 1e-10;
 
-fn token(index: usize) -> u32 {
+pub(crate) fn token(index: usize) -> u32 {
     u32::try_from(index * 7919 % 65521).unwrap_or_default()
 }
 
@@ -242,7 +242,7 @@ fn warm(session: &mut Session) -> anyhow::Result<()> {
 }
 
 /// Runs a case for [`WARM`].
-fn busy(engine: &Engine, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
+pub(crate) fn busy(engine: &Engine, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
     let begun = Instant::now();
     while begun.elapsed() < WARM {
         run()?;

@@ -8,6 +8,7 @@ mod machine;
 mod quality;
 mod random_model;
 mod speed;
+mod state_speed;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,6 +33,8 @@ enum Part {
     Gpu(gpu::GpuArgs),
     /// Where the time of a model's passes goes on the GPU.
     Profile(gpu::ProfileArgs),
+    /// What ways to hold states bring, with many sequences side by side on the GPU.
+    StateSpeed(state_speed::StateSpeedArgs),
 }
 
 #[derive(clap::Args)]
@@ -56,6 +59,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     match &args.part {
         Some(Part::Gpu(args)) => return gpu::report(args),
         Some(Part::Profile(args)) => return gpu::profile(args),
+        Some(Part::StateSpeed(args)) => return state_speed::report(args),
         None => {}
     }
     let args = &args.cpu;
