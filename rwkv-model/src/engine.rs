@@ -209,6 +209,9 @@ pub struct EngineOptions {
     pub device: Device,
     /// What its sessions' states are held in, and how many tokens they can undo.
     pub state: Resident,
+    /// GPU: sequences side by side for which there is memory from the start, as much as they need at most. More is made
+    /// when it is needed, for which all that there is is copied.
+    pub sessions: usize,
     /// CPU: whether the channel mix skips the weights of hidden units that are zero. The results are the same.
     pub skip_zeros: bool,
     /// CPU: threads, for loading and running; by default as many as the machine has.
@@ -238,6 +241,7 @@ impl Default for EngineOptions {
             pass_tokens: 512,
             device: Device::Auto,
             state: Resident::default(),
+            sessions: 1,
             skip_zeros: true,
             threads: None,
             weights: WeightFormat::F16,
@@ -335,6 +339,7 @@ impl Executor {
             adapter,
             weights: options.weights,
             state: options.state,
+            sessions: options.sessions,
             pass_tokens: options.pass_tokens.max(1),
             batch_invariant: options.batch_invariant,
             fused: options.fused,

@@ -150,6 +150,7 @@ pub(crate) struct Setup {
     pub(crate) adapter: Option<String>,
     pub(crate) weights: WeightFormat,
     pub(crate) state: Resident,
+    pub(crate) sessions: usize,
     pub(crate) pass_tokens: usize,
     pub(crate) batch_invariant: bool,
     pub(crate) fused: bool,
@@ -234,7 +235,7 @@ impl Executor {
         let scratch = Scratch::new(&device, &config, setup.state, rows)?;
         let unfused = (!setup.fused).then(|| Unfused::new(&device, &config, rows)).transpose()?;
         device.save_cache()?;
-        let records = Records::new(&device, &config, setup.state)?;
+        let records = Records::new(&device, &config, setup.state, setup.sessions)?;
         let weights = Weights::upload(&device, checkpoint, setup.weights, progress)?;
         let profile = setup.timestamps.then(|| profile::Recorder::new(&device)).flatten();
         let work = Work {

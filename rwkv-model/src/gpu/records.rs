@@ -197,13 +197,29 @@ const FIRST: u32 = 8;
 const WORD: u64 = size_of::<u32>() as u64;
 
 impl Records {
-    pub(super) fn new(device: &Device, config: &ModelConfig, resident: Resident) -> Result<Self, Error> {
+    pub(super) fn new(
+        device: &Device,
+        config: &ModelConfig,
+        resident: Resident,
+        sessions: usize,
+    ) -> Result<Self, Error> {
         let layout = StateLayout::new(config).device(resident);
-        let [bases, slots, of_logits] = [FIRST; 3].map(Pool::new);
-        let layers =
-            allocate(device, "states", config.n_layers, u64::from(FIRST) * layer_bytes(layout, 1, 1))?;
-        let row = config.vocab as u64 * WORD;
-        let logits = allocate(device, "logits of sequences", 1, u64::from(FIRST) * row)?.remove(0);
+        // A pass reads one base and writes another, and while it is written the pending slots are held.
+        let pool = |each: usize| Pool::new(count(sessions.saturating_mul(each)).saturating_add(FIRST));
+        let (bases, slots, of_logits) = (pool(2), pool(resident.capacity + 2), pool(2));
+        let bytes = layer_bytes(layout, bases.capacity.into(), slots.capacity.into());
+        let limits = device.device().limits();
+        let max = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        if bytes > max {
+            let (bases, slots) = (bases.capacity.into(), slots.capacity.into());
+            return Err(Error::States { bases, slots, bytes, max });
+        }
+        let layers = allocate(device, "states", config.n_layers, bytes)?;
+        let (row, rows) = (config.vocab as u64 * WORD, u64::from(of_logits.capacity));
+        if rows * row > limits.max_buffer_size {
+            return Err(Error::Logits { wanted: rows, max: limits.max_buffer_size / row });
+        }
+        let logits = allocate(device, "logits of sequences", 1, rows * row)?.remove(0);
         let (base, floor) = (bases.place(0), slots.place(0));
         let empty = Record { base, floor, pending: Vec::new(), logits: None, tokens: 0 };
         Ok(Self { layout, resident, layers, logits, vocab: config.vocab, bases, slots, of_logits, empty })

@@ -481,7 +481,7 @@ fn compiled(held: Held) -> Vec<Compiled> {
         let capabilities = device.capabilities();
         lanes >= least
             && lanes <= capabilities.invocations
-            && 52 * lanes + 4000 <= capabilities.workgroup_bytes
+            && 68 * lanes + 4000 <= capabilities.workgroup_bytes
     });
     let of_lora =
         |lanes| [(lanes, true), (lanes, false)].into_iter().filter(|(lanes, up)| !up || *lanes >= 256);

@@ -77,6 +77,10 @@ struct Segment {
 var<workgroup> since: array<f32, N>;
 var<workgroup> exponents: array<u32, N>;
 
+// Entries, four vectors of 16 fours each, q, v, b and k: of two at a time, of one or four where there are fewer or more
+// lanes.
+var<workgroup> staged: array<vec4<f32>, LANES / 2u + 32u>;
+
 // Row i of the state, by key of this group; and its exponent in the base.
 var<private> s: array<f32, N>;
 var<private> exponent: i32;
@@ -262,18 +266,33 @@ fn time_mix_resident(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_inv
     var pending = segment.pending;
     var left = 1.0; // the channel's part of `since`, in the first group
     if LAZY {
-        for (var p = 0u; p < pending; p++) {
-            let at = entry + segments[segment.entries + p] * params.slot_stride;
-            let q_i = bitcast<f32>(state[at + i]);
-            let v_i = bitcast<f32>(state[at + width + i]);
-            for (var j = 0u; j < keys; j++) {
-                let b = bitcast<f32>(state[at + 2u * width + g * keys + j]);
-                let k = bitcast<f32>(state[at + 3u * width + g * keys + j]);
-                s[j] = fma(q_i, b, fma(v_i, k, s[j]));
+        let most = max(LANES / (2u * N), 1u);
+        for (var start = 0u; start < pending; start += most) {
+            let some = min(pending - start, most);
+            if g < some {
+                let at = entry + segments[segment.entries + start + g] * params.slot_stride;
+                let first = at + i / 16u * width + i % 16u * 4u;
+                staged[l] = bitcast<vec4<f32>>(vec4(state[first], state[first + 1u], state[first + 2u], state[first + 3u]));
             }
-            if g == 0u {
-                left = bitcast<f32>(state[at + 4u * width + i]);
+            workgroupBarrier();
+            for (var p = 0u; p < some; p++) {
+                let q_i = staged[p * N + i / 4u][i % 4u];
+                let v_i = staged[p * N + 16u + i / 4u][i % 4u];
+                let b_at = p * N + 32u + g * keys / 4u;
+                for (var j = 0u; j < keys / 4u; j++) {
+                    let b = staged[b_at + j];
+                    let k = staged[b_at + 16u + j];
+                    s[4u * j] = fma(q_i, b.x, fma(v_i, k.x, s[4u * j]));
+                    s[4u * j + 1u] = fma(q_i, b.y, fma(v_i, k.y, s[4u * j + 1u]));
+                    s[4u * j + 2u] = fma(q_i, b.z, fma(v_i, k.z, s[4u * j + 2u]));
+                    s[4u * j + 3u] = fma(q_i, b.w, fma(v_i, k.w, s[4u * j + 3u]));
+                }
             }
+            workgroupBarrier();
+        }
+        if g == 0u && pending > 0u {
+            let last = segments[segment.entries + pending - 1u];
+            left = bitcast<f32>(state[entry + last * params.slot_stride + 4u * width + i]);
         }
         if g == 0u {
             since[i] = left;
