@@ -38,16 +38,19 @@ pub(crate) struct StateSpeedArgs {
     /// How often.
     #[arg(long, default_value_t = 3)]
     windows: usize,
+    /// Only the ways of these names, beside single precision.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
 }
 
-/// The ways, the one to compare with first, and how far their logits may be from its: rounding; what halves round of
+/// The ways, by format and the tokens that may be pending, the one to compare with first, and how far their logits may be from its: rounding; what halves round of
 /// states; what bytes do.
 fn ways() -> Vec<(String, Resident, f64)> {
-    let lazy = [4, 8, 16].map(|c| (format!("F32, every {c}"), Resident::lazy(c), 1e-9));
-    let halves = [4, 8, 16].map(|c| (format!("F16, every {c}"), Resident::f16(c), 1e-5));
-    let bytes = [16, 32].map(|c| (format!("Int8, every {c}"), Resident::int8(c), 1e-3));
+    let lazy = [4, 8, 16].map(|c| (format!("F32/{c}"), Resident::lazy(c), 1e-9));
+    let halves = [4, 8, 16].map(|c| (format!("F16/{c}"), Resident::f16(c), 1e-5));
+    let bytes = [16, 32].map(|c| (format!("Int8/{c}"), Resident::int8(c), 1e-3));
     let first = [("F32".to_owned(), Resident::default(), 1e-9)];
-    let dithered = [("F16, dithered".to_owned(), Resident::f16_dithered(), 1e-5)];
+    let dithered = [("F16 dithered".to_owned(), Resident::f16_dithered(), 1e-5)];
     first.into_iter().chain(lazy).chain(dithered).chain(halves).chain(bytes).collect()
 }
 
@@ -61,7 +64,9 @@ pub(crate) fn report(args: &StateSpeedArgs) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&path)?;
     let most = args.batch.iter().copied().max().unwrap_or(1);
     let (mut reference, mut plain) = (Vec::new(), vec![f64::NAN; args.batch.len()]);
-    for (name, state, limit) in ways() {
+    let wanted = |name: &String| args.only.is_empty() || args.only.contains(name);
+    for (name, state, limit) in ways().into_iter().filter(|(name, state, _)| state.is_plain() || wanted(name))
+    {
         let options = EngineOptions {
             device: Device::Gpu(args.adapter.clone()),
             state,
@@ -74,7 +79,7 @@ pub(crate) fn report(args: &StateSpeedArgs) -> anyhow::Result<()> {
             Ok(engine) => engine,
             // A way may take more than the device binds for so many sequences; the others are still to be measured.
             Err(error @ Error::Gpu(_)) if !reference.is_empty() => {
-                println!("{name:<20} {most:>6} sequences: {error}");
+                println!("{name:<20} {most:>6} sequences: {:#}", anyhow::Error::from(error));
                 continue;
             }
             Err(error) => return Err(error.into()),

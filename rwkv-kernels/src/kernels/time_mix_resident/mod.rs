@@ -34,9 +34,6 @@ pub const ENTRY: usize = 5;
 /// In place of a base that is written.
 pub const NONE: u32 = u32::MAX;
 
-/// Lanes that bytes need: a block of them, which shares a scale, is of one lane or of several.
-pub const INT8_LANES: u32 = 256;
-
 /// What bases are stored in: the override `FORMAT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -77,6 +74,19 @@ pub enum Rounding {
     DecayDither,
 }
 
+/// Entries that a workgroup of so many lanes reads at once: as many as its memory has room for, where 256 lanes keep to what
+/// every device has.
+const fn staged(lanes: u32) -> u32 {
+    if lanes == 256 { 2 } else { 8 }
+}
+
+/// Bytes of memory that a workgroup of so many lanes takes, at most.
+#[must_use]
+pub const fn workgroup_bytes(lanes: u32) -> u32 {
+    // By lane what the helpers `head` and `columns` hold; by channel the vectors of a token; entries.
+    52 * lanes + 3400 + staged(lanes) * 1024
+}
+
 /// What a pipeline is specialised for.
 #[must_use]
 pub fn overrides(
@@ -85,13 +95,14 @@ pub fn overrides(
     lazy: bool,
     lanes: u32,
     lora_up: bool,
-) -> [(&'static str, f64); 5] {
+) -> [(&'static str, f64); 6] {
     [
         ("FORMAT", f64::from(format as u8)),
         ("ROUNDING", f64::from(rounding as u8)),
         ("LAZY", f64::from(u8::from(lazy))),
         ("LANES", f64::from(lanes)),
         ("LORA_UP", f64::from(u8::from(lora_up))),
+        ("STAGED", f64::from(staged(lanes))),
     ]
 }
 

@@ -476,12 +476,9 @@ struct Compiled {
 
 fn compiled(held: Held) -> Vec<Compiled> {
     let Some(device) = device_for_tests() else { return Vec::new() };
-    let least = if held.format == Format::Int8 { 256 } else { 64 };
-    let sizes = [64u32, 256, 512].into_iter().filter(|&lanes| {
+    let sizes = [64u32, 128, 256, 512].into_iter().filter(|&lanes| {
         let capabilities = device.capabilities();
-        lanes >= least
-            && lanes <= capabilities.invocations
-            && 68 * lanes + 4000 <= capabilities.workgroup_bytes
+        lanes <= capabilities.invocations && workgroup_bytes(lanes) <= capabilities.workgroup_bytes
     });
     let of_lora =
         |lanes| [(lanes, true), (lanes, false)].into_iter().filter(|(lanes, up)| !up || *lanes >= 256);

@@ -16,11 +16,12 @@
 const N: u32 = 64u;
 const COLUMNS: u32 = N;
 
-override LANES: u32 = 256u;    // N times the groups of keys; at least 256 for bytes
+override LANES: u32 = 256u;    // N times the groups of keys
 override LORA_UP: bool = true; // whether the adapters' second factors are multiplied here
 override FORMAT: u32 = 0u;
 override ROUNDING: u32 = 0u;
 override LAZY: bool = true;
+override STAGED: u32 = 2u;     // entries that are read at once
 
 const F32: u32 = 0u;
 const F16: u32 = 1u;
@@ -77,13 +78,14 @@ struct Segment {
 var<workgroup> since: array<f32, N>;
 var<workgroup> exponents: array<u32, N>;
 
-// Entries, four vectors of 16 fours each, q, v, b and k: of two at a time, of one or four where there are fewer or more
-// lanes.
-var<workgroup> staged: array<vec4<f32>, LANES / 2u + 32u>;
+// Entries, four vectors of 16 fours each: q, v, b and k.
+var<workgroup> staged: array<vec4<f32>, STAGED * N>;
 
 // Row i of the state, by key of this group; and its exponent in the base.
 var<private> s: array<f32, N>;
 var<private> exponent: i32;
+// Of bytes, the largest magnitudes in the blocks of 16 keys, where a group has several.
+var<private> blocks: array<f32, N / 16u>;
 
 fn segment_of(index: u32) -> Segment {
     let at = index * SEGMENT;
@@ -140,10 +142,10 @@ fn load_base(base: u32, i: u32, g: u32) {
         }
         return;
     }
-    let block = g * keys / 16u;
-    let scales = unpack2x16float(state[base + values_len() + block / 2u * N + i]);
-    let scale = select(scales.x, scales.y, block % 2u == 1u);
     for (var w = 0u; w < keys / 4u; w++) {
+        let block = (g * keys + 4u * w) / 16u;
+        let scales = unpack2x16float(state[base + values_len() + block / 2u * N + i]);
+        let scale = select(scales.x, scales.y, block % 2u == 1u);
         let word = bitcast<i32>(state[base + (g * keys / 4u + w) * N + i]);
         for (var b = 0u; b < 4u; b++) {
             s[4u * w + b] = raised(f32(extractBits(word, 8u * b, 8u)) * scale, size);
@@ -167,6 +169,15 @@ fn settle(base: u32, keep: bool, head: u32, step: u32, i: u32, g: u32, l: u32) {
     var most = 0.0;
     for (var j = 0u; j < keys; j++) {
         most = max(most, abs(s[j]));
+    }
+    if FORMAT == INT8 && keys > 16u {
+        for (var b = 0u; b < keys / 16u; b++) {
+            var of_block = 0.0;
+            for (var j = 0u; j < 16u; j++) {
+                of_block = max(of_block, abs(s[16u * b + j]));
+            }
+            blocks[b] = of_block;
+        }
     }
     parts[l] = most;
     workgroupBarrier();
@@ -194,8 +205,8 @@ fn settle(base: u32, keep: bool, head: u32, step: u32, i: u32, g: u32, l: u32) {
         let down = power_of_two(-exponent);
         let size = power_of_two(exponent);
         let together = max(groups / 4u, 1u); // groups that share a block
-        let scale = scale_of(block_most(g / together, together, i) * down);
         for (var w = 0u; w < keys / 4u; w++) {
+            let scale = scale_of(block_most((g * keys + 4u * w) / 16u, together, i) * down);
             var word = 0u;
             for (var b = 0u; b < 4u; b++) {
                 let x = s[4u * w + b] * down;
@@ -211,10 +222,13 @@ fn settle(base: u32, keep: bool, head: u32, step: u32, i: u32, g: u32, l: u32) {
                 state[base + (g * keys / 4u + w) * N + i] = word;
             }
         }
-        if keep && g < 2u {
-            let low = scale_of(block_most(2u * g, together, i) * down);
-            let high = scale_of(block_most(2u * g + 1u, together, i) * down);
-            state[base + values_len() + g * N + i] = pack2x16float(vec2(low, high));
+        if keep {
+            // Of two blocks, those who have both or, where nobody has, the first groups.
+            for (var pair = g; pair < 2u; pair += min(groups, 2u)) {
+                let low = scale_of(block_most(2u * pair, together, i) * down);
+                let high = scale_of(block_most(2u * pair + 1u, together, i) * down);
+                state[base + values_len() + pair * N + i] = pack2x16float(vec2(low, high));
+            }
         }
     }
     if g == 0u {
@@ -232,7 +246,11 @@ fn settle(base: u32, keep: bool, head: u32, step: u32, i: u32, g: u32, l: u32) {
 
 // The largest magnitude in a block of 16 keys of row i, of which so many groups have a part.
 fn block_most(block: u32, together: u32, i: u32) -> f32 {
+    let keys = N / (LANES / N);
     var most = 0.0;
+    if keys > 16u {
+        return blocks[block % max(keys / 16u, 1u)];
+    }
     for (var p = 0u; p < together; p++) {
         most = max(most, parts[(block * together + p) * N + i]);
     }
@@ -266,13 +284,13 @@ fn time_mix_resident(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_inv
     var pending = segment.pending;
     var left = 1.0; // the channel's part of `since`, in the first group
     if LAZY {
-        let most = max(LANES / (2u * N), 1u);
-        for (var start = 0u; start < pending; start += most) {
-            let some = min(pending - start, most);
-            if g < some {
-                let at = entry + segments[segment.entries + start + g] * params.slot_stride;
+        for (var start = 0u; start < pending; start += STAGED) {
+            let some = min(pending - start, STAGED);
+            for (var e = g; e < some; e += LANES / N) {
+                let at = entry + segments[segment.entries + start + e] * params.slot_stride;
                 let first = at + i / 16u * width + i % 16u * 4u;
-                staged[l] = bitcast<vec4<f32>>(vec4(state[first], state[first + 1u], state[first + 2u], state[first + 3u]));
+                let four = vec4(state[first], state[first + 1u], state[first + 2u], state[first + 3u]);
+                staged[e * N + i] = bitcast<vec4<f32>>(four);
             }
             workgroupBarrier();
             for (var p = 0u; p < some; p++) {
