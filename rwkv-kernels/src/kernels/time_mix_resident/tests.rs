@@ -12,7 +12,7 @@ use rwkv_state::format::{Rounding as Stored, decay_dither, exponent, float16, in
 
 use super::{
     Dims, ENTRY, Error, Format, HEAD_SIZE as N, Rounding, Segment, VARIANTS, lower, overrides, table,
-    table_len,
+    table_len, workgroup_bytes,
 };
 use crate::gpu::{Device, device_for_tests};
 use crate::kernels::heads::{Heads, NAN, Operands, swapped, total};
