@@ -8,6 +8,7 @@ mod machine;
 mod quality;
 mod random_model;
 mod speed;
+mod states;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,6 +33,8 @@ enum Part {
     Gpu(gpu::GpuArgs),
     /// Where the time of a model's passes goes on the GPU.
     Profile(gpu::ProfileArgs),
+    /// What every way to hold a state costs in quality, on the bundled model.
+    States(states::StatesArgs),
 }
 
 #[derive(clap::Args)]
@@ -56,6 +59,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     match &args.part {
         Some(Part::Gpu(args)) => return gpu::report(args),
         Some(Part::Profile(args)) => return gpu::profile(args),
+        Some(Part::States(args)) => return states::report(args),
         None => {}
     }
     let args = &args.cpu;
