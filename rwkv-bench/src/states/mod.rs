@@ -396,8 +396,8 @@ fn tables(figures: &Figures, markdown: bool, mut show: impl FnMut(&str)) -> bool
             table.push(vec![
                 of.row.clone(),
                 format!("{:.5}", of.bits_per_byte),
-                if plain { String::new() } else { format!("{:+.4}", of.change) },
-                of.change_error.filter(|_| !plain).map_or_else(String::new, |error| format!("{error:.4}")),
+                if plain { String::new() } else { format!("{:+.5}", of.change) },
+                of.change_error.filter(|_| !plain).map_or_else(String::new, |error| format!("{error:.5}")),
                 of.state_bytes.to_string(),
                 of.pending_bytes.to_string(),
                 format!("{:.0}", of.tokens_per_second),
@@ -477,8 +477,6 @@ fn quick(device: Device, bytes: usize) -> StatesArgs {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
     use rwkv_model::engine::Device;
 
     use super::{Figures, changes, measure, plot, quick, tables};

@@ -34,6 +34,9 @@ const ROW: u32 = 24;
 const AROUND: u32 = 130;
 const RETENTION: u32 = 560;
 
+/// Width of the names beside the retention.
+const LEGEND: u32 = 170;
+
 type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
 
 /// A linear axis with ticks where they are wanted.
@@ -179,6 +182,7 @@ fn price(area: &Area<'_>, figures: &Figures, names: &[&str]) -> anyhow::Result<(
 }
 
 fn retention(area: &Area<'_>, figures: &Figures) -> anyhow::Result<()> {
+    let (area, legend) = area.split_horizontally(WIDTH - LEGEND);
     let distances = sorted(figures.retention.iter().map(|of| of.distance));
     let logarithm = |distance: usize| (distance.max(1) as f64).log2();
     let (first, last) = (distances.first().copied().unwrap_or(1), distances.last().copied().unwrap_or(2));
@@ -186,10 +190,9 @@ fn retention(area: &Area<'_>, figures: &Figures) -> anyhow::Result<()> {
     let bytes = Axis { from: logarithm(first) - 0.3, to: logarithm(last) + 0.3, ticks };
     let gains = figures.retention.iter().map(|of| of.gain);
     let (low, high) = gains.fold((0f64, 0.1f64), |(low, high), gain| (low.min(gain), high.max(gain)));
-    let mut chart = ChartBuilder::on(area)
+    let mut chart = ChartBuilder::on(&area)
         .caption("Bits per byte gained on a passage that comes again", (FONT, 19))
         .margin(12)
-        .margin_right(190)
         .x_label_area_size(48)
         .y_label_area_size(80)
         .build_cartesian_2d(bytes, low - 0.02..high * 1.05)
@@ -225,23 +228,14 @@ fn retention(area: &Area<'_>, figures: &Figures) -> anyhow::Result<()> {
         let point = if hollow { colour.stroke_width(2) } else { colour.filled() };
         chart
             .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(wide)))
-            .map_err(fail)?
-            .label(*name)
-            .legend(move |(x, y)| {
-                EmptyElement::at((x, y))
-                    + PathElement::new([(0, 0), (20, 0)], colour.stroke_width(wide))
-                    + Circle::new((10, 0), 4, point)
-            });
+            .map_err(fail)?;
         chart.draw_series(points.iter().map(|&at| Circle::new(at, 4, point))).map_err(fail)?;
+        let y = 50 + 20 * i32::try_from(index)?;
+        legend.draw(&PathElement::new([(4, y), (30, y)], colour.stroke_width(wide))).map_err(fail)?;
+        legend.draw(&Circle::new((17, y), 4, point)).map_err(fail)?;
+        legend.draw(&Text::new((*name).to_owned(), (38, y - 7), (FONT, 14))).map_err(fail)?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::Coordinate(i32::try_from(WIDTH)? - 275, 0))
-        .background_style(WHITE)
-        .border_style(WHITE)
-        .label_font((FONT, 14))
-        .draw()
-        .map_err(fail)
+    Ok(())
 }
 
 #[cfg(test)]
