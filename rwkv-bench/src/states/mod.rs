@@ -114,7 +114,7 @@ struct Quality {
     change: f64,
     /// Standard error of that, over windows; there is none of one window.
     change_error: Option<f64>,
-    /// Written, or at rest.
+    /// Written, or at rest; of a sparse format, at most.
     state_bytes: usize,
     /// Of pending tokens, at most.
     pending_bytes: usize,
