@@ -9,6 +9,7 @@ mod quality;
 mod random_model;
 mod speed;
 mod state_speed;
+mod states;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -35,6 +36,8 @@ enum Part {
     Profile(gpu::ProfileArgs),
     /// What ways to hold states bring, with many sequences side by side on the GPU.
     StateSpeed(state_speed::StateSpeedArgs),
+    /// What every way to hold a state costs in quality, on the bundled model.
+    States(states::StatesArgs),
 }
 
 #[derive(clap::Args)]
@@ -60,6 +63,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         Some(Part::Gpu(args)) => return gpu::report(args),
         Some(Part::Profile(args)) => return gpu::profile(args),
         Some(Part::StateSpeed(args)) => return state_speed::report(args),
+        Some(Part::States(args)) => return states::report(args),
         None => {}
     }
     let args = &args.cpu;

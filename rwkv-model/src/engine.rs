@@ -4,16 +4,18 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rayon::prelude::*;
 use rwkv_core::ModelConfig;
 use rwkv_core::fast::linear::Packed;
 use rwkv_core::model::{Logits, Model, Options, Segment, Wkv};
+use rwkv_core::ops::softmax::log_probability;
 use rwkv_state::layout::WrongLength;
 use rwkv_state::snapshot::{self, Digest};
 use rwkv_state::{Resident, ResidentState, StateLayout, StateStore, format, lazy, resident, store};
 
 use crate::checkpoint::{self, Checkpoint, LoraLayout, Progress};
 use crate::gpu::{self, WeightFormat};
-use crate::session::{Memory, Sequence, Session, Shown};
+use crate::session::{LOGITS_AT_ONCE, Memory, Sequence, Session, Shown};
 use crate::tokenizer::Tokenizer;
 use crate::{sample, tokenizer};
 
@@ -553,6 +555,27 @@ impl Engine {
     ///
     /// If a session is of another engine, has no tokens, or has one outside the vocabulary. Then no session changed.
     pub fn step(&self, batch: &mut [(&mut Session, &[u32])]) -> Result<(), Error> {
+        self.whole(batch, |batch| {
+            self.run_all(batch.iter_mut().map(|(session, tokens)| (&mut session.sequence, *tokens)).collect())
+        })
+    }
+
+    /// As [`Self::step`], and gives for each session what [`Session::score`] does: the natural logarithms of its tokens'
+    /// probabilities.
+    ///
+    /// # Errors
+    ///
+    /// As those of [`Self::step`], or if the GPU failed.
+    pub fn score(&self, batch: &mut [(&mut Session, &[u32])]) -> Result<Vec<Vec<f64>>, Error> {
+        self.whole(batch, |batch| self.score_all(batch))
+    }
+
+    /// Runs a batch that was checked; if that fails, its sessions are what they were.
+    fn whole<T>(
+        &self,
+        batch: &mut [(&mut Session, &[u32])],
+        run: impl FnOnce(&mut [(&mut Session, &[u32])]) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         for (index, (session, tokens)) in batch.iter().enumerate() {
             if !session.engine.is(self) {
                 return Err(Error::ForeignSession { index });
@@ -561,8 +584,7 @@ impl Engine {
         }
         // What a sequence was is kept until all its passes are done.
         let before: Vec<Option<Sequence>> = batch.iter().map(|(session, _)| self.before(session)).collect();
-        let done = self
-            .run_all(batch.iter_mut().map(|(session, tokens)| (&mut session.sequence, *tokens)).collect());
+        let done = run(batch);
         if done.is_err() {
             for ((session, _), before) in batch.iter_mut().zip(before) {
                 before.into_iter().for_each(|before| session.sequence = before);
@@ -593,6 +615,53 @@ impl Engine {
             rest.retain(|(_, tokens)| !tokens.is_empty());
         }
         Ok(())
+    }
+
+    /// Runs sequences over their tokens, in passes that show all logits, in which each has as many tokens as the others.
+    fn score_all(&self, batch: &mut [(&mut Session, &[u32])]) -> Result<Vec<Vec<f64>>, Error> {
+        let vocab = self.config().vocab;
+        let room = (LOGITS_AT_ONCE / vocab).clamp(1, self.logit_rows());
+        let mut scores = Vec::with_capacity(batch.len());
+        for (session, tokens) in &*batch {
+            scores.push(match session.logits() {
+                Ok(logits) => vec![log_probability(logits, tokens[0])],
+                Err(Error::NoLogits) => Vec::new(),
+                Err(error) => return Err(error),
+            });
+        }
+        let mut rest: Vec<(&mut Vec<f64>, &mut Sequence, &[u32])> = scores
+            .iter_mut()
+            .zip(batch)
+            .map(|(of, (session, tokens))| (of, &mut session.sequence, *tokens))
+            .collect();
+        while !rest.is_empty() {
+            let n = rest.len().min(self.segments()).min(room);
+            let (mut jobs, mut next) = (Vec::with_capacity(n), Vec::with_capacity(n));
+            for (scores, sequence, tokens) in &mut rest[..n] {
+                let (now, later) = tokens.split_at(tokens.len().min(room / n));
+                jobs.push(Job { sequence, tokens: now, logits: Logits::All });
+                // The last token's row predicts the next pass's first.
+                next.push((scores, now.len(), &tokens[1..tokens.len().min(now.len() + 1)]));
+                *tokens = later;
+            }
+            let rows = self.run(&mut jobs)?;
+            let mut others = rows.as_slice();
+            let own: Vec<&[f32]> = next
+                .iter()
+                .map(|(_, now, _)| {
+                    let (own, rest) = others.split_at(now * vocab);
+                    others = rest;
+                    own
+                })
+                .collect();
+            next.par_iter_mut().zip(own).for_each(|((scores, _, next), own)| {
+                let rows = own.par_chunks_exact(vocab).zip(&**next);
+                scores.par_extend(rows.map(|(row, &next)| log_probability(row, next)));
+            });
+            rest.retain(|(.., tokens)| !tokens.is_empty());
+        }
+        drop(rest);
+        Ok(scores)
     }
 
     /// What its sessions' states are held in.

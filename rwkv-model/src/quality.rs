@@ -1,6 +1,10 @@
 //! How well a model predicts a text: the yardstick of every approximation.
 
+use rayon::prelude::*;
+use rwkv_state::{EncodedState, StateFormat};
+
 use crate::engine::{Engine, Error};
+use crate::session::{Session, Shown};
 
 /// How well tokens were predicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -24,6 +28,16 @@ impl Score {
     #[must_use]
     pub fn perplexity(&self) -> f64 {
         (self.nats / self.tokens as f64).exp()
+    }
+}
+
+impl std::iter::Sum for Score {
+    fn sum<I: Iterator<Item = Self>>(scores: I) -> Self {
+        scores.fold(Self::default(), |sum, of| Self {
+            nats: sum.nats + of.nats,
+            tokens: sum.tokens + of.tokens,
+            bytes: sum.bytes + of.bytes,
+        })
     }
 }
 
@@ -51,4 +65,106 @@ pub fn windows(
         progress(&score);
     }
     Ok(score)
+}
+
+/// How windows are scored side by side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SideBySide {
+    /// Tokens predicted in a window.
+    pub window: usize,
+    /// Windows at a time. More need more memory; the results are the same.
+    pub sessions: usize,
+    /// Whether their states are put to rest on the way.
+    pub rest: Option<Rest>,
+}
+
+/// States that are put to rest again and again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rest {
+    /// In what.
+    pub format: StateFormat,
+    /// After how many tokens each time.
+    pub every: usize,
+}
+
+/// As [`windows`], many windows at a time: the score of each, which is the same but for rounding where the device says so.
+/// `progress` sees how many are done.
+///
+/// # Errors
+///
+/// As those of [`windows`], or if a state that is put to rest is not finite. No windows at a time are taken for one, and so
+/// are no tokens between rests.
+pub fn side_by_side(
+    engine: &Engine,
+    text: &[u8],
+    options: SideBySide,
+    mut progress: impl FnMut(usize),
+) -> Result<Vec<Score>, Error> {
+    let SideBySide { window, sessions: n, rest } = options;
+    let tokenizer = engine.tokenizer()?;
+    let (tokens, window) = (tokenizer.encode(text), window.max(1));
+    let windows: Vec<&[u32]> = (0..tokens.len().saturating_sub(1))
+        .step_by(window)
+        .map(|start| &tokens[start..start.saturating_add(window).saturating_add(1).min(tokens.len())])
+        .collect();
+    let mut scores = Vec::with_capacity(windows.len());
+    for windows in windows.chunks(n.max(1)) {
+        for (tokens, predicted) in windows.iter().zip(score(engine, windows, rest)?) {
+            scores.push(Score {
+                nats: -predicted.iter().sum::<f64>(),
+                tokens: predicted.len(),
+                bytes: tokenizer.decode(&tokens[1..])?.len(),
+            });
+        }
+        progress(scores.len());
+    }
+    Ok(scores)
+}
+
+/// The natural logarithms of the tokens' probabilities, of sequences side by side, each from an empty state; of the first
+/// token there is none.
+fn score(engine: &Engine, sequences: &[&[u32]], rest: Option<Rest>) -> Result<Vec<Vec<f64>>, Error> {
+    let mut sessions: Vec<Session> = sequences.iter().map(|_| engine.session()).collect();
+    let mut scores = vec![Vec::new(); sequences.len()];
+    let every = rest.map_or(usize::MAX, |rest| rest.every.max(1));
+    let mut start = 0;
+    loop {
+        let mut parts = Vec::with_capacity(sequences.len());
+        for ((session, scores), tokens) in sessions.iter_mut().zip(&mut scores).zip(sequences) {
+            if start < tokens.len() {
+                parts.push((session, scores, &tokens[start..start.saturating_add(every).min(tokens.len())]));
+            }
+        }
+        if parts.is_empty() {
+            return Ok(scores);
+        }
+        if let Some(Rest { format, .. }) = rest.filter(|_| start > 0) {
+            parts.par_iter_mut().try_for_each(|(session, ..)| put_to_rest(session, format))?;
+        }
+        let mut batch: Vec<_> =
+            parts.iter_mut().map(|(session, _, tokens)| (&mut **session, *tokens)).collect();
+        let found = engine.score(&mut batch)?;
+        parts.iter_mut().zip(found).for_each(|((_, scores, _), found)| scores.extend(found));
+        start = start.saturating_add(every);
+    }
+}
+
+/// Puts a session's state to rest in a format and takes it up again, as [`Session::save`] and [`Engine::load_session`] do by
+/// way of a file.
+///
+/// # Errors
+///
+/// If a value of the state is not finite, or the GPU failed; the session is as it was.
+pub fn put_to_rest(session: &mut Session, format: StateFormat) -> Result<(), Error> {
+    let logits = match session.logits() {
+        Ok(logits) => Shown::of(logits),
+        Err(Error::NoLogits) => Shown::default(),
+        Err(error) => return Err(error),
+    };
+    let state = EncodedState::encode(&session.engine().state_layout(), &session.state()?, format)?.decode();
+    let (position, counts) = (session.position(), session.sequence.counts.clone());
+    session.start_from(&state)?;
+    let sequence = &mut session.sequence;
+    (sequence.shown, sequence.position, sequence.counts) = (logits, position, counts);
+    Ok(())
 }

@@ -4,9 +4,7 @@ use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use rayon::prelude::*;
 use rwkv_core::model::Logits;
-use rwkv_core::ops::softmax::log_probability;
 use rwkv_kernels::kernels::sample::{ALL_MASKED, NOT_FINITE};
 use rwkv_state::{EncodedState, ResidentState, StateFormat, StateStore};
 
@@ -15,7 +13,7 @@ use crate::gpu::{Ahead, Record};
 use crate::sample::{Counts, Sampler};
 
 /// Logits computed at a time when every position's are wanted.
-const LOGITS_AT_ONCE: usize = 1 << 22;
+pub(crate) const LOGITS_AT_ONCE: usize = 1 << 22;
 
 /// One sequence: its state, the logits of its last token, and what sampling needs to know of its past.
 ///
@@ -199,17 +197,8 @@ impl Session {
     ///
     /// If there are no tokens or one is outside the vocabulary.
     pub fn score(&mut self, tokens: &[u32]) -> Result<Vec<f64>, Error> {
-        self.engine.check(tokens)?;
-        let before = self.logits().ok().map(|logits| log_probability(logits, tokens[0]));
-        let mut scores: Vec<f64> = before.into_iter().collect();
-        let vocab = self.engine.config().vocab;
-        self.each_pass(tokens, |start, logits| {
-            let next = &tokens[start + 1..];
-            scores.par_extend(
-                logits.par_chunks_exact(vocab).zip(next).map(|(row, &next)| log_probability(row, next)),
-            );
-        })?;
-        Ok(scores)
+        let mut scores = self.engine.clone().score(&mut [(self, tokens)])?;
+        Ok(scores.pop().unwrap_or_default())
     }
 
     /// Reads tokens, as many at a time as is sensible, and shows each time the index of the first and the logits

@@ -14,7 +14,8 @@ use rwkv_core::model::{Compute, Logits, Model, Observer, Options, Segment, State
 use rwkv_core::ops::linear::Matrix;
 use rwkv_core::{ModelConfig, Real};
 use rwkv_model::checkpoint::{Checkpoint, LoadMatrix};
-use rwkv_model::{Engine, quality};
+use rwkv_model::quality::{Rest, SideBySide};
+use rwkv_model::{Engine, EngineOptions, StateFormat, quality};
 use support::{BUNDLED, Tensor, get, on_cpu, open, read, safetensors, tokens, vectors};
 
 const FACTOR: f64 = 4.0;
@@ -244,5 +245,40 @@ fn windows_cover_the_text() {
         let score = quality::windows(&engine, &vec![65; len], window, |score| seen = score.tokens).unwrap();
         let want = len.saturating_sub(1);
         assert_eq!((score.tokens, score.bytes, seen), (want, want, want), "{len} bytes, windows of {window}");
+    }
+}
+
+/// Windows side by side are those one after the other, bit for bit: whatever their length, however many at a time, and with
+/// states that rest in single precision on the way.
+#[test]
+fn windows_side_by_side() {
+    let text = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/books-10m/valid.txt")).unwrap();
+    let engine = Engine::open_with(BUNDLED, EngineOptions { pass_tokens: 48, ..on_cpu() }, &|_| {}).unwrap();
+    for (len, window, sessions, every) in [
+        (0, 4, 3, 1),
+        (1, 4, 3, 1),
+        (2, 4, 3, 1),
+        (200, 7, 60, 3),
+        (300, 64, 4, 64),
+        (300, 120, 5, 17),
+        (100, 1000, 0, 0),
+    ] {
+        let text = &text[..len];
+        let (mut sum, mut each) = (quality::Score::default(), Vec::new());
+        quality::windows(&engine, text, window, |score| {
+            let tokens =
+                &text[sum.tokens..=score.tokens].iter().map(|&byte| byte.into()).collect::<Vec<u32>>();
+            each.push(-engine.session().score(tokens).unwrap().iter().sum::<f64>());
+            sum = *score;
+        })
+        .unwrap();
+        let at_rest = Rest { format: StateFormat::F32, every };
+        for rest in [None, Some(at_rest)] {
+            let options = SideBySide { window, sessions, rest };
+            let scores = quality::side_by_side(&engine, text, options, |_| {}).unwrap();
+            assert_eq!(scores.iter().map(|of| of.nats).collect::<Vec<_>>(), each, "{len} bytes, {options:?}");
+            let got: quality::Score = scores.into_iter().sum();
+            assert_eq!((got.tokens, got.bytes), (sum.tokens, sum.bytes), "{len} bytes, {options:?}");
+        }
     }
 }

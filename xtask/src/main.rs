@@ -17,7 +17,8 @@ usage: cargo xtask VERB
 
   test [ARGS..]     run every test; on Debian, first install a software Vulkan driver where there is none
   ci                formatting, lints, docs, tidy, then `test`: what a change must pass
-  bench [ARGS..]    run the benchmarks; ARGS go to rwkv-bench
+  bench [ARGS..]    run the benchmarks; ARGS go to rwkv-bench: nothing for the CPU, `gpu`, or
+                    `states` for the price of every state format (`states --quick` in seconds)
   profile [ARGS..]  time every dispatch of a model on the GPU; ARGS go to `rwkv-bench profile`:
                     --model PATH, --adapter NAME, --tokens N or --prompt N, --unfused, --trace FILE
   tidy              check the rules that no lint knows";
