@@ -74,17 +74,11 @@ pub enum Rounding {
     DecayDither,
 }
 
-/// Entries that a workgroup of so many lanes reads at once: as many as its memory has room for, where 256 lanes keep to what
-/// every device has.
-const fn staged(lanes: u32) -> u32 {
-    if lanes == 256 { 2 } else { 8 }
-}
-
 /// Bytes of memory that a workgroup of so many lanes takes, at most.
 #[must_use]
 pub const fn workgroup_bytes(lanes: u32) -> u32 {
     // By lane what the helpers `head` and `columns` hold; by channel the vectors of a token; entries.
-    52 * lanes + 3400 + staged(lanes) * 1024
+    52 * lanes + 5500
 }
 
 /// What a pipeline is specialised for.
@@ -95,14 +89,13 @@ pub fn overrides(
     lazy: bool,
     lanes: u32,
     lora_up: bool,
-) -> [(&'static str, f64); 6] {
+) -> [(&'static str, f64); 5] {
     [
         ("FORMAT", f64::from(format as u8)),
         ("ROUNDING", f64::from(rounding as u8)),
         ("LAZY", f64::from(u8::from(lazy))),
         ("LANES", f64::from(lanes)),
         ("LORA_UP", f64::from(u8::from(lora_up))),
-        ("STAGED", f64::from(staged(lanes))),
     ]
 }
 
