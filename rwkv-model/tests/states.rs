@@ -66,11 +66,11 @@ fn exact(tokens: &[u32]) -> Exact {
             if tokens.is_empty() { Vec::new() } else { model.forward(&mut segment, Options::default()) };
         [logits, [state.att_shift, state.wkv, state.ffn_shift].concat()]
     }
-    static MODELS: OnceLock<(Model<f64, Matrix<f32>>, Model<f32, Matrix<f32>>)> = OnceLock::new();
-    let (exact, plain) = MODELS.get_or_init(|| {
-        let checkpoint = support::open(model(), None).unwrap();
-        (checkpoint.load(&|_| {}).unwrap(), checkpoint.load(&|_| {}).unwrap())
-    });
+    static EXACT: OnceLock<Model<f64, Matrix<f32>>> = OnceLock::new();
+    static PLAIN: OnceLock<Model<f32, Matrix<f32>>> = OnceLock::new();
+    let checkpoint = || support::open(model(), None).unwrap();
+    let exact = EXACT.get_or_init(|| checkpoint().load(&|_| {}).unwrap());
+    let plain = PLAIN.get_or_init(|| checkpoint().load(&|_| {}).unwrap());
     let ([logits, state], off) = (run(exact, tokens), run(plain, tokens));
     let error = |got: &[f32], want: &[f64]| FACTOR.powi(2) * nmse(got, want, f64::INFINITY).unwrap_or(0.0);
     let off = [error(&off[0], &logits), error(&off[1], &state)];
@@ -286,7 +286,7 @@ fn splits_and_company_do_not_matter() {
             while rest.iter().any(|rest| !rest.is_empty()) {
                 let mut batch = Vec::new();
                 for (session, rest) in together.iter_mut().zip(&mut rest) {
-                    let (now, later) = rest.split_at(rest.len().min(1 + rng.next_u64() as usize % 7));
+                    let (now, later) = rest.split_at(rest.len().min(1 + (rng.next_u64() % 7) as usize));
                     *rest = later;
                     if !now.is_empty() {
                         batch.push((session, now));

@@ -452,11 +452,11 @@ fn rounded(row: &[f32], format: StateFormat, rounding: Rounding, first: usize) -
     let mut back = row.to_vec();
     if format == StateFormat::F16 {
         let mut stored = vec![half::f16::ZERO; row.len()];
-        let exponent = float16::encode(row, Some(0), rounding, first as u64, &mut stored).unwrap();
+        let exponent = float16::encode(row, Some(0), rounding, first as u64, &mut stored).expect("finite");
         float16::decode(&stored, exponent, &mut back);
     } else {
         let (mut stored, mut scales) = (vec![0; row.len()], vec![half::f16::ZERO; row.len().div_ceil(16)]);
-        let exponent = int8::encode(row, rounding, first as u64, &mut stored, &mut scales).unwrap();
+        let exponent = int8::encode(row, rounding, first as u64, &mut stored, &mut scales).expect("finite");
         int8::decode(&stored, &scales, exponent, &mut back);
     }
     back
@@ -578,7 +578,7 @@ fn faults_are_told() {
         "facts"
     );
     let found = Extents { n_heads: 1, head_size: 6 };
-    let other = LazyState::new(found, &vec![0.0; 36], folding(4)).unwrap().checkpoint();
+    let other = LazyState::new(found, &[0.0; 36], folding(4)).unwrap().checkpoint();
     let error = Error::Checkpoint { found, expected: EXTENTS };
     assert_eq!(state.restore(&other), Err(error), "another state's checkpoint");
     assert_eq!(error.to_string(), "a checkpoint of 1 heads of 6, expected 2 heads of 6", "facts");

@@ -340,8 +340,7 @@ impl<R: Real> Undecayed<R> {
     pub fn materialize(&self, base: &[R]) -> Vec<R> {
         let (n, mut state) = (self.head_size, self.sum(base));
         for (head, since) in state.chunks_exact_mut(n * n).zip(self.since.chunks_exact(n)) {
-            head.chunks_exact_mut(n)
-                .for_each(|row| row.iter_mut().zip(since).for_each(|(s, &e)| *s = *s * e));
+            head.chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(since).for_each(|(s, &e)| *s *= e));
         }
         state
     }

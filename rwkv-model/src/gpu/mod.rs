@@ -391,7 +391,9 @@ impl Executor {
         let layer_bytes = (base + shifts + slots.len() * entries) as u64;
         let buffer = self.staging(layer_bytes * self.config.n_layers as u64)?;
         let mut encoder = self.encoder();
-        for (from, start) in records.layers.iter().zip((0..).step_by(base + shifts + slots.len() * entries)) {
+        for (from, start) in
+            records.layers.iter().zip((0usize..).step_by(base + shifts + slots.len() * entries))
+        {
             let mut at = start as u64;
             let mut copy = |offset: u64, bytes: usize| {
                 encoder.copy_buffer_to_buffer(from, offset, &buffer, at, bytes as u64);

@@ -41,7 +41,7 @@ impl Case {
         let mut order: Vec<usize> = (0..records).collect();
         order.sort_by_cached_key(|_| rng.next_u64());
         let mut segment = |(&rows, r): (&usize, &[usize])| {
-            let kept = (1 + rng.next_u64() as usize % 3).min(rows);
+            let kept = (1 + (rng.next_u64() % 3) as usize).min(rows);
             Segment { rows, from: r[0], to: r[1..][..kept].to_vec() }
         };
         let segments: Vec<_> = lengths.iter().zip(order.chunks_exact(4)).map(&mut segment).collect();

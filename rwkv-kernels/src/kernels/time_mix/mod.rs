@@ -68,9 +68,9 @@ pub enum Error {
     /// The heads do not fit into a record, or the operands into a row of inputs.
     #[error("{0:?}: the heads exceed a record, or the operands a row of inputs")]
     Layout(Dims),
-    /// Of [`time_mix_resident`](super::time_mix_resident): what does not fit into bases, slots or rows, or is nothing.
-    #[error("{0:?}: bases, slots or rows do not hold their parts, or there is nothing to do")]
-    Resident(super::time_mix_resident::Dims),
+    /// Of [`time_mix_resident`](super::time_mix_resident): what does not fit, or is nothing.
+    #[error("{0} does not fit, or is nothing")]
+    Resident(&'static str),
     /// More elements than the kernel can index, or none.
     #[error("{0:?}: nothing to do, or too much for 32-bit indices")]
     Extents(Dims),

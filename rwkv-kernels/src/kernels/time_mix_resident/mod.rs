@@ -183,17 +183,19 @@ pub const fn table_len(rows: usize, segments: usize, capacity: usize) -> usize {
 /// If the extents are not what the kernel can do.
 pub fn lower(dims: Dims, lora_up: Option<u32>) -> Result<(Params, [u32; 3]), Error> {
     let Dims { rows, segments, heads, head_size, ranks, inputs, .. } = dims;
-    let too_much = Error::Resident(dims);
-    let u = |n: usize| u32::try_from(n).map_err(|_| too_much);
-    common(rows, segments, heads, head_size, ranks, inputs).ok_or(too_much)?;
+    let u = |n: usize| u32::try_from(n).map_err(|_| Error::Resident("an extent among 32-bit indices"));
+    common(rows, segments, heads, head_size, ranks, inputs)
+        .ok_or(Error::Resident("what rows have of heads"))?;
     let width = heads * HEAD_SIZE;
     let entry = if dims.capacity == 0 { 0 } else { ENTRY * width };
-    let fits = heads * dims.format.head_words() <= dims.base_stride
-        && dims.entry.checked_add(entry).is_some_and(|end| end <= dims.slot_stride)
-        && dims.slots <= dims.state
-        && u32::try_from(dims.state).is_ok();
-    if !fits {
-        return Err(too_much);
+    let checks = [
+        ("the heads of a base", heads * dims.format.head_words() <= dims.base_stride),
+        ("an entry in a slot", dims.entry.checked_add(entry).is_some_and(|end| end <= dims.slot_stride)),
+        ("the bases before the slots", dims.slots <= dims.state),
+        ("the state among 32-bit indices", u32::try_from(dims.state).is_ok()),
+    ];
+    if let Some((what, _)) = checks.into_iter().find(|(_, fits)| !fits) {
+        return Err(Error::Resident(what));
     }
     let [groups_w, groups_a, groups_v] = lora_up.map_or(Ok([0; 3]), |lanes| divided(ranks, lanes))?;
     #[expect(clippy::cast_possible_truncation, reason = "constants that an f32 holds well enough")]

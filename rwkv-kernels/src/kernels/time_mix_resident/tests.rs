@@ -565,20 +565,21 @@ fn refuses_what_it_cannot_run() {
         "layout"
     );
     assert!(lower(Dims { capacity: 0, slot_stride: 384, ..plain }, None).is_ok(), "no entries");
-    for of in [
-        Dims { head_size: 32, ..plain },
-        Dims { rows: 0, ..plain },
-        Dims { segments: 0, ..plain },
-        Dims { inputs: plain.inputs - 1, ..plain },
-        Dims { base_stride: plain.base_stride - 1, ..plain },
-        Dims { format: Format::F32, ..plain },
-        Dims { slot_stride: plain.slot_stride - 1, ..plain },
-        Dims { entry: usize::MAX, ..plain },
-        Dims { slots: plain.state + 1, ..plain },
-        Dims { state: 1 << 32, ..plain },
-        Dims { heads: usize::MAX, ..plain },
+    let rows = "what rows have of heads";
+    for (of, what) in [
+        (Dims { head_size: 32, ..plain }, rows),
+        (Dims { rows: 0, ..plain }, rows),
+        (Dims { segments: 0, ..plain }, rows),
+        (Dims { inputs: plain.inputs - 1, ..plain }, rows),
+        (Dims { heads: usize::MAX, ..plain }, rows),
+        (Dims { base_stride: plain.base_stride - 1, ..plain }, "the heads of a base"),
+        (Dims { format: Format::F32, ..plain }, "the heads of a base"),
+        (Dims { slot_stride: plain.slot_stride - 1, ..plain }, "an entry in a slot"),
+        (Dims { entry: usize::MAX, ..plain }, "an entry in a slot"),
+        (Dims { slots: plain.state + 1, ..plain }, "the bases before the slots"),
+        (Dims { state: 1 << 32, ..plain }, "the state among 32-bit indices"),
     ] {
-        assert_eq!(lower(of, Some(256)), Err(Error::Resident(of)), "{of:?}");
+        assert_eq!(lower(of, Some(256)), Err(Error::Resident(what)), "{of:?}");
     }
     assert!(matches!(lower(plain, Some(192)), Err(Error::Lanes { .. })), "lanes");
     assert!(matches!(lower(Dims { segments: 65_536, ..plain }, None), Err(Error::Groups { .. })), "groups");
