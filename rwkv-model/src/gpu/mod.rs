@@ -167,8 +167,8 @@ struct Work {
     records: Records,
     /// For one token of one sequence, if the device has the memory for it.
     step: Option<Plan>,
-    /// For any number, by the rows of a tile.
-    batch: BTreeMap<u32, Plan>,
+    /// For any number, by the rows that they are laid down for, and rows of logits.
+    batch: BTreeMap<[u32; 2], Plan>,
     /// One dispatch for each operation, by rows and rows of logits: of one token, and of the last other pass.
     unfused: BTreeMap<[u32; 2], Plan>,
     /// The record whose logits are the first row of the scratch.
@@ -189,7 +189,8 @@ impl Executor {
         if config.head_size != HEAD_SIZE {
             return Err(Error::HeadSize { got: config.head_size, want: HEAD_SIZE });
         }
-        let features = rwkv_kernels::Features { subgroup: !setup.portable, ..Default::default() };
+        let all = !setup.portable;
+        let features = rwkv_kernels::Features { f16: all, subgroup: all, coop: all };
         let request = device::Request {
             adapter: setup.adapter.clone(),
             features,
@@ -450,10 +451,10 @@ impl Executor {
             let plan = work.step.take().map_or_else(|| layers.step(), Ok)?;
             return Ok(work.step.insert(plan));
         }
-        let tile = self.kernels.tile_rows(shape.rows);
-        Ok(match work.batch.entry(tile) {
+        let class = [shape.rows, shape.logits].map(Kernels::class);
+        Ok(match work.batch.entry(class) {
             Entry::Occupied(laid) => laid.into_mut(),
-            Entry::Vacant(room) => room.insert(layers.batch(tile)?),
+            Entry::Vacant(room) => room.insert(layers.batch(class)?),
         })
     }
 
