@@ -371,7 +371,8 @@ fn lengths_of_calls_do_not_matter() {
     }
 }
 
-/// Every sequence of a batch is as it is alone, and does not change with its place.
+/// Every sequence of a batch is as it is alone, and does not change with its place: not by a bit, where kernels are not
+/// chosen by the length of the pass that the place is in, or do not differ.
 #[test]
 fn batches_of_any_size() {
     let lengths: Vec<usize> = (0..300).map(|i| 1 + i % 3).collect();
@@ -390,9 +391,14 @@ fn batches_of_any_size() {
             }
             let mut turned = prompts[..n].to_vec();
             turned.rotate_left(n / 3);
-            let mut turned: Vec<_> = together(engine, &turned).iter().map(shown).collect();
+            let mut turned = together(engine, &turned);
             turned.rotate_right(n / 3);
-            assert_eq!(turned, sessions.iter().map(shown).collect::<Vec<_>>(), "{n}, in another order");
+            for (i, (turned, session)) in turned.iter().zip(&sessions).enumerate() {
+                wants[i].holds(turned, &format!("{i} of {n}, in another order"));
+                if invariant || n < 300 || !rounds_to_halves() {
+                    assert_eq!(shown(turned), shown(session), "{i} of {n}, in another order: bits");
+                }
+            }
         }
     }
 }

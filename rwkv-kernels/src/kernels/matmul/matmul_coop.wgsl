@@ -64,6 +64,9 @@ struct Job {
 
 // A step of x: [ROWS, STEP], and of W: [COLS, STEP], or [STEP, COLS] if TRANSPOSED. Each row has two vectors more, so
 // that eight of them, which are read at once, are in different banks.
+//
+// All that is here takes multiples of 16 bytes: NVIDIA lays it out without gaps and reads matrices at such places alone.
+// Of two workgroups side by side each has 24 KiB at most, or a processor of a H100 holds one.
 override X_PITCH: u32 = STEP / 4u + 2u;
 override W_PITCH: u32 = select(STEP, COLS, TRANSPOSED) / 4u + 2u;
 override X_LEN: u32 = ROWS * X_PITCH;
