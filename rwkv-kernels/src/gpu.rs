@@ -72,7 +72,9 @@ pub struct Request {
     /// A part of the adapter's name, whatever the case, or its number among [`adapters`]. By default what
     /// [`ADAPTER`] says, and without it the fastest there is.
     pub adapter: Option<String>,
-    /// Features to ask for, as far as it has them.
+    /// Features to ask for, as far as it has them: of cooperative matrices, those that kernels are written for. They are
+    /// experimental in wgpu, and a shader that has them is beyond its checks: with them, a device is for this crate's
+    /// kernels, or for others that keep within their arrays themselves.
     pub features: Features,
     /// Whether to ask for timestamps between dispatches, if it has them.
     pub timestamps: bool,
@@ -81,9 +83,9 @@ pub struct Request {
 }
 
 impl Default for Request {
-    /// What stable kernels use; cooperative matrices are experimental in wgpu and not among it.
+    /// All that kernels use.
     fn default() -> Self {
-        let features = Features { f16: true, subgroup: true, coop: false };
+        let features = Features { f16: true, subgroup: true, coop: true };
         Self { adapter: None, features, timestamps: false, cache: None }
     }
 }
@@ -150,7 +152,8 @@ impl Device {
             return Err(Error::Adapter { wanted, found: found.iter().map(name).collect() });
         };
         let grants = Capabilities::new(adapter.features(), &adapter.limits());
-        let mut features = request.features.into();
+        let coop = request.features.coop && has_coop(adapter);
+        let mut features = Features { coop, ..request.features }.into();
         if request.timestamps {
             features |= wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES;
         }
@@ -160,6 +163,7 @@ impl Device {
             features |= wgpu::Features::PIPELINE_CACHE;
         }
         let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+            experimental_features: if coop { experimental() } else { wgpu::ExperimentalFeatures::disabled() },
             required_features: adapter.features() & features,
             required_limits: wgpu::Limits {
                 max_storage_buffer_binding_size: adapter.limits().max_storage_buffer_binding_size,
@@ -321,6 +325,32 @@ impl Device {
     }
 }
 
+/// Whether the adapter has the cooperative matrices that kernels are written for: 16 by 16, halves that are summed in
+/// `f32`, of subgroups of 32, since the kernels divide their workgroups by that.
+fn has_coop(adapter: &wgpu::Adapter) -> bool {
+    let of = adapter.get_info();
+    let (half, single) = (wgpu::CooperativeScalarType::F16, wgpu::CooperativeScalarType::F32);
+    let suits = |of: &wgpu::CooperativeMatrixProperties| {
+        (of.m_size, of.n_size, of.k_size) == (16, 16, 16) && (of.ab_type, of.cr_type) == (half, single)
+    };
+    adapter.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SHADER_F16)
+        && (of.subgroup_min_size, of.subgroup_max_size) == (SUBGROUP, SUBGROUP)
+        && adapter.cooperative_matrix_properties().iter().any(suits)
+}
+
+/// Invocations of a subgroup that multiplies matrices.
+const SUBGROUP: u32 = 32;
+
+/// Leave to ask for cooperative matrices.
+#[expect(unsafe_code, reason = "wgpu does not check what is loaded and stored as a matrix")]
+fn experimental() -> wgpu::ExperimentalFeatures {
+    // SAFETY: what the feature lacks is checks: that a matrix lies within the array that it is loaded from or stored to,
+    // and that all of a subgroup take part. The kernels of this crate load from workgroup memory alone, at places that
+    // follow from a tile which `lower` has admitted, and in control flow that is the same for the whole workgroup, which
+    // is whole subgroups, of the size that `has_coop` asks for. Of other kernels, `Request::features` warns.
+    unsafe { wgpu::ExperimentalFeatures::enabled() }
+}
+
 /// A storage buffer of guard bytes, `data`, guard bytes.
 fn guarded(device: &wgpu::Device, data: &[u8]) -> wgpu::Buffer {
     device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
@@ -460,13 +490,13 @@ mod tests {
             ),
             "override"
         );
-        let greedy = Kernel { features: Features { coop: true, ..good.features }, ..good };
+        let greedy = Kernel { workgroup_bytes: 1 << 30, ..good };
         assert!(
             matches!(
                 device.pipeline(&greedy, &[]),
                 Err(Error::Pipeline(pipeline::Error::Capabilities { .. }))
             ),
-            "the device is opened without cooperative matrices"
+            "no workgroup has so much memory"
         );
         let kernel = device.pipeline(&good, &[]).unwrap();
         let run = |buffers: &[Vec<f32>], groups| device.run(&kernel, &[], buffers, groups);

@@ -5,9 +5,9 @@
 //! | [`Layers::step`] | one token of one sequence | `mix_in`, `time_mix`, `linear`, `mix_in`, `channel_mix_value` |
 //! | [`Layers::batch`] | any rows | `mix_rows`, `matmul`, `matmul`, `time_mix`, `matmul`, `mix_rows`, `matmul`, `matmul` |
 
-use std::collections::BTreeMap;
-
+use rayon::prelude::*;
 use rwkv_core::ModelConfig;
+use rwkv_core::config::Ranks;
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::matmul::Rows;
 use rwkv_kernels::gpu::Device;
@@ -119,8 +119,8 @@ pub(super) struct Kernels {
     pub(super) layer_norm: Pipeline,
     mix_rows: Pipeline,
     sample: Pipeline,
-    /// By the rows of a tile, plain and transposed.
-    pub(super) matmul: BTreeMap<u32, [Pipeline; 2]>,
+    /// From the smallest tile on, plain and transposed.
+    matmul: Vec<(matmul::Tile, [Pipeline; 2])>,
     /// With the adapters' products given.
     time_mix: Pipeline,
     /// For one token, if the device has the memory for them.
@@ -148,17 +148,41 @@ struct StepKernels {
     columns: u32,
 }
 
+/// Invocations that keep a GPU busy: those that the tiles were measured on, an H100 and an H200, have 132 processors. With
+/// fewer in a dispatch, a smaller tile is faster.
+const FILL: u32 = 132 * 174;
+
+/// What the hidden units of the channel mix are divided by before they are rounded to halves, as a power of two: they are
+/// squares. books-10m has some beyond 1e5; up to 1.6e7 they are off by no more than half a unit, or 7.6e-6.
+pub(super) const HIDDEN_EXPONENT: u32 = 8;
+
+/// The same for the gated readout, which has no bound either: up to 1e6, or 4.8e-7.
+pub(super) const READOUT_EXPONENT: u32 = 4;
+
+/// The tiles of the best variant of `matmul` that a device has for a model. Where a sequence must not depend on those beside
+/// it, all give the same results.
+fn tiles(device: &Device, config: &ModelConfig, setup: &Setup) -> &'static [matmul::Tile] {
+    let Ranks { w, a, v, g } = config.ranks;
+    let by_fours = [config.width, config.hidden, w, a, v, g].iter().all(|n| n.is_multiple_of(4));
+    match (device.capabilities().features.coop && by_fours, setup.batch_invariant) {
+        (false, _) => &matmul::TILES,
+        (true, false) => &matmul::COOP_TILES,
+        (true, true) => &matmul::COOP_TILES_UNSPLIT,
+    }
+}
+
 /// Compiles a kernel in the best variant that a device has.
 ///
 /// Indices are not checked on the device: see the comment on safety.
-pub(super) fn compile(
+pub(super) fn compile<'a>(
     device: &Device,
-    variants: &[Kernel],
+    variants: impl IntoIterator<Item = &'a Kernel> + Clone,
     overrides: &[(&str, f64)],
 ) -> Result<Pipeline, Error> {
     let capabilities = device.capabilities();
-    let Some(kernel) = choose(variants, &capabilities) else {
-        let (name, needs) = (variants[0].label(), Capabilities::WEBGPU);
+    let Some(kernel) = choose(variants.clone(), &capabilities) else {
+        let name = variants.into_iter().next().map(Kernel::label).unwrap_or_default();
+        let needs = Capabilities::WEBGPU;
         return Err(rwkv_kernels::pipeline::Error::Capabilities { name, needs, has: capabilities }.into());
     };
     // SAFETY: the kernels are of rwkv-kernels. The plans, below and in `unfused`, bind buffers of the executor's making,
@@ -181,13 +205,13 @@ impl Kernels {
     pub(super) fn new(device: &Device, config: &ModelConfig, setup: &Setup) -> Result<Self, Error> {
         let lanes = lanes(device);
         let norm = [("LANES", f64::from(lanes(256)))];
-        let mut of_matmul = BTreeMap::new();
-        for rows in matmul::TILE_ROWS {
-            let of = |transposed: f64| {
-                compile(device, matmul::VARIANTS, &[("ROWS", rows.into()), ("TRANSPOSED", transposed)])
-            };
-            of_matmul.insert(rows, [of(0.0)?, of(1.0)?]);
-        }
+        // Side by side, since a driver takes half a second for some.
+        let of_matmul = |&tile: &matmul::Tile| {
+            let of = |transposed| compile(device, tile.variants(), &tile.overrides(transposed));
+            Ok::<_, Error>((tile, [of(false)?, of(true)?]))
+        };
+        let tiles = tiles(device, config, setup);
+        let of_matmul = tiles.par_iter().map(of_matmul).collect::<Result<_, _>>()?;
         let held = Held::new(setup.state, setup.fused)?;
         Ok(Self {
             held,
@@ -209,16 +233,39 @@ impl Kernels {
         self.step.is_some()
     }
 
-    /// The rows of a tile for a pass of so many.
-    pub(super) fn tile_rows(&self, rows: u32) -> u32 {
-        let tiles = self.matmul.keys().copied();
-        tiles.clone().find(|&tile| rows <= tile).or(tiles.last()).unwrap_or_default()
+    /// The rows that a pass of so many is laid down for: with more, up to those, it would have the same tiles.
+    pub(super) fn class(rows: u32) -> u32 {
+        rows.next_power_of_two().clamp(16, 512)
+    }
+
+    /// The tile for a product of so many rows with matrices of so many outputs, and its pipeline.
+    ///
+    /// Of cooperative matrices, the largest that leaves no processor idle and is not mostly without rows, or else the
+    /// smallest.
+    pub(super) fn matmul(
+        &self,
+        rows: u32,
+        outputs: impl Iterator<Item = usize> + Clone,
+        transposed: bool,
+    ) -> (matmul::Tile, &Pipeline) {
+        let rows = Self::class(rows);
+        let fits = |tile: &matmul::Tile| match tile.coop {
+            None => true,
+            Some(_) => {
+                let cols: u32 = outputs.clone().map(|n| count(n).div_ceil(tile.cols)).sum();
+                let groups = cols.saturating_mul(rows.div_ceil(tile.rows));
+                groups.saturating_mul(tile.lanes()) >= FILL
+            }
+        };
+        let mut of_rows = self.matmul.iter().filter(|(tile, _)| tile.rows <= rows);
+        let (tile, pipelines) = of_rows.rfind(|(tile, _)| fits(tile)).unwrap_or(&self.matmul[0]);
+        (*tile, &pipelines[usize::from(transposed)])
     }
 
     /// What was chosen, of those that every form has and of others.
     pub(super) fn labels_with<'a>(&'a self, others: impl IntoIterator<Item = &'a Pipeline>) -> Vec<String> {
         let own = [&self.embedding, &self.layer_norm, &self.sample].into_iter();
-        let all = own.chain(self.matmul.values().flatten()).chain(others);
+        let all = own.chain(self.matmul.iter().flat_map(|(_, of)| of)).chain(others);
         let mut labels: Vec<_> = all.map(|pipeline| pipeline.kernel().label()).collect();
         labels.sort();
         labels.dedup();
@@ -641,11 +688,11 @@ impl Layers<'_> {
         ])
     }
 
-    /// The form for any rows, in tiles of `tile` of them.
-    pub(super) fn batch(&self, tile: u32) -> Result<Plan, Error> {
+    /// The form for any rows, in the tiles for so many of them, and of logits.
+    pub(super) fn batch(&self, [rows, logits]: [u32; 2]) -> Result<Plan, Error> {
         let mut body = vec![self.embed(Grid::Rows)?];
         for (weights, records) in self.weights.layers.iter().zip(&self.records.layers) {
-            body.extend(self.batch_layer(tile, weights, records)?);
+            body.extend(self.batch_layer(rows, weights, records)?);
         }
         let (s, width, vocab) = (self.scratch, self.config.width, self.config.vocab);
         let dims = layer_norm::Dims { of: s.rows, rows: s.logit_rows, width };
@@ -656,21 +703,21 @@ impl Layers<'_> {
         let norm =
             self.planner().step("ln_out", &self.kernels.layer_norm, params, &buffers, Grid::LogitRows, 0)?;
         let head = self.product(
-            tile,
+            logits,
             Product {
                 part: "head",
                 weights: &self.weights.head,
                 transposed: false,
                 x: (&s.normed, s.len.normed),
                 y: (&s.logits, s.len.logits),
-                jobs: vec![job(width, vocab, 0, (0, width), (0, vocab), Activation::Identity, false)],
+                jobs: vec![job(width, vocab, 0, (0, width), (0, vocab), Activation::Identity)],
                 of_logits: true,
             },
         )?;
         Ok(Plan { body, head: vec![norm, head] })
     }
 
-    fn batch_layer(&self, tile: u32, weights: &Layer, records: &wgpu::Buffer) -> Result<[Step; 8], Error> {
+    fn batch_layer(&self, rows: u32, weights: &Layer, records: &wgpu::Buffer) -> Result<[Step; 8], Error> {
         let (s, planner, layout) = (self.scratch, self.planner(), self.records.layout);
         let ModelConfig { width, hidden, .. } = *self.config;
         let mix = |part, offset, mixes, vectors| {
@@ -693,17 +740,17 @@ impl Layers<'_> {
         for of in stack(weights, width) {
             let mix = of.mix.unwrap_or_default() as usize;
             let (x, y) = ((mix * width, MIXES * width), (start, per_row));
-            projections.push(job(width, of.outputs, start * width / 8, x, y, of.activation, false));
+            projections.push(job(width, of.outputs, start * width / 8, x, y, of.activation));
             start += of.outputs;
         }
         let r = weights.ranks;
         let (mut adapters, mut rank) = (Vec::new(), 0);
         for (i, own) in [r.w, r.a, r.v, r.g].into_iter().enumerate().filter(|(_, own)| *own > 0) {
             let (x, y) = ((3 * width + rank, per_row), (i * width, ADAPTERS * width));
-            adapters.push(job(own, width, rank * width / 8, x, y, Activation::Identity, false));
+            adapters.push(job(own, width, rank * width / 8, x, y, Activation::Identity));
             rank += own;
         }
-        let product = |product| self.product(tile, product);
+        let product = |product| self.product(rows, product);
         let all = |part, weights, x, y, jobs| Product {
             part,
             weights,
@@ -715,9 +762,18 @@ impl Layers<'_> {
         };
         let (x, inputs) = ((&s.x, s.len.x), (&s.inputs, s.len.inputs));
         let (mixed, hidden_rows) = ((&s.mixed, s.len.mixed), (&s.hidden, s.len.hidden));
-        let output = job(width, width, 0, (0, width), (0, width), Activation::Identity, true);
-        let key = job(width, hidden, 0, (0, width), (0, hidden), Activation::SquaredRelu, false);
-        let value = job(hidden, width, 0, (0, hidden), (0, width), Activation::Identity, true);
+        let identity = Activation::Identity;
+        let output = matmul::Job {
+            exponent: READOUT_EXPONENT,
+            accumulate: true,
+            ..job(width, width, 0, (0, width), (0, width), identity)
+        };
+        let key = job(width, hidden, 0, (0, width), (0, hidden), Activation::SquaredRelu);
+        let value = matmul::Job {
+            exponent: HIDDEN_EXPONENT,
+            accumulate: true,
+            ..job(hidden, width, 0, (0, hidden), (0, width), identity)
+        };
 
         let heads = Heads {
             pipeline: &self.kernels.time_mix,
@@ -769,11 +825,14 @@ impl Layers<'_> {
         self.planner().step("embedding", pipeline, params, &buffers, grid, 2 * width as u64)
     }
 
-    fn product(&self, tile: u32, of: Product<'_>) -> Result<Step, Error> {
+    /// A product of so many rows.
+    fn product(&self, rows: u32, of: Product<'_>) -> Result<Step, Error> {
         let s = self.scratch;
+        let (tile, pipeline) =
+            self.kernels.matmul(rows, of.jobs.iter().map(|job| job.outputs), of.transposed);
         let dims = matmul::Dims {
             rows: if of.of_logits { s.logit_rows } else { s.rows },
-            tile_rows: tile,
+            tile,
             transposed: of.transposed,
             weights: usize::try_from(of.weights.size()).unwrap_or(usize::MAX) / 16,
             x: of.x.1,
@@ -781,11 +840,10 @@ impl Layers<'_> {
         };
         let (_, records, [x, ..]) = matmul::lower(dims, &of.jobs).map_err(refused(of.part))?;
         let (params, grid) = if of.of_logits {
-            (&s.of_logits, Grid::LogitTiles { x, rows: tile })
+            (&s.of_logits, Grid::LogitTiles { x, rows: tile.rows })
         } else {
-            (&s.of_rows[of.jobs.len() - 1], Grid::Tiles { x, rows: tile })
+            (&s.of_rows[of.jobs.len() - 1], Grid::Tiles { x, rows: tile.rows })
         };
-        let pipeline = &self.kernels.matmul[&tile][usize::from(of.transposed)];
         let jobs = self.planner().table(&records);
         let buffers = [&jobs, of.weights, of.x.0, of.y.0].map(Bound::Whole);
         self.planner().step_with(of.part, pipeline, params, &buffers, grid, of.weights.size())
@@ -857,7 +915,7 @@ fn stack(weights: &Layer, width: usize) -> Vec<mix_in::Stacked> {
     all.into_iter().filter(|(outputs, ..)| *outputs > 0).map(stacked).collect()
 }
 
-/// A job of `matmul`; rows by offset and stride.
+/// A job of `matmul`, of inputs that halves hold; rows by offset and stride.
 fn job(
     inputs: usize,
     outputs: usize,
@@ -865,8 +923,8 @@ fn job(
     x: (usize, usize),
     y: (usize, usize),
     activation: Activation,
-    accumulate: bool,
 ) -> matmul::Job {
     let rows = |(offset, stride)| Rows { offset, stride };
-    matmul::Job { inputs, outputs, weights, x: rows(x), y: rows(y), activation, accumulate }
+    let (x, y) = (rows(x), rows(y));
+    matmul::Job { inputs, outputs, weights, x, exponent: 0, y, activation, accumulate: false }
 }

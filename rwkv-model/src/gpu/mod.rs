@@ -188,8 +188,8 @@ struct Work {
     records: Records,
     /// For one token of one sequence, if the device has the memory for it.
     step: Option<Plan>,
-    /// For any number, by the rows of a tile.
-    batch: BTreeMap<u32, Plan>,
+    /// For any number, by the rows that they are laid down for, and rows of logits.
+    batch: BTreeMap<[u32; 2], Plan>,
     /// One dispatch for each operation, by rows and rows of logits: of one token, and of the last other pass.
     unfused: BTreeMap<[u32; 2], Plan>,
     /// The logits that are the first row of the scratch, by number.
@@ -222,7 +222,8 @@ impl Executor {
             return Err(Error::HeadSize { got: config.head_size, want: HEAD_SIZE });
         }
         layer::Held::new(setup.state, setup.fused)?;
-        let features = rwkv_kernels::Features { subgroup: !setup.portable, ..Default::default() };
+        let all = !setup.portable;
+        let features = rwkv_kernels::Features { f16: all, subgroup: all, coop: all };
         let request = device::Request {
             adapter: setup.adapter.clone(),
             features,
@@ -530,11 +531,11 @@ impl Executor {
 
     /// The plan for a pass, in the form for several rows.
     fn batch<'w>(&self, work: &'w mut Work, shape: Shape) -> Result<&'w Plan, Error> {
-        let tile = self.kernels.tile_rows(shape.rows);
         let layers = self.layers(&work.records);
-        Ok(match work.batch.entry(tile) {
+        let class = [shape.rows, shape.logits].map(Kernels::class);
+        Ok(match work.batch.entry(class) {
             Entry::Occupied(laid) => laid.into_mut(),
-            Entry::Vacant(room) => room.insert(layers.batch(tile)?),
+            Entry::Vacant(room) => room.insert(layers.batch(class)?),
         })
     }
 

@@ -30,7 +30,8 @@ use rwkv_kernels::pipeline::{Pipeline, checked};
 use rwkv_state::layout::DeviceLayout;
 
 use super::layer::{
-    Kernels, Layers, MIX_A, MIX_G, MIX_K, MIX_R, MIX_V, MIX_W, MIXES, compile, linear_of, refused, value_of,
+    HIDDEN_EXPONENT, Kernels, Layers, MIX_A, MIX_G, MIX_K, MIX_R, MIX_V, MIX_W, MIXES, READOUT_EXPONENT,
+    compile, linear_of, refused, value_of,
 };
 use super::plan::{Bound, Grid, Plan, Shape, Step};
 use super::records::{Move, Record};
@@ -463,10 +464,11 @@ impl<'a> Steps<'a> {
         let len =
             |buffer: &wgpu::Buffer, bytes: u64| usize::try_from(buffer.size() / bytes).unwrap_or(usize::MAX);
         let ((weights, start), (x, x_rows)) = (of.weights, of.x);
-        let tile_rows = self.of.kernels.tile_rows(count(self.rows));
+        let outputs = std::iter::once(of.outputs);
+        let (tile, pipeline) = self.of.kernels.matmul(count(self.rows), outputs, transposed);
         let dims = matmul::Dims {
             rows: self.rows,
-            tile_rows,
+            tile,
             transposed,
             weights: len(weights, 16),
             x: len(x, 4),
@@ -477,13 +479,14 @@ impl<'a> Steps<'a> {
             outputs: of.outputs,
             weights: start / 8,
             x: x_rows,
+            // What is added is of the hidden units.
+            exponent: if accumulate { HIDDEN_EXPONENT } else { READOUT_EXPONENT },
             y: plain(of.outputs),
             activation: Activation::Identity,
             accumulate,
         };
         let (params, jobs, groups) = matmul::lower(dims, &[job]).map_err(refused(of.part))?;
         let jobs = self.of.planner().table(&jobs);
-        let pipeline = &self.of.kernels.matmul[&tile_rows][usize::from(transposed)];
         let buffers = [&jobs, weights, x, of.y].map(Bound::Whole);
         let lowered = Ok::<_, matmul::Error>((params, groups));
         self.push(of.part, pipeline, lowered, &buffers, of.bytes())

@@ -1,37 +1,143 @@
-//! Bindings and lowering of `matmul.wgsl`. The operation is defined in [`rwkv_core::ops::matmul`].
+//! Bindings and lowering of `matmul.wgsl` and `matmul_coop.wgsl`. The operation is defined in
+//! [`rwkv_core::ops::matmul`].
 //!
 //! All jobs of a call share one buffer of weights, and how their matrices lie in it: the override `TRANSPOSED`. A buffer
 //! holds weights by eights, as `weights.wgsl` reads them; offsets and lengths of weights count eights.
 //!
 //! The caller sees to it that no element of `y` is of two jobs: they run side by side.
+//!
+//! # With cooperative matrices
+//!
+//! They multiply halves, and sum in `f32`. The weights are halves as they are. An `x` is divided by `2^e`, `e` the job's
+//! [`exponent`](Job::exponent), and rounded to the nearest half. As far as `|x| <= 65504 * 2^e` it is off by
+//! `2^-11 |x| + 2^(e - 25)` at most: half a unit of a half, or of the least there is. What is beyond counts as
+//! `65504 * 2^e`, so that a sum never overflows where its inputs do not. The products are exact.
+//!
+//! A power of two per job, and not one per row from its largest element, because nothing that comes before knows the
+//! largest: a pass over the rows for its sake costs a dispatch, and what it would save is less than the rounding of an
+//! element of size `2^(e - 14)`.
 
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::matmul::Rows;
 
 use super::{MAX_GROUPS, indexable};
+use crate::Kernel;
 pub use crate::reflected::matmul::{Params, VARIANTS};
 
 #[cfg(test)]
 #[cfg(feature = "gpu")]
 mod tests;
 
-/// What the override `ROWS` may be: rows that one workgroup computes. A result does not depend on it. The smallest is
-/// for calls of so few rows, since a workgroup multiplies all of its own, there or not.
-pub const TILE_ROWS: [u32; 3] = [32, 64, 128];
+/// What one workgroup computes, and how: one of [`TILES`], of [`COOP_TILES`] or of [`COOP_TILES_UNSPLIT`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Tile {
+    /// Rows, the override `ROWS`. A workgroup multiplies all of them, there or not.
+    pub rows: u32,
+    /// Outputs.
+    pub cols: u32,
+    /// How cooperative matrices divide it; without, it is of the portable variant.
+    pub coop: Option<Coop>,
+}
 
-/// Outputs that one workgroup computes.
-const TILE_COLS: usize = 64;
+/// How the subgroups of a workgroup divide a tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Coop {
+    /// Rows of a part, the override `SUB_ROWS`.
+    pub sub_rows: u32,
+    /// Outputs of a part, the override `SUB_COLS`.
+    pub sub_cols: u32,
+    /// Subgroups that share a part, each with inputs of its own, the override `SPLIT`. Results depend on it, and on
+    /// nothing else of a tile.
+    pub split: u32,
+    /// Inputs at a time, the override `STEP`.
+    pub step: u32,
+    /// Steps that are loaded ahead, the override `AHEAD`.
+    pub ahead: u32,
+}
+
+/// The tiles of the portable variant. A result does not depend on them.
+pub const TILES: [Tile; 3] = [portable(32), portable(64), portable(128)];
+
+/// Those of the variant with cooperative matrices. In the small ones, for so few rows that reading the weights is what takes
+/// the time, several subgroups share a part, so that enough of them read.
+pub const COOP_TILES: [Tile; 6] = [
+    coop([16, 16], [16, 16], 8, 256, 2),
+    coop([16, 32], [16, 32], 8, 128, 2),
+    coop([32, 32], [32, 32], 4, 128, 2),
+    COOP_TILES_UNSPLIT[1],
+    COOP_TILES_UNSPLIT[2],
+    COOP_TILES_UNSPLIT[3],
+];
+
+/// Those of which each part is of one subgroup. A result does not depend on which of these it is.
+pub const COOP_TILES_UNSPLIT: [Tile; 4] = [
+    coop([16, 64], [16, 16], 1, 128, 2),
+    coop([64, 64], [32, 32], 1, 64, 2),
+    coop([128, 128], [64, 32], 1, 64, 2),
+    coop([128, 128], [64, 64], 1, 32, 1),
+];
+
+const fn portable(rows: u32) -> Tile {
+    Tile { rows, cols: 64, coop: None }
+}
+
+const fn coop(
+    [rows, cols]: [u32; 2],
+    [sub_rows, sub_cols]: [u32; 2],
+    split: u32,
+    step: u32,
+    ahead: u32,
+) -> Tile {
+    Tile { rows, cols, coop: Some(Coop { sub_rows, sub_cols, split, step, ahead }) }
+}
+
+impl Tile {
+    /// Invocations of its workgroup.
+    #[must_use]
+    pub const fn lanes(self) -> u32 {
+        match self.coop {
+            None => 2 * self.rows,
+            Some(of) => 32 * (self.rows / of.sub_rows) * (self.cols / of.sub_cols) * of.split,
+        }
+    }
+
+    /// The variants that compute it.
+    pub fn variants(self) -> impl Iterator<Item = &'static Kernel> + Clone {
+        VARIANTS.iter().filter(move |kernel| kernel.features.coop == self.coop.is_some())
+    }
+
+    /// The overrides of a pipeline for it; [`Dims::transposed`] says the last.
+    #[must_use]
+    pub fn overrides(self, transposed: bool) -> Vec<(&'static str, f64)> {
+        let mut all = vec![("ROWS", self.rows.into()), ("TRANSPOSED", u8::from(transposed).into())];
+        if let Some(Coop { sub_rows, sub_cols, split, step, ahead }) = self.coop {
+            let own = [("SUB_ROWS", sub_rows), ("SUB_COLS", sub_cols), ("SPLIT", split), ("STEP", step)];
+            all.extend(
+                own.into_iter()
+                    .chain([("COLS", self.cols), ("AHEAD", ahead)])
+                    .map(|(name, n)| (name, n.into())),
+            );
+        }
+        all
+    }
+}
 
 /// Weights of an element.
 const OCTET: usize = 8;
+
+/// Elements of a vector of `x`, as cooperative matrices are loaded from.
+const QUAD: usize = 4;
+
+/// The largest exponent: what is beyond `65504 * 2^64` is no activation.
+const MAX_EXPONENT: u32 = 64;
 
 /// What all jobs of a call share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dims {
     /// Rows, `T`.
     pub rows: usize,
-    /// The pipeline's override `ROWS`, one of [`TILE_ROWS`].
-    pub tile_rows: u32,
+    /// What a workgroup computes: the pipeline's [overrides](Tile::overrides).
+    pub tile: Tile,
     /// The pipeline's override `TRANSPOSED`: whether matrices are `[K, O]`, not `[O, K]`.
     pub transposed: bool,
     /// Length of the weights, in eights.
@@ -45,14 +151,16 @@ pub struct Dims {
 /// One product: see [`rwkv_core::ops::matmul::Job`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Job {
-    /// Columns of the matrix, `K`: a multiple of 8 unless it is transposed.
+    /// Columns of the matrix, `K`: a multiple of 8 unless it is transposed, and then of 4 for cooperative matrices.
     pub inputs: usize,
     /// Rows of the matrix, `O`: a multiple of 8 if it is transposed.
     pub outputs: usize,
     /// Where the matrix starts, in eights of weights.
     pub weights: usize,
-    /// Input rows in `x`.
+    /// Input rows in `x`. For cooperative matrices they start at multiples of 4.
     pub x: Rows,
+    /// The power of two that `x` is divided by before cooperative matrices round it: see [above](self).
+    pub exponent: u32,
     /// Output rows in `y`.
     pub y: Rows,
     /// What the products pass through.
@@ -75,7 +183,8 @@ pub struct Record {
     y_stride: u32,
     activation: u32,
     accumulate: u32,
-    unused: [u32; 2],
+    exponent: u32,
+    unused: u32,
 }
 
 const _: () = assert!(size_of::<Record>() == 3 * 16, "three `vec4<u32>`");
@@ -84,10 +193,10 @@ const _: () = assert!(size_of::<Record>() == 3 * 16, "three `vec4<u32>`");
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// Lanes and memory are laid out for some tiles.
-    #[error("matmul: tiles of {got} rows are not among {TILE_ROWS:?}")]
+    #[error("matmul: {got:?} is not among the tiles")]
     Tile {
-        /// The rows of a tile asked for.
-        got: u32,
+        /// The tile asked for.
+        got: Tile,
     },
     /// A product without inputs or outputs is none.
     #[error("matmul: job {job} has {inputs} inputs and {outputs} outputs")]
@@ -106,6 +215,26 @@ pub enum Error {
         job: usize,
         /// Its inputs or, transposed, outputs.
         got: usize,
+    },
+    /// Cooperative matrices read `x` by fours.
+    #[error("matmul: in job {job}, {inputs} inputs at {offset} every {stride} are not whole fours")]
+    Quads {
+        /// Which job.
+        job: usize,
+        /// Its inputs.
+        inputs: usize,
+        /// Where row 0 starts in `x`.
+        offset: usize,
+        /// From row to row.
+        stride: usize,
+    },
+    /// Halves times such a power of two are no activations.
+    #[error("matmul: job {job} divides by 2^{got}, the most is 2^{MAX_EXPONENT}")]
+    Exponent {
+        /// Which job.
+        job: usize,
+        /// Its exponent.
+        got: u32,
     },
     /// The rows of `y` run into each other.
     #[error("matmul: job {job} has {outputs} outputs every {stride}")]
@@ -151,10 +280,10 @@ pub enum Error {
 ///
 /// If the kernel cannot run the call, whatever the device: see [`Error`].
 pub fn lower(dims: Dims, jobs: &[Job]) -> Result<(Params, Vec<Record>, [u32; 3]), Error> {
-    if !TILE_ROWS.contains(&dims.tile_rows) {
-        return Err(Error::Tile { got: dims.tile_rows });
+    if ![&TILES[..], &COOP_TILES, &COOP_TILES_UNSPLIT].iter().any(|tiles| tiles.contains(&dims.tile)) {
+        return Err(Error::Tile { got: dims.tile });
     }
-    let max = dims.tile_rows * MAX_GROUPS;
+    let max = dims.tile.rows * MAX_GROUPS;
     let rows = u32::try_from(dims.rows)
         .ok()
         .filter(|&rows| rows <= max)
@@ -163,24 +292,30 @@ pub fn lower(dims: Dims, jobs: &[Job]) -> Result<(Params, Vec<Record>, [u32; 3])
     for (at, job) in jobs.iter().enumerate() {
         records.push(record(dims, at, job, tiles)?);
         params.jobs += 1; // no more than there are tiles
-        let got = tiles as usize + job.outputs.div_ceil(TILE_COLS);
+        let got = tiles as usize + job.outputs.div_ceil(dims.tile.cols as usize);
         tiles = u32::try_from(got)
             .ok()
             .filter(|&tiles| tiles <= MAX_GROUPS)
             .ok_or(Error::Tiles { got, max: MAX_GROUPS })?;
     }
-    Ok((params, records, [tiles, rows.div_ceil(dims.tile_rows), 1]))
+    Ok((params, records, [tiles, rows.div_ceil(dims.tile.rows), 1]))
 }
 
 /// Lowers one job, whose tiles start with `first_tile`.
 fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Error> {
-    let Job { inputs, outputs, weights, x, y, activation, accumulate } = *of;
+    let Job { inputs, outputs, weights, x, exponent, y, activation, accumulate } = *of;
     if inputs == 0 || outputs == 0 {
         return Err(Error::Empty { job: at, inputs, outputs });
     }
     let along = if dims.transposed { outputs } else { inputs };
     if !along.is_multiple_of(OCTET) {
         return Err(Error::Octets { job: at, got: along });
+    }
+    if dims.tile.coop.is_some() && [inputs, x.offset, x.stride].iter().any(|n| !n.is_multiple_of(QUAD)) {
+        return Err(Error::Quads { job: at, inputs, offset: x.offset, stride: x.stride });
+    }
+    if exponent > MAX_EXPONENT {
+        return Err(Error::Exponent { job: at, got: exponent });
     }
     if dims.rows > 1 && y.stride < outputs {
         return Err(Error::Overlap { job: at, outputs, stride: y.stride });
@@ -210,6 +345,7 @@ fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Er
         y_stride: word("y", dims.y, y.stride)?,
         activation: activation as u32,
         accumulate: accumulate.into(),
-        unused: [0; 2],
+        exponent,
+        unused: 0,
     })
 }

@@ -1,4 +1,6 @@
-//! `matmul.wgsl` against [`rwkv_core::ops::matmul`] in `f64`, and its numerics contract.
+//! `matmul.wgsl` and `matmul_coop.wgsl` against [`rwkv_core::ops::matmul`] in `f64`, and their numerics contract.
+
+use std::collections::BTreeMap;
 
 use half::f16;
 use proptest::prelude::*;
@@ -7,7 +9,10 @@ use rwkv_core::ops::linear::Matrix;
 use rwkv_core::ops::matmul::{self as twin, Rows};
 use rwkv_core::rng::SplitMix64;
 
-use super::{Dims, Error, Job, MAX_GROUPS, OCTET, TILE_ROWS, VARIANTS, lower};
+use super::{
+    COOP_TILES, COOP_TILES_UNSPLIT, Dims, Error, Job, MAX_EXPONENT, MAX_GROUPS, OCTET, QUAD, TILES, Tile,
+    lower,
+};
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::activation::tests::{ALL, limit};
 use crate::kernels::layer_norm::tests::{bits, compare, floats};
@@ -27,8 +32,18 @@ struct Case {
 struct Shape {
     inputs: usize,
     outputs: usize,
+    exponent: u32,
     activation: Activation,
     accumulate: bool,
+}
+
+/// A call for [`Case::draw`].
+#[derive(Clone, Copy, Debug)]
+struct Call {
+    rows: usize,
+    transposed: bool,
+    /// Whether `x` lies by fours, as cooperative matrices read it.
+    quads: bool,
 }
 
 impl Case {
@@ -37,14 +52,17 @@ impl Case {
     ///
     /// Inputs are of the size `size`, a tenth of them a hundred times as large. That is also the spread of the channel
     /// mix's hidden values, of which most are zero: so are these in every other job.
-    fn draw(rows: usize, transposed: bool, shapes: &[Shape], size: f32, seed: u64) -> Self {
+    fn draw(call: Call, shapes: &[Shape], size: f32, seed: u64) -> Self {
+        let Call { rows, transposed, quads } = call;
+        let unit = if quads { QUAD } else { 1 };
         let mut rng = SplitMix64::new(seed);
         let gap = |rng: &mut SplitMix64| (rng.next_u64() % 4) as usize;
         let (mut weights, mut jobs) = (Vec::new(), Vec::new());
         let (mut x_width, mut y_width) = (0, 0);
-        for &Shape { inputs, outputs, activation, accumulate } in shapes {
+        for &Shape { inputs, outputs, exponent, activation, accumulate } in shapes {
+            let inputs = inputs.next_multiple_of(unit);
             weights.resize(weights.len() + OCTET * gap(&mut rng), f16::NAN);
-            let (x, y) = (x_width + gap(&mut rng), y_width + gap(&mut rng));
+            let (x, y) = (x_width + unit * gap(&mut rng), y_width + gap(&mut rng));
             (x_width, y_width) = (x + inputs, y + outputs);
             let rows_of = |offset| Rows { offset, stride: 0 };
             let at = weights.len() / OCTET;
@@ -53,6 +71,7 @@ impl Case {
                 outputs,
                 weights: at,
                 x: rows_of(x),
+                exponent,
                 y: rows_of(y),
                 activation,
                 accumulate,
@@ -61,7 +80,7 @@ impl Case {
             weights.extend((0..inputs * outputs).map(|_| f16::from_f32(scale * rng.uniform(-1.0, 1.0))));
         }
         weights.resize(weights.len() + OCTET * gap(&mut rng), f16::NAN);
-        let (x_width, y_width) = (x_width + gap(&mut rng), y_width + gap(&mut rng));
+        let (x_width, y_width) = (x_width + unit * gap(&mut rng), y_width + gap(&mut rng));
         let (mut x, mut y) = (vec![f32::NAN; rows * x_width], vec![f32::NAN; rows * y_width]);
         for (i, job) in jobs.iter_mut().enumerate() {
             (job.x.stride, job.y.stride) = (x_width, y_width);
@@ -76,14 +95,8 @@ impl Case {
                 }
             }
         }
-        let dims = Dims {
-            rows,
-            tile_rows: TILE_ROWS[0],
-            transposed,
-            weights: weights.len() / OCTET,
-            x: x.len(),
-            y: y.len(),
-        };
+        let dims =
+            Dims { rows, tile: TILES[0], transposed, weights: weights.len() / OCTET, x: x.len(), y: y.len() };
         Self { dims, jobs, weights, x, y }
     }
 
@@ -102,10 +115,14 @@ impl Case {
     /// all additions after its own. With `u = 2^-23`, since WGSL lets each round either way, it is off by `(K + 1) u`
     /// times the sum of absolute products at most. That passes through the activation as [`limit`] says; a sum with
     /// what is there rounds once more.
-    fn twin(&self) -> (Vec<f64>, Vec<f64>) {
+    ///
+    /// Cooperative matrices add up 16 products at a time, each of which may lose what is less than a unit of the largest
+    /// sum, and those of up to [`Coop::split`](super::Coop::split) subgroups. Before, `x` is held at the largest half and
+    /// rounded, as [`super`] says: where it is off by `d`, products are by `|w| d`.
+    fn twin(&self, tile: Tile) -> (Vec<f64>, Vec<f64>) {
         let u = f64::from(f32::EPSILON);
         let wide = |x: &[f32]| x.iter().copied().map(f64::from).collect::<Vec<_>>();
-        let (x, before) = (wide(&self.x), wide(&self.y));
+        let before = wide(&self.y);
         let (mut want, mut limits) = (before.clone(), vec![f64::NAN; self.y.len()]);
         for job in &self.jobs {
             let matrix = self.matrix(job);
@@ -117,19 +134,28 @@ impl Case {
                 job.inputs,
                 matrix.weights().iter().map(|w| f16::from_f32(w.to_f32().abs())).collect(),
             );
-            let (mut sums, mut sizes) = (before.clone(), before.clone());
+            let unit = f64::from(job.exponent).exp2();
+            let (x, split) = match tile.coop {
+                None => (wide(&self.x), 0),
+                // Of a gap, NaN stays NaN.
+                Some(coop) => {
+                    let largest = f64::from(f16::MAX) * unit;
+                    (wide(&self.x).iter().map(|x| x.clamp(-largest, largest)).collect(), coop.split)
+                }
+            };
+            let (mut sums, mut sizes, mut rounded) = (before.clone(), before.clone(), before.clone());
             run(&matrix, Activation::Identity, false, &x, &mut sums);
-            run(
-                &absolute,
-                Activation::Identity,
-                false,
-                &x.iter().map(|x| x.abs()).collect::<Vec<_>>(),
-                &mut sizes,
-            );
+            let sizes_of = |of: &dyn Fn(f64) -> f64| x.iter().map(|x| of(x.abs())).collect::<Vec<_>>();
+            run(&absolute, Activation::Identity, false, &sizes_of(&|x| x), &mut sizes);
+            let halved = |x: f64| x * (-11f64).exp2() + unit * (-25f64).exp2();
+            run(&absolute, Activation::Identity, false, &sizes_of(&halved), &mut rounded);
             run(&matrix, job.activation, job.accumulate, &x, &mut want);
             for t in 0..self.dims.rows {
                 for at in (job.y.offset + t * job.y.stride..).take(job.outputs) {
-                    let e = (job.inputs as f64 + 1.0) * u * sizes[at];
+                    let mut e = (job.inputs as f64 + f64::from(split) + 1.0) * u * sizes[at];
+                    if tile.coop.is_some() {
+                        e += rounded[at];
+                    }
                     let added = if job.accumulate { u * want[at].abs() } else { 0.0 };
                     limits[at] = limit(job.activation, sums[at], e) + 1.1 * added;
                 }
@@ -138,8 +164,16 @@ impl Case {
         (want, limits)
     }
 
-    fn run(&self, device: &Device, kernel: &Pipeline, tile_rows: u32) -> Vec<f32> {
-        let (params, jobs, groups) = lower(Dims { tile_rows, ..self.dims }, &self.jobs).unwrap();
+    /// Whether the tile is for such operands.
+    fn suits(&self, tile: Tile) -> bool {
+        match lower(Dims { tile, ..self.dims }, &self.jobs) {
+            Err(Error::Quads { .. }) => false,
+            lowered => lowered.is_ok(),
+        }
+    }
+
+    fn run(&self, device: &Device, kernel: &Pipeline, tile: Tile) -> Vec<f32> {
+        let (params, jobs, groups) = lower(Dims { tile, ..self.dims }, &self.jobs).unwrap();
         let pair = |w: &[f16]| u32::from(w[0].to_bits()) | u32::from(w[1].to_bits()) << 16;
         let weights = self.weights.chunks_exact(2).map(pair).collect();
         let jobs = bytemuck::cast_slice(&jobs).to_vec();
@@ -160,15 +194,18 @@ impl Case {
     }
 }
 
-/// Every tile, compiled for one orientation.
-fn tiles(transposed: bool) -> Vec<(u32, &'static Device, Pipeline)> {
-    let of = |rows: u32| {
-        let overrides = [("ROWS", f64::from(rows)), ("TRANSPOSED", u8::from(transposed).into())];
-        variants_for_tests(VARIANTS, &overrides)
-            .into_iter()
-            .map(move |(device, kernel)| (rows, device, kernel))
+/// Every tile, compiled for one orientation; where there are no cooperative matrices, that is said once.
+fn tiles(transposed: bool) -> Vec<(Tile, &'static Device, Pipeline)> {
+    let of = |tile: &Tile| {
+        let variants: Vec<_> = tile.variants().copied().collect();
+        let compiled = variants_for_tests(&variants, &tile.overrides(transposed));
+        let tile = *tile;
+        compiled.into_iter().map(move |(device, kernel)| (tile, device, kernel)).collect::<Vec<_>>()
     };
-    TILE_ROWS.into_iter().flat_map(of).collect()
+    let portable = TILES.iter().flat_map(of);
+    // The others of those that are not split are among both.
+    let coop = [COOP_TILES_UNSPLIT[0]].into_iter().chain(COOP_TILES);
+    portable.chain(coop.map(|tile| of(&tile)).take_while(|compiled| !compiled.is_empty()).flatten()).collect()
 }
 
 /// Widths and ranks of small models; of outputs, of a vocabulary too: no multiple of anything.
@@ -178,9 +215,15 @@ fn shape(transposed: bool) -> impl Strategy<Value = Shape> {
         prop_oneof![Just(1usize), Just(5), Just(24), Just(96), Just(257), 1..=300usize].boxed(),
     );
     let (inputs, outputs) = if transposed { (some, of_8) } else { (of_8, some) };
-    (inputs, outputs, 0..ALL.len(), any::<bool>()).prop_map(|(inputs, outputs, activation, accumulate)| {
-        Shape { inputs, outputs, activation: ALL[activation].1, accumulate }
-    })
+    (inputs, outputs, 0..=8u32, 0..ALL.len(), any::<bool>()).prop_map(
+        |(inputs, outputs, exponent, activation, accumulate)| Shape {
+            inputs,
+            outputs,
+            exponent,
+            activation: ALL[activation].1,
+            accumulate,
+        },
+    )
 }
 
 fn rows() -> impl Strategy<Value = usize> {
@@ -207,36 +250,38 @@ fn agrees_with_its_twin() {
     for transposed in [false, true] {
         let tiles = tiles(transposed);
         let jobs = proptest::collection::vec(shape(transposed), 1..=5);
-        // The largest inputs are those of a trained model's channel mix, 1e5 and more.
-        proptest!(config(), |(rows in rows(), jobs in jobs, size in -4f32..10.0, seed: u64)| {
-            let case = Case::draw(rows, transposed, &jobs, size.exp2(), seed);
-            let (want, limits) = case.twin();
-            for (tile, device, kernel) in &tiles {
+        // The largest inputs are those of a trained model's channel mix, 1e5 and more: of the cases, some hold them.
+        let config = ProptestConfig { cases: 32, ..config() };
+        proptest!(config, |(rows in rows(), quads: bool, jobs in jobs, size in -4f32..10.0, seed: u64)| {
+            let case = Case::draw(Call { rows, transposed, quads }, &jobs, size.exp2(), seed);
+            for (tile, device, kernel) in tiles.iter().filter(|(tile, ..)| case.suits(*tile)) {
+                let (want, limits) = case.twin(*tile);
                 let got = case.run(device, kernel, *tile);
                 check(&got, &want, &limits)
-                    .map_err(|e| TestCaseError::fail(format!("{}, tiles of {tile}{e}", kernel.kernel().label())))?;
+                    .map_err(|e| TestCaseError::fail(format!("{}, {tile:?}{e}", kernel.kernel().label())))?;
             }
         });
     }
 }
 
-/// The numerics contract: a row has its bits beside any others and in any tile.
+/// The numerics contract: a row has its bits beside any others and in any tile, of cooperative matrices in any that is
+/// split alike.
 #[test]
 fn a_row_has_its_bits_whatever_is_beside_it() {
     for transposed in [false, true] {
         let tiles = tiles(transposed);
         let jobs = proptest::collection::vec(shape(transposed), 1..=3);
-        proptest!(config(), |(rows in rows(), picked: usize, jobs in jobs, seed: u64)| {
-            let case = Case::draw(rows, transposed, &jobs, 1.0, seed);
+        proptest!(config(), |(rows in rows(), quads: bool, picked: usize, jobs in jobs, seed: u64)| {
+            let case = Case::draw(Call { rows, transposed, quads }, &jobs, 1.0, seed);
             let t = picked % rows;
-            let mut first: Option<Vec<u32>> = None;
-            for (tile, device, kernel) in &tiles {
+            let mut first: BTreeMap<Option<u32>, Vec<u32>> = BTreeMap::new();
+            for (tile, device, kernel) in tiles.iter().filter(|(tile, ..)| case.suits(*tile)) {
                 let all = bits(&case.run(device, kernel, *tile));
                 let alone = bits(&case.row(t).run(device, kernel, *tile));
                 let width = alone.len();
-                prop_assert!(all[t * width..(t + 1) * width] == alone, "row {} alone, tiles of {}", t, tile);
-                let first = first.get_or_insert_with(|| all.clone());
-                prop_assert!(*first == all, "tiles of {}", tile);
+                prop_assert!(all[t * width..(t + 1) * width] == alone, "row {} alone, {:?}", t, tile);
+                let first = first.entry(tile.coop.map(|of| of.split)).or_insert_with(|| all.clone());
+                prop_assert!(*first == all, "{:?}", tile);
             }
         });
     }
@@ -263,10 +308,19 @@ fn the_jobs_of_a_layer() {
             _ => identity,
         };
         let y_rows = Rows { offset: y, stride: p };
-        jobs.push(Job { inputs: width, outputs, weights, x, y: y_rows, activation, accumulate: false });
+        jobs.push(Job {
+            inputs: width,
+            outputs,
+            weights,
+            x,
+            exponent: 0,
+            y: y_rows,
+            activation,
+            accumulate: false,
+        });
         (y, weights) = (y + outputs, weights + width * outputs / OCTET);
     }
-    let dims = |transposed, weights, x, y| Dims { rows, tile_rows: TILE_ROWS[0], transposed, weights, x, y };
+    let dims = |transposed, weights, x, y| Dims { rows, tile: TILES[0], transposed, weights, x, y };
     let down = Case {
         dims: dims(false, weights, rows * 6 * width, rows * p),
         jobs,
@@ -278,7 +332,16 @@ fn the_jobs_of_a_layer() {
     let (mut jobs, mut from, mut weights) = (Vec::new(), 3 * width, 0);
     for (plane, inputs) in ranks.into_iter().enumerate() {
         let (x, y) = (Rows { offset: from, stride: p }, Rows { offset: plane * width, stride: 4 * width });
-        jobs.push(Job { inputs, outputs: width, weights, x, y, activation: identity, accumulate: false });
+        jobs.push(Job {
+            inputs,
+            outputs: width,
+            weights,
+            x,
+            exponent: 4,
+            y,
+            activation: identity,
+            accumulate: false,
+        });
         (from, weights) = (from + inputs, weights + inputs * width / OCTET);
     }
     let mut up = Case {
@@ -290,13 +353,13 @@ fn the_jobs_of_a_layer() {
     };
     for (of_down, of_up) in tiles(false).iter().zip(&tiles(true)) {
         let (tile, device, kernel) = of_down;
-        let (want, limits) = down.twin();
+        let (want, limits) = down.twin(*tile);
         let got = down.run(device, kernel, *tile);
         assert!(limits.iter().all(|limit| !limit.is_nan()), "every element of [T, P] is written");
         check(&got, &want, &limits).unwrap();
         up.x = got;
         let (tile, device, kernel) = of_up;
-        let (want, limits) = up.twin();
+        let (want, limits) = up.twin(*tile);
         assert!(limits.iter().all(|limit| !limit.is_nan()), "every element of [T, 4, D] is written");
         check(&up.run(device, kernel, *tile), &want, &limits).unwrap();
     }
@@ -310,23 +373,37 @@ fn refuses_what_it_cannot_run() {
         outputs: 65,
         weights: 3,
         x: rows(2, 20),
+        exponent: 3,
         y: rows(1, 70),
         activation: Activation::Tanh,
         accumulate: true,
     };
     // As short as they can be.
-    let dims = Dims { rows: 33, tile_rows: 32, transposed: false, weights: 133, x: 658, y: 2306 };
+    let dims = Dims { rows: 33, tile: TILES[0], transposed: false, weights: 133, x: 658, y: 2306 };
     let (params, records, groups) = lower(dims, &[job, job]).unwrap();
     assert_eq!((params.rows, params.jobs, groups), (33, 2, [4, 2, 1]), "plain");
     let words: &[u32] = bytemuck::cast_slice(&records);
-    assert_eq!(words[..12], [0, 16, 65, 3, 2, 20, 1, 70, 1, 1, 0, 0], "first");
+    assert_eq!(words[..12], [0, 16, 65, 3, 2, 20, 1, 70, 1, 1, 3, 0], "first");
     assert_eq!(words[12..16], [2, 16, 65, 3], "second");
     let lowered = |dims, job| lower(dims, &[job]).map(|(.., groups)| groups);
-    assert_eq!(lowered(Dims { tile_rows: 64, ..dims }, job), Ok([2, 1, 1]), "other tiles");
+    assert_eq!(lowered(Dims { tile: TILES[1], ..dims }, job), Ok([2, 1, 1]), "other tiles");
     assert_eq!(lowered(Dims { rows: 0, ..dims }, job), Ok([2, 0, 1]), "no rows");
     assert_eq!(lower(dims, &[]).map(|(.., groups)| groups), Ok([0, 2, 1]), "no jobs");
 
-    assert_eq!(lowered(Dims { tile_rows: 48, ..dims }, job), Err(Error::Tile { got: 48 }), "tile");
+    let got = Tile { rows: 48, ..TILES[0] };
+    assert_eq!(lowered(Dims { tile: got, ..dims }, job), Err(Error::Tile { got }), "tile");
+    let coop = Dims { tile: COOP_TILES[1], ..dims };
+    let quads = |inputs, offset, stride| Err(Error::Quads { job: 0, inputs, offset, stride });
+    let fours = Job { x: rows(0, 20), ..job };
+    assert_eq!(lowered(coop, fours), Ok([3, 3, 1]), "16 rows by 32 outputs");
+    assert_eq!(lowered(coop, job), quads(16, 2, 20), "the offset of x");
+    assert_eq!(lowered(coop, Job { x: rows(0, 18), ..job }), quads(16, 0, 18), "its stride");
+    let five = Job { inputs: 5, outputs: 64, ..fours };
+    assert_eq!(lowered(Dims { transposed: true, ..coop }, five), quads(5, 0, 20), "inputs");
+    let exponent = |exponent| lowered(dims, Job { exponent, ..job });
+    assert!(exponent(MAX_EXPONENT).is_ok(), "the most");
+    let got = MAX_EXPONENT + 1;
+    assert_eq!(exponent(got), Err(Error::Exponent { job: 0, got }), "one more");
     for (inputs, outputs) in [(0, 65), (16, 0)] {
         let empty = Error::Empty { job: 0, inputs, outputs };
         assert_eq!(lowered(dims, Job { inputs, outputs, ..job }), Err(empty), "empty");

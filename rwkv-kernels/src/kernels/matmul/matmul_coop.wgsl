@@ -1,0 +1,418 @@
+// Twin: rwkv-core/src/ops/matmul.rs, rows times several matrices.
+//use activation
+enable f16;
+enable wgpu_cooperative_matrix;
+//
+// One workgroup per ROWS x COLS tile of one job's output, one subgroup per part of it, SUB_ROWS x SUB_COLS, or SPLIT
+// subgroups that take turns along the inputs. The inner dimension passes in steps through workgroup memory, as halves;
+// while one step is multiplied, the loads of the next are under way.
+//
+// x is rounded to a half, after it is divided by the job's power of two, and held at the largest half where it is
+// beyond: see mod.rs for the error. Products are exact and summed in f32, 16 at a time, inputs in ascending order, in
+// each of SPLIT parts: an output depends on SPLIT, but neither on the other rows nor on the rest of the tile.
+//
+// What this is written for, as NVIDIA's compiler (driver 580) was seen to do: loops over arrays of matrices stay
+// loops, so that the matrices have names; a load whose result only the next round of a loop uses sinks into that round,
+// so that the last is outside of the loop; halves that are loaded as such are checked and packed one by one, weights
+// that are unpacked and converted back are not touched at all.
+
+override ROWS: u32 = 64u;
+override COLS: u32 = 64u;
+override SUB_ROWS: u32 = 64u; // 16, 32 or 64
+override SUB_COLS: u32 = 32u; // 16, 32 or 64
+override SPLIT: u32 = 2u;
+override STEP: u32 = 64u;     // inputs at a time, a multiple of 16 SPLIT
+override AHEAD: u32 = 1u;     // steps that are loaded ahead, 1 or 2
+// Whether matrices are [K, O], not [O, K].
+override TRANSPOSED: bool = false;
+
+const SIDE: u32 = 16u;      // of a matrix
+const SUBGROUP: u32 = 32u;  // invocations of a subgroup
+const LARGEST: f32 = 65504.0; // of halves
+
+override LANES: u32 = SUBGROUP * (ROWS / SUB_ROWS) * (COLS / SUB_COLS) * SPLIT;
+// What an invocation loads of a step: vectors of x, and eights of weights.
+override X_EACH: u32 = ROWS * STEP / 4u / LANES; // at most 8
+override W_EACH: u32 = COLS * STEP / 8u / LANES; // at most 8
+
+struct Params {
+    rows: u32,
+    jobs: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> jobs: array<vec4<u32>>;    // three to a job, see `job_of`
+@group(0) @binding(2) var<storage, read> weights: array<vec4<u32>>; // eight to an element, by rows
+@group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read_write> y: array<f32>;
+
+struct Job {
+    inputs: u32,  // K, a multiple of 8, or of 4 if TRANSPOSED
+    outputs: u32, // O, a multiple of 8 if TRANSPOSED
+    weights: u32, // where the matrix starts
+    x: u32,       // where row 0 starts, and the distance to the next, in vectors
+    x_stride: u32,
+    y: u32,
+    y_stride: u32,
+    activation: u32,
+    accumulate: bool,
+    scale: f32,   // what x is multiplied by, a power of two
+    unscale: f32, // and a product
+    col: u32,     // the tile's first output
+    row: u32,     // the tile's first row
+}
+
+// A step of x: [ROWS, STEP], and of W: [COLS, STEP], or [STEP, COLS] if TRANSPOSED. Each row has two vectors more, so
+// that eight of them, which are read at once, are in different banks.
+//
+// All that is here takes multiples of 16 bytes: NVIDIA lays it out without gaps and reads matrices at such places alone.
+// Of two workgroups side by side each has 24 KiB at most, or a processor of a H100 holds one.
+override X_PITCH: u32 = STEP / 4u + 2u;
+override W_PITCH: u32 = select(STEP, COLS, TRANSPOSED) / 4u + 2u;
+override X_LEN: u32 = ROWS * X_PITCH;
+override W_LEN: u32 = select(COLS, STEP, TRANSPOSED) * W_PITCH;
+var<workgroup> x_step: array<vec4<f16>, X_LEN>;
+var<workgroup> w_step: array<vec4<f16>, W_LEN>;
+// One matrix of each subgroup.
+override SUMS: u32 = SIDE * SIDE * (LANES / SUBGROUP);
+var<workgroup> sums: array<f32, SUMS>;
+
+// The job that a tile belongs to.
+fn job_of(tile: vec3<u32>) -> Job {
+    var at = 3u * (params.jobs - 1u);
+    while jobs[at].x > tile.x {
+        at -= 3u;
+    }
+    let a = jobs[at];      // first tile, inputs, outputs, weights
+    let b = jobs[at + 1u]; // x, x_stride, y, y_stride
+    let c = jobs[at + 2u]; // activation, accumulate, exponent of what x is divided by
+    let scale = bitcast<f32>((127u - c.z) << 23u);
+    let unscale = bitcast<f32>((127u + c.z) << 23u);
+    let col = (tile.x - a.x) * COLS;
+    let row = tile.y * ROWS;
+    return Job(a.y, a.z, a.w, b.x / 4u, b.y / 4u, b.z, b.w, c.x, c.y != 0u, scale, unscale, col, row);
+}
+
+// What an invocation has loaded of a step.
+struct Held {
+    x0: vec4<f32>,
+    x1: vec4<f32>,
+    x2: vec4<f32>,
+    x3: vec4<f32>,
+    x4: vec4<f32>,
+    x5: vec4<f32>,
+    x6: vec4<f32>,
+    x7: vec4<f32>,
+    w0: vec4<u32>,
+    w1: vec4<u32>,
+    w2: vec4<u32>,
+    w3: vec4<u32>,
+    w4: vec4<u32>,
+    w5: vec4<u32>,
+    w6: vec4<u32>,
+    w7: vec4<u32>,
+}
+
+// The vector of x at place `slot` of a step. Rows past the last are that row again, and never stored; inputs past the
+// last are the last ones.
+fn load_x(job: Job, slot: u32, k: u32) -> vec4<f32> {
+    let row = min(job.row + slot / (STEP / 4u), params.rows - 1u);
+    let quad = min(k / 4u + slot % (STEP / 4u), job.inputs / 4u - 1u);
+    return x[job.x + row * job.x_stride + quad];
+}
+
+// The eight weights at place `slot` of a step. Past the last output or input they are any of the matrix.
+fn load_w(job: Job, slot: u32, k: u32) -> vec4<u32> {
+    if TRANSPOSED {
+        let octets = job.outputs / 8u;
+        let input = min(k + slot / (COLS / 8u), job.inputs - 1u);
+        return weights[job.weights + input * octets + min(job.col / 8u + slot % (COLS / 8u), octets - 1u)];
+    }
+    let octets = job.inputs / 8u;
+    let output = min(job.col + slot / (STEP / 8u), job.outputs - 1u);
+    return weights[job.weights + output * octets + min(k / 8u + slot % (STEP / 8u), octets - 1u)];
+}
+
+fn fetch(job: Job, lane: u32, k: u32) -> Held {
+    var held: Held;
+    held.w0 = load_w(job, lane, k);
+    if W_EACH > 1u {
+        held.w1 = load_w(job, lane + LANES, k);
+    }
+    if W_EACH > 2u {
+        held.w2 = load_w(job, lane + 2u * LANES, k);
+        held.w3 = load_w(job, lane + 3u * LANES, k);
+    }
+    if W_EACH > 4u {
+        held.w4 = load_w(job, lane + 4u * LANES, k);
+        held.w5 = load_w(job, lane + 5u * LANES, k);
+        held.w6 = load_w(job, lane + 6u * LANES, k);
+        held.w7 = load_w(job, lane + 7u * LANES, k);
+    }
+    held.x0 = load_x(job, lane, k);
+    if X_EACH > 1u {
+        held.x1 = load_x(job, lane + LANES, k);
+    }
+    if X_EACH > 2u {
+        held.x2 = load_x(job, lane + 2u * LANES, k);
+        held.x3 = load_x(job, lane + 3u * LANES, k);
+    }
+    if X_EACH > 4u {
+        held.x4 = load_x(job, lane + 4u * LANES, k);
+        held.x5 = load_x(job, lane + 5u * LANES, k);
+        held.x6 = load_x(job, lane + 6u * LANES, k);
+        held.x7 = load_x(job, lane + 7u * LANES, k);
+    }
+    return held;
+}
+
+// Inputs past the last are zero, whatever the weights are.
+fn stage_x(job: Job, slot: u32, k: u32, vector: vec4<f32>) {
+    let quad = slot % (STEP / 4u);
+    let scale = select(0.0, job.scale, k + 4u * quad < job.inputs);
+    x_step[slot / (STEP / 4u) * X_PITCH + quad] = vec4<f16>(clamp(scale * vector, vec4(-LARGEST), vec4(LARGEST)));
+}
+
+fn stage_w(slot: u32, eight: vec4<u32>) {
+    let width = select(STEP, COLS, TRANSPOSED) / 8u;
+    let at = slot / width * W_PITCH + slot % width * 2u;
+    w_step[at] = vec4<f16>(vec4(unpack2x16float(eight.x), unpack2x16float(eight.y)));
+    w_step[at + 1u] = vec4<f16>(vec4(unpack2x16float(eight.z), unpack2x16float(eight.w)));
+}
+
+fn stage(job: Job, lane: u32, k: u32, held: Held) {
+    workgroupBarrier(); // the step before is no longer read
+    stage_w(lane, held.w0);
+    if W_EACH > 1u {
+        stage_w(lane + LANES, held.w1);
+    }
+    if W_EACH > 2u {
+        stage_w(lane + 2u * LANES, held.w2);
+        stage_w(lane + 3u * LANES, held.w3);
+    }
+    if W_EACH > 4u {
+        stage_w(lane + 4u * LANES, held.w4);
+        stage_w(lane + 5u * LANES, held.w5);
+        stage_w(lane + 6u * LANES, held.w6);
+        stage_w(lane + 7u * LANES, held.w7);
+    }
+    stage_x(job, lane, k, held.x0);
+    if X_EACH > 1u {
+        stage_x(job, lane + LANES, k, held.x1);
+    }
+    if X_EACH > 2u {
+        stage_x(job, lane + 2u * LANES, k, held.x2);
+        stage_x(job, lane + 3u * LANES, k, held.x3);
+    }
+    if X_EACH > 4u {
+        stage_x(job, lane + 4u * LANES, k, held.x4);
+        stage_x(job, lane + 5u * LANES, k, held.x5);
+        stage_x(job, lane + 6u * LANES, k, held.x6);
+        stage_x(job, lane + 7u * LANES, k, held.x7);
+    }
+    workgroupBarrier();
+}
+
+// Where a subgroup works: its place in the tile, and among those that share it.
+struct Place {
+    subgroup: u32,
+    slice: u32,
+    row: u32,
+    col: u32,
+}
+
+// Sixteen rows by sixteen inputs of x, and sixteen inputs by sixteen columns of W.
+fn rows_at(row: u32, k: u32) -> coop_mat16x16<f16, A> {
+    let at = row * X_PITCH + k / 4u;
+    return coopLoadT<coop_mat16x16<f16, A>>(&x_step[at], X_PITCH);
+}
+
+fn cols_at(col: u32, k: u32) -> coop_mat16x16<f16, B> {
+    if TRANSPOSED {
+        let at = k * W_PITCH + col / 4u;
+        return coopLoadT<coop_mat16x16<f16, B>>(&w_step[at], W_PITCH);
+    }
+    let at = col * W_PITCH + k / 4u;
+    return coopLoad<coop_mat16x16<f16, B>>(&w_step[at], W_PITCH);
+}
+
+// The sums of a subgroup, by sixteen rows and by sixteen columns.
+var<private> sum00: coop_mat16x16<f32, C>;
+var<private> sum01: coop_mat16x16<f32, C>;
+var<private> sum02: coop_mat16x16<f32, C>;
+var<private> sum03: coop_mat16x16<f32, C>;
+var<private> sum10: coop_mat16x16<f32, C>;
+var<private> sum11: coop_mat16x16<f32, C>;
+var<private> sum12: coop_mat16x16<f32, C>;
+var<private> sum13: coop_mat16x16<f32, C>;
+var<private> sum20: coop_mat16x16<f32, C>;
+var<private> sum21: coop_mat16x16<f32, C>;
+var<private> sum22: coop_mat16x16<f32, C>;
+var<private> sum23: coop_mat16x16<f32, C>;
+var<private> sum30: coop_mat16x16<f32, C>;
+var<private> sum31: coop_mat16x16<f32, C>;
+var<private> sum32: coop_mat16x16<f32, C>;
+var<private> sum33: coop_mat16x16<f32, C>;
+
+// Multiplies what is staged: of every SPLIT times 16 inputs, the subgroup's own.
+fn multiply(at: Place) {
+    for (var first = 0u; first < STEP; first += SIDE * SPLIT) {
+        let k = first + at.slice * SIDE;
+        let b0 = cols_at(at.col, k);
+        var b1 = b0;
+        var b2 = b0;
+        var b3 = b0;
+        if SUB_COLS > 16u {
+            b1 = cols_at(at.col + 16u, k);
+        }
+        if SUB_COLS > 32u {
+            b2 = cols_at(at.col + 32u, k);
+            b3 = cols_at(at.col + 48u, k);
+        }
+        let a0 = rows_at(at.row, k);
+        sum00 = coopMultiplyAdd(a0, b0, sum00);
+        if SUB_COLS > 16u {
+            sum01 = coopMultiplyAdd(a0, b1, sum01);
+        }
+        if SUB_COLS > 32u {
+            sum02 = coopMultiplyAdd(a0, b2, sum02);
+            sum03 = coopMultiplyAdd(a0, b3, sum03);
+        }
+        if SUB_ROWS > 16u {
+            let a1 = rows_at(at.row + 16u, k);
+            sum10 = coopMultiplyAdd(a1, b0, sum10);
+            if SUB_COLS > 16u {
+                sum11 = coopMultiplyAdd(a1, b1, sum11);
+            }
+            if SUB_COLS > 32u {
+                sum12 = coopMultiplyAdd(a1, b2, sum12);
+                sum13 = coopMultiplyAdd(a1, b3, sum13);
+            }
+        }
+        if SUB_ROWS > 32u {
+            let a2 = rows_at(at.row + 32u, k);
+            let a3 = rows_at(at.row + 48u, k);
+            sum20 = coopMultiplyAdd(a2, b0, sum20);
+            sum30 = coopMultiplyAdd(a3, b0, sum30);
+            if SUB_COLS > 16u {
+                sum21 = coopMultiplyAdd(a2, b1, sum21);
+                sum31 = coopMultiplyAdd(a3, b1, sum31);
+            }
+            if SUB_COLS > 32u {
+                sum22 = coopMultiplyAdd(a2, b2, sum22);
+                sum32 = coopMultiplyAdd(a3, b2, sum32);
+                sum23 = coopMultiplyAdd(a2, b3, sum23);
+                sum33 = coopMultiplyAdd(a3, b3, sum33);
+            }
+        }
+    }
+}
+
+// Stores what the subgroups left in `sums`, each the matrix so many rows and columns into its part of the tile. Those
+// that share a part share its elements.
+fn store(job: Job, at: Place, lane: u32, row: u32, col: u32) {
+    workgroupBarrier();
+    let first = at.subgroup - at.slice;
+    for (var e = at.slice * SUBGROUP + lane % SUBGROUP; e < SIDE * SIDE; e += SUBGROUP * SPLIT) {
+        var sum = sums[first * SIDE * SIDE + e];
+        for (var other = 1u; other < SPLIT; other++) {
+            sum += sums[(first + other) * SIDE * SIDE + e];
+        }
+        let y_row = job.row + at.row + row + e / SIDE;
+        let y_col = job.col + at.col + col + e % SIDE;
+        if y_row < params.rows && y_col < job.outputs {
+            let place = job.y + y_row * job.y_stride + y_col;
+            var product = activate(job.activation, sum * job.unscale);
+            if job.accumulate {
+                product += y[place];
+            }
+            y[place] = product;
+        }
+    }
+    workgroupBarrier();
+}
+
+@compute @workgroup_size(LANES)
+fn matmul(@builtin(workgroup_id) tile: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let job = job_of(tile);
+    let subgroup = lane / SUBGROUP;
+    let part = subgroup / SPLIT;
+    let parts = COLS / SUB_COLS;
+    let at = Place(subgroup, subgroup % SPLIT, part / parts * SUB_ROWS, part % parts * SUB_COLS);
+
+    var next = fetch(job, lane, 0u);
+    var k = 0u;
+    if AHEAD == 1u {
+        for (; k + STEP < job.inputs; k += STEP) {
+            stage(job, lane, k, next);
+            next = fetch(job, lane, k + STEP);
+            multiply(at);
+        }
+        stage(job, lane, k, next);
+        multiply(at);
+    } else {
+        var after = fetch(job, lane, STEP);
+        for (; k + 2u * STEP < job.inputs; k += 2u * STEP) {
+            stage(job, lane, k, next);
+            next = fetch(job, lane, k + 2u * STEP);
+            multiply(at);
+            stage(job, lane, k + STEP, after);
+            after = fetch(job, lane, k + 3u * STEP);
+            multiply(at);
+        }
+        stage(job, lane, k, next);
+        multiply(at);
+        stage(job, lane, k + STEP, after);
+        multiply(at);
+    }
+
+    let own = subgroup * SIDE * SIDE;
+    coopStoreT(sum00, &sums[own], SIDE);
+    store(job, at, lane, 0u, 0u);
+    if SUB_COLS > 16u {
+        coopStoreT(sum01, &sums[own], SIDE);
+        store(job, at, lane, 0u, 16u);
+    }
+    if SUB_COLS > 32u {
+        coopStoreT(sum02, &sums[own], SIDE);
+        store(job, at, lane, 0u, 32u);
+        coopStoreT(sum03, &sums[own], SIDE);
+        store(job, at, lane, 0u, 48u);
+    }
+    if SUB_ROWS > 16u {
+        coopStoreT(sum10, &sums[own], SIDE);
+        store(job, at, lane, 16u, 0u);
+        if SUB_COLS > 16u {
+            coopStoreT(sum11, &sums[own], SIDE);
+            store(job, at, lane, 16u, 16u);
+        }
+        if SUB_COLS > 32u {
+            coopStoreT(sum12, &sums[own], SIDE);
+            store(job, at, lane, 16u, 32u);
+            coopStoreT(sum13, &sums[own], SIDE);
+            store(job, at, lane, 16u, 48u);
+        }
+    }
+    if SUB_ROWS > 32u {
+        coopStoreT(sum20, &sums[own], SIDE);
+        store(job, at, lane, 32u, 0u);
+        coopStoreT(sum30, &sums[own], SIDE);
+        store(job, at, lane, 48u, 0u);
+        if SUB_COLS > 16u {
+            coopStoreT(sum21, &sums[own], SIDE);
+            store(job, at, lane, 32u, 16u);
+            coopStoreT(sum31, &sums[own], SIDE);
+            store(job, at, lane, 48u, 16u);
+        }
+        if SUB_COLS > 32u {
+            coopStoreT(sum22, &sums[own], SIDE);
+            store(job, at, lane, 32u, 32u);
+            coopStoreT(sum23, &sums[own], SIDE);
+            store(job, at, lane, 32u, 48u);
+            coopStoreT(sum32, &sums[own], SIDE);
+            store(job, at, lane, 48u, 32u);
+            coopStoreT(sum33, &sums[own], SIDE);
+            store(job, at, lane, 48u, 48u);
+        }
+    }
+}
