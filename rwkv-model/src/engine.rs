@@ -621,13 +621,10 @@ impl Engine {
     fn score_all(&self, batch: &mut [(&mut Session, &[u32])]) -> Result<Vec<Vec<f64>>, Error> {
         let vocab = self.config().vocab;
         let room = (LOGITS_AT_ONCE / vocab).clamp(1, self.logit_rows());
-        let mut scores = Vec::with_capacity(batch.len());
+        let mut scores: Vec<Vec<f64>> = Vec::with_capacity(batch.len());
         for (session, tokens) in &*batch {
-            scores.push(match session.logits() {
-                Ok(logits) => vec![log_probability(logits, tokens[0])],
-                Err(Error::NoLogits) => Vec::new(),
-                Err(error) => return Err(error),
-            });
+            let before = session.last_logits()?.map(|logits| log_probability(logits, tokens[0]));
+            scores.push(before.into_iter().collect());
         }
         let mut rest: Vec<(&mut Vec<f64>, &mut Sequence, &[u32])> = scores
             .iter_mut()

@@ -156,11 +156,7 @@ fn score(engine: &Engine, sequences: &[&[u32]], rest: Option<Rest>) -> Result<Ve
 ///
 /// If a value of the state is not finite, or the GPU failed; the session is as it was.
 pub fn put_to_rest(session: &mut Session, format: StateFormat) -> Result<(), Error> {
-    let logits = match session.logits() {
-        Ok(logits) => Shown::of(logits),
-        Err(Error::NoLogits) => Shown::default(),
-        Err(error) => return Err(error),
-    };
+    let logits = session.last_logits()?.map_or_else(Shown::default, Shown::of);
     let state = EncodedState::encode(&session.engine().state_layout(), &session.state()?, format)?.decode();
     let (position, counts) = (session.position(), session.sequence.counts.clone());
     session.start_from(&state)?;

@@ -179,6 +179,15 @@ impl Session {
         logits.get().map(|logits| &**logits).ok_or(Error::NoLogits)
     }
 
+    /// As [`Self::logits`], if there are any.
+    pub(crate) fn last_logits(&self) -> Result<Option<&[f32]>, Error> {
+        match self.logits() {
+            Ok(logits) => Ok(Some(logits)),
+            Err(Error::NoLogits) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Reads tokens and gives the logits after each, `[T, V]`.
     ///
     /// # Errors
@@ -386,11 +395,7 @@ impl Session {
 
     /// Where the session stands, as it is stored.
     fn stored(&self, format: StateFormat) -> Result<rwkv_state::Snapshot, Error> {
-        let logits = match self.logits() {
-            Ok(logits) => Some(logits.to_vec()),
-            Err(Error::NoLogits) => None,
-            Err(error) => return Err(error),
-        };
+        let logits = self.last_logits()?.map(<[f32]>::to_vec);
         Ok(rwkv_state::Snapshot {
             model: self.engine.fingerprint().to_owned(),
             tokenizer: self.engine.tokenizer_fingerprint(),

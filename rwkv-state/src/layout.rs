@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use rwkv_core::ModelConfig;
 use rwkv_core::model::State;
-use rwkv_core::ops::wkv7_lazy::Undecayed;
+use rwkv_core::ops::wkv7_lazy::{ENTRY, Undecayed};
 
 use crate::base::{Base, head_words};
 use crate::format::StateFormat;
@@ -79,9 +79,6 @@ pub struct DeviceLayout {
     /// Of a slot.
     pub slot_words: usize,
 }
-
-/// Vectors of an entry.
-pub const ENTRY: usize = 5;
 
 /// Bases and slots begin at multiples of so many words.
 const WORDS: usize = 64;

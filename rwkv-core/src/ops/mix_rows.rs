@@ -41,8 +41,8 @@ impl<R> Kept<'_, R> {
 ///
 /// # Panics
 ///
-/// If a slice's length disagrees, a segment is empty or is to keep more rows than it has, a record is none, or if one that is written is read or written
-/// by another segment too, or read by its own.
+/// If a slice's length disagrees, a segment is empty or is to keep more rows than it has, a record is none, or if one
+/// that is written is read or written by another segment too, or read by its own.
 pub fn mix_rows<R: Real>(
     segments: &[Segment],
     x: &[R],

@@ -271,6 +271,9 @@ impl<R: Real> Pending<R> {
     }
 }
 
+/// Vectors of an entry of [`Undecayed`] where each is written out by itself: `q`, `v`, `b / E`, `k / E` and `E`.
+pub const ENTRY: usize = 5;
+
 /// What the tokens since the base did to it, as if none had decayed: see [the module](self).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Undecayed<R> {

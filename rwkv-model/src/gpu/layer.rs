@@ -10,6 +10,7 @@ use rwkv_core::ModelConfig;
 use rwkv_core::config::Ranks;
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::matmul::Rows;
+use rwkv_core::ops::wkv7_lazy::ENTRY;
 use rwkv_kernels::gpu::Device;
 use rwkv_kernels::kernels::sample::SamplerRow;
 use rwkv_kernels::kernels::time_mix_resident::{Format, Rounding};
@@ -19,7 +20,6 @@ use rwkv_kernels::kernels::{
 };
 use rwkv_kernels::pipeline::{Pipeline, checked};
 use rwkv_kernels::{Capabilities, Kernel, choose};
-use rwkv_state::layout::ENTRY;
 use rwkv_state::resident::MAX_CAPACITY;
 use rwkv_state::{Resident, ResidentRounding, StateFormat};
 

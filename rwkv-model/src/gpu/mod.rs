@@ -30,12 +30,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rwkv_core::ModelConfig;
 use rwkv_core::model::Logits;
 use rwkv_core::ops::mix_rows;
+use rwkv_core::ops::wkv7_lazy::ENTRY;
 use rwkv_kernels::gpu::{self as device, Device};
 use rwkv_kernels::kernels::time_mix::HEAD_SIZE;
 use rwkv_kernels::pipeline::checked;
 use rwkv_kernels::{kernels, pipeline};
 use rwkv_state::Resident;
-use rwkv_state::layout::{DeviceLayout, DeviceState, ENTRY};
+use rwkv_state::layout::{DeviceLayout, DeviceState};
 
 pub(crate) use self::ahead::Ahead;
 use self::layer::{Kernels, Scratch};
@@ -221,7 +222,6 @@ impl Executor {
         if config.head_size != HEAD_SIZE {
             return Err(Error::HeadSize { got: config.head_size, want: HEAD_SIZE });
         }
-        layer::Held::new(setup.state, setup.fused)?;
         let all = !setup.portable;
         let features = rwkv_kernels::Features { f16: all, subgroup: all, coop: all };
         let request = device::Request {
@@ -410,9 +410,9 @@ impl Executor {
         drop(work);
         let words: Vec<u32> = read(&self.device, &buffer)?;
         let layers = words.chunks_exact(words.len() / self.config.n_layers).map(|layer| DeviceState {
-            base: layer[..base / 4].to_vec(),
-            shifts: layer[base / 4..][..shifts / 4].to_vec(),
-            entries: layer[(base + shifts) / 4..].to_vec(),
+            base: layer[..base_words].to_vec(),
+            shifts: layer[base_words..][..2 * width].to_vec(),
+            entries: layer[base_words + 2 * width..].to_vec(),
         });
         Ok(layers.collect())
     }

@@ -207,19 +207,9 @@ impl Records {
         // A pass reads one base and writes another, and while it is written the pending slots are held.
         let pool = |each: usize| Pool::new(count(sessions.saturating_mul(each)).saturating_add(FIRST));
         let (bases, slots, of_logits) = (pool(2), pool(resident.capacity + 2), pool(2));
-        let bytes = layer_bytes(layout, bases.capacity.into(), slots.capacity.into());
-        let limits = device.device().limits();
-        let max = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-        if bytes > max {
-            let (bases, slots) = (bases.capacity.into(), slots.capacity.into());
-            return Err(Error::States { bases, slots, bytes, max });
-        }
-        let layers = allocate(device, "states", config.n_layers, bytes)?;
-        let (row, rows) = (config.vocab as u64 * WORD, u64::from(of_logits.capacity));
-        if rows * row > limits.max_buffer_size {
-            return Err(Error::Logits { wanted: rows, max: limits.max_buffer_size / row });
-        }
-        let logits = allocate(device, "logits of sequences", 1, rows * row)?.remove(0);
+        let layers =
+            allocate_layers(device, layout, config.n_layers, bases.capacity.into(), slots.capacity.into())?;
+        let logits = allocate_logits(device, config.vocab, of_logits.capacity.into())?;
         let (base, floor) = (bases.place(0), slots.place(0));
         let empty = Record { base, floor, pending: Vec::new(), logits: None, tokens: 0 };
         Ok(Self { layout, resident, layers, logits, vocab: config.vocab, bases, slots, of_logits, empty })
@@ -304,15 +294,9 @@ impl Records {
 
     /// Makes room for so many more bases and slots, for twice as many as there are if the device has it.
     fn grow(&mut self, device: &Device, bases: usize, slots: usize) -> Result<(), Error> {
-        let limits = device.device().limits();
-        let max = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         let make = |roomy: bool| {
             let [b, s] = [self.bases.enlarged(bases, roomy), self.slots.enlarged(slots, roomy)];
-            let bytes = layer_bytes(self.layout, b, s);
-            if bytes > max {
-                return Err(Error::States { bases: b, slots: s, bytes, max });
-            }
-            Ok(([b, s], allocate(device, "states", self.layers.len(), bytes)?))
+            Ok::<_, Error>(([b, s], allocate_layers(device, self.layout, self.layers.len(), b, s)?))
         };
         let ([b, s], layers) = make(true).or_else(|_| make(false))?;
         let [before, base_bytes] = [self.slots_at(), self.layout.base_words as u64 * WORD];
@@ -329,13 +313,9 @@ impl Records {
     }
 
     fn grow_logits(&mut self, device: &Device, more: usize) -> Result<(), Error> {
-        let (row, max) = (self.vocab as u64 * WORD, device.device().limits().max_buffer_size);
         let make = |roomy: bool| {
             let rows = self.of_logits.enlarged(more, roomy);
-            if rows * row > max {
-                return Err(Error::Logits { wanted: rows, max: max / row });
-            }
-            Ok((rows, allocate(device, "logits of sequences", 1, rows * row)?.remove(0)))
+            Ok::<_, Error>((rows, allocate_logits(device, self.vocab, rows)?))
         };
         let (rows, logits) = make(true).or_else(|_| make(false))?;
         let mut encoder = device.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
@@ -381,8 +361,30 @@ impl Records {
     }
 }
 
-const fn layer_bytes(layout: DeviceLayout, bases: u64, slots: u64) -> u64 {
-    (bases * layout.base_words as u64 + slots * layout.slot_words as u64) * WORD
+/// A buffer for each layer, with so many bases and slots, if the device binds it.
+fn allocate_layers(
+    device: &Device,
+    layout: DeviceLayout,
+    n: usize,
+    bases: u64,
+    slots: u64,
+) -> Result<Vec<wgpu::Buffer>, Error> {
+    let bytes = (bases * layout.base_words as u64 + slots * layout.slot_words as u64) * WORD;
+    let limits = device.device().limits();
+    let max = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+    if bytes > max {
+        return Err(Error::States { bases, slots, bytes, max });
+    }
+    allocate(device, "states", n, bytes)
+}
+
+/// A buffer for so many rows of logits, if the device has it.
+fn allocate_logits(device: &Device, vocab: usize, rows: u64) -> Result<wgpu::Buffer, Error> {
+    let (row, max) = (vocab as u64 * WORD, device.device().limits().max_buffer_size);
+    if rows * row > max {
+        return Err(Error::Logits { wanted: rows, max: max / row });
+    }
+    Ok(allocate(device, "logits of sequences", 1, rows * row)?.remove(0))
 }
 
 /// So many buffers, all zero.

@@ -23,13 +23,11 @@ use rwkv_core::config::Ranks;
 use rwkv_core::ops::decay::DECAY_SCALE;
 use rwkv_core::ops::kappa::KAPPA_EPS;
 use rwkv_core::ops::readout::GN_EPS;
+pub use rwkv_core::ops::wkv7_lazy::ENTRY;
 
 pub use super::time_mix::{Error, HEAD_SIZE};
 use super::time_mix::{common, divided};
 pub use crate::reflected::time_mix_resident::*;
-
-/// Vectors of an entry.
-pub const ENTRY: usize = 5;
 
 /// In place of a base that is written.
 pub const NONE: u32 = u32::MAX;
