@@ -58,15 +58,24 @@ pub(crate) struct ProfileArgs {
         default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../rwkv-model/assets/books-10m/model.safetensors")
     )]
     model: PathBuf,
+    /// Random weights of a released shape instead: 0.4B, 1.5B, 2.9B, 7.2B.
+    #[arg(long, conflicts_with = "model")]
+    shape: Option<String>,
+    /// Where they are written, and deleted again.
+    #[arg(long, default_value = "target/bench")]
+    scratch: PathBuf,
     /// The GPU: part of its name, or its number.
     #[arg(long)]
     adapter: Option<String>,
     /// Tokens generated one after the other.
     #[arg(long, default_value_t = 16)]
     tokens: usize,
-    /// A prompt of so many tokens instead.
-    #[arg(long, value_name = "N", conflicts_with = "tokens")]
-    prompt: Option<usize>,
+    /// Prompts of so many tokens, each by itself.
+    #[arg(long, value_delimiter = ',', value_name = "N")]
+    prompt: Vec<usize>,
+    /// A token for each of so many sequences side by side.
+    #[arg(long, value_delimiter = ',', value_name = "N")]
+    batch: Vec<usize>,
     /// With one dispatch for each operation.
     #[arg(long)]
     unfused: bool,
@@ -102,12 +111,15 @@ pub(crate) fn token(index: usize) -> u32 {
 pub(crate) fn report(args: &GpuArgs) -> anyhow::Result<()> {
     std::fs::create_dir_all(&args.scratch).with_context(|| args.scratch.display().to_string())?;
     for name in &args.shapes {
-        let shape = SHAPES.iter().find(|shape| shape.name == name);
-        let shape = shape.with_context(|| format!("no shape {name}, there are 0.4B, 1.5B, 2.9B, 7.2B"))?;
         println!("{name}");
-        measure(args, shape)?;
+        measure(args, shape_of(name)?)?;
     }
     Ok(())
+}
+
+fn shape_of(name: &str) -> anyhow::Result<&'static Shape> {
+    let shape = SHAPES.iter().find(|shape| shape.name == name);
+    shape.with_context(|| format!("no shape {name}, there are 0.4B, 1.5B, 2.9B, 7.2B"))
 }
 
 #[expect(clippy::print_stdout, reason = "the report")]
@@ -315,44 +327,48 @@ pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
         timestamps: true,
         ..EngineOptions::default()
     };
-    let engine = Engine::open_with(&args.model, options, &|_| {})?;
-    let vocab = u32::try_from(engine.config().vocab)?;
-    println!("model   {}", args.model.display());
+    let engine = match &args.shape {
+        None => Engine::open_with(&args.model, options, &|_| {})?,
+        Some(name) => {
+            let path = args.scratch.join(format!("random-{name}.safetensors"));
+            std::fs::create_dir_all(&args.scratch).with_context(|| args.scratch.display().to_string())?;
+            random_model::write(shape_of(name)?, &path)?;
+            let engine = Engine::open_with(&path, options, &|_| {});
+            std::fs::remove_file(&path)?;
+            engine?
+        }
+    };
+    println!("model   {}", args.shape.clone().unwrap_or_else(|| args.model.display().to_string()));
     println!("device  {}", engine.report()?.device);
 
-    // Once to make the device busy, and once to measure.
-    let mut session = engine.session();
-    let (what, passes) = if let Some(n) = args.prompt {
-        let prompt: Vec<u32> = (0..n).map(|index| token(index) % vocab).collect();
-        busy(&engine, || {
-            engine.session().prefill(&prompt)?;
-            Ok(engine.wait()?)
-        })?;
-        engine.profile()?;
-        session.prefill(&prompt)?;
-        (format!("a prompt of {n} tokens"), n.div_ceil(EngineOptions::default().pass_tokens))
-    } else {
-        session.prefill(&[1 % vocab])?;
+    // Each once to make the device busy, and once to measure.
+    let mut all = Profile::default();
+    if args.tokens > 0 {
+        let mut session = engine.session();
+        session.prefill(&[token(1) % count(engine.config().vocab)?])?;
         warm(&mut session)?;
-        engine.wait()?;
-        engine.profile()?;
-        let tokens = args.tokens.max(1);
-        for token in session.generate(Sampler::greedy()).take(tokens) {
-            token?;
-        }
-        (format!("{tokens} tokens, one after the other"), tokens)
-    };
-    engine.wait()?;
-    let profile = engine.profile()?;
-    ensure!(!profile.dispatches.is_empty(), "the device tells no time between dispatches");
-
-    // Every pass begins with the embedding.
-    let timed = profile.dispatches.iter().filter(|of| of.part == "embedding").count();
-    let sum: f64 = profile.dispatches.iter().map(|of| of.ns).sum();
-    // A few are begun ahead of the last token. The device keeps no more than some thousand timestamps.
-    let part = if timed < passes { format!(" of {passes}") } else { String::new() };
-    println!("timed   {what}: {timed}{part} passes, {:.1} us each\n", sum / 1e3 / timed.max(1) as f64);
-    kernels(&profile);
+        let what = format!("{} tokens, one after the other", args.tokens);
+        timed(&engine, &mut all, &what, args.tokens, || {
+            session.generate(Sampler::greedy()).take(args.tokens).try_for_each(|token| Ok(token.map(drop)?))
+        })?;
+    }
+    for &n in &args.prompt {
+        let prompt = tokens(&engine, n)?;
+        let read = || Ok(engine.session().prefill(&prompt)?);
+        busy(&engine, || read().and_then(|()| Ok(engine.wait()?)))?;
+        let passes = n.div_ceil(EngineOptions::default().pass_tokens);
+        timed(&engine, &mut all, &format!("a prompt of {n} tokens"), passes, read)?;
+    }
+    for &n in &args.batch {
+        let tokens = tokens(&engine, n)?;
+        let mut sessions: Vec<Session> = (0..n).map(|_| engine.session()).collect();
+        let mut read = || {
+            let mut batch: Vec<_> = sessions.iter_mut().zip(tokens.chunks(1)).collect();
+            Ok(engine.step(&mut batch)?)
+        };
+        busy(&engine, || read().and_then(|()| Ok(engine.wait()?)))?;
+        timed(&engine, &mut all, &format!("a token for each of {n} sequences"), 1, read)?;
+    }
     println!(
         "\nA timestamp between two dispatches costs some microseconds, which each of them seems to take longer here.\n\
          Bytes are those of the weights and states that one row reads and writes."
@@ -360,8 +376,47 @@ pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
     if let Some(folder) = args.trace.parent() {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     }
-    std::fs::write(&args.trace, trace(&profile)?).with_context(|| args.trace.display().to_string())?;
+    std::fs::write(&args.trace, trace(&all)?).with_context(|| args.trace.display().to_string())?;
     println!("trace   {}, for chrome://tracing or ui.perfetto.dev", args.trace.display());
+    Ok(())
+}
+
+/// So many tokens of the vocabulary.
+fn tokens(engine: &Engine, n: usize) -> anyhow::Result<Vec<u32>> {
+    let vocab = count(engine.config().vocab)?;
+    Ok((0..n).map(|index| token(index) % vocab).collect())
+}
+
+fn count(n: usize) -> anyhow::Result<u32> {
+    Ok(u32::try_from(n)?)
+}
+
+/// Prints where the time of something goes, of which the passes are known, and adds it to what was timed.
+#[expect(clippy::print_stdout, reason = "the report")]
+fn timed(
+    engine: &Engine,
+    all: &mut Profile,
+    what: &str,
+    passes: usize,
+    run: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    engine.wait()?;
+    engine.profile()?;
+    run()?;
+    engine.wait()?;
+    let mut profile = engine.profile()?;
+    ensure!(!profile.dispatches.is_empty(), "the device tells no time between dispatches");
+
+    // Every pass begins with the embedding.
+    let timed = profile.dispatches.iter().filter(|of| of.part == "embedding").count();
+    let sum: f64 = profile.dispatches.iter().map(|of| of.ns).sum();
+    // A few are begun ahead of the last token. The device keeps no more than some thousand timestamps.
+    let part = if timed < passes { format!(" of {passes}") } else { String::new() };
+    println!("\ntimed   {what}: {timed}{part} passes, {:.1} us each\n", sum / 1e3 / timed.max(1) as f64);
+    kernels(&profile);
+    let end = all.dispatches.last().map_or(0.0, |of| of.start_ns + of.ns);
+    profile.dispatches.iter_mut().for_each(|of| of.start_ns += end);
+    all.dispatches.append(&mut profile.dispatches);
     Ok(())
 }
 
