@@ -153,9 +153,12 @@ impl Shader {
         self.fault(labels.first().map_or(0, |(span, _)| span.start), detail);
     }
 
-    /// A kernel means what its twin says: the twin exists, and the first line leads there.
+    /// A kernel means what its twin says: the twin exists, and the first line leads there. It has the kernel's name, or what
+    /// that begins with, `foo` for `foo_bar`: an operation can have several kernels.
     pub(super) fn check_twin(&mut self, ops: &Path) {
-        let file = format!("{}.rs", self.name);
+        let stems = self.name.match_indices('_').map(|(at, _)| &self.name[..at]);
+        let twin = stems.chain([&*self.name]).rfind(|stem| ops.join(format!("{stem}.rs")).is_file());
+        let file = format!("{}.rs", twin.unwrap_or(&self.name));
         if !ops.join(&file).is_file() {
             self.fault(0, format!("the twin {} does not exist", ops.join(&file).display()));
         }

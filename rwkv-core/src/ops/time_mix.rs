@@ -80,8 +80,47 @@ pub(super) fn time_mix_with<R: Real, M: Linear<R>>(
     out: &mut [R],
     update: impl FnOnce(wkv7::Inputs<'_, R>, &mut [R]),
 ) {
+    let Operands { lw, k, v, a, b, gate } = operands(dims.head_size, &weights, x, v_first);
+    let mut y = vec![R::zero(); out.len()];
+    update(wkv7::Inputs { r: x.r, lw: &lw, k: &k, v: &v, a: &a, b: &b }, &mut y);
+    let (gain, bias, r_k) = (weights.gain, weights.bias, weights.r_k);
+    readout::readout(
+        dims.head_size,
+        readout::Inputs { y: &y, r: x.r, k: &k, v: &v, gate: &gate, gain, bias, r_k },
+        out,
+    );
+}
+
+/// What the state update reads besides the receptance, and the gate of what it answers; each `[T, D]`.
+#[derive(Clone, Debug)]
+pub struct Operands<R> {
+    /// Logarithm of the decay.
+    pub lw: Vec<R>,
+    /// Key.
+    pub k: Vec<R>,
+    /// Value.
+    pub v: Vec<R>,
+    /// `-kappa`.
+    pub a: Vec<R>,
+    /// `kappa eta`.
+    pub b: Vec<R>,
+    /// Gate.
+    pub gate: Vec<R>,
+}
+
+/// What precedes the state update in [`time_mix`], for heads of `head_size` channels.
+///
+/// # Panics
+///
+/// If a slice's length disagrees.
+pub fn operands<R: Real, M: Linear<R>>(
+    head_size: usize,
+    weights: &Weights<'_, R, M>,
+    x: Inputs<'_, R>,
+    v_first: &mut [R],
+) -> Operands<R> {
     let up = |(up, bias): (&M, &[R]), low: &[R]| {
-        let mut y = vec![R::zero(); out.len()];
+        let mut y = vec![R::zero(); x.k.len()];
         up.apply(low, &mut y);
         add(bias, &mut y);
         y
@@ -96,17 +135,10 @@ pub(super) fn time_mix_with<R: Real, M: Linear<R>>(
     decay::log_decay(&mut lw);
     learning_rate::learning_rate(&mut a);
     let (mut k, mut b) = (x.k.to_vec(), vec![R::zero(); x.k.len()]);
-    kappa::kappa(dims.head_size, &k, weights.k_k, &mut b);
+    kappa::kappa(head_size, &k, weights.k_k, &mut b);
     learning_rate::modulate_key(&a, weights.k_a, &mut k);
     learning_rate::directions(&mut a, &mut b);
-    let mut y = vec![R::zero(); out.len()];
-    update(wkv7::Inputs { r: x.r, lw: &lw, k: &k, v: &v, a: &a, b: &b }, &mut y);
-    let (gain, bias, r_k) = (weights.gain, weights.bias, weights.r_k);
-    readout::readout(
-        dims.head_size,
-        readout::Inputs { y: &y, r: x.r, k: &k, v: &v, gate: &gate, gain, bias, r_k },
-        out,
-    );
+    Operands { lw, k, v, a, b, gate }
 }
 
 #[cfg(test)]

@@ -38,6 +38,26 @@ pub enum Error {
         /// Elements of a row.
         width: usize,
     },
+    /// What a row is made of does not fit into it.
+    #[error("{kernel}: {width} elements from {offset} do not fit into {stride}")]
+    Stride {
+        /// The kernel.
+        kernel: &'static str,
+        /// What is to fit.
+        width: usize,
+        /// Where it begins.
+        offset: usize,
+        /// What there is.
+        stride: usize,
+    },
+    /// More workgroups along a dimension than a dispatch has.
+    #[error("{kernel}: {got:?} workgroups, at most {MAX_GROUPS} along a dimension")]
+    Groups {
+        /// The kernel.
+        kernel: &'static str,
+        /// As many as asked for.
+        got: [usize; 2],
+    },
 }
 
 /// The most that a kernel indexes. Whoever walks steps over the end by less than a grid of the largest workgroups,
@@ -67,6 +87,21 @@ impl Dims {
 /// Workgroups that give each of `n` items its invocation, as far as one dispatch can.
 pub(super) fn grid(kernel: &Kernel, n: u32) -> [u32; 3] {
     [n.div_ceil(kernel.workgroup_size[0]).min(MAX_GROUPS), 1, 1]
+}
+
+/// That `width` elements from `offset` fit into rows of `stride`, of which all elements can be indexed: the stride.
+pub(super) fn fits(kernel: &Kernel, rows: usize, [offset, width, stride]: [usize; 3]) -> Result<u32, Error> {
+    if offset.checked_add(width).is_none_or(|end| end > stride) {
+        return Err(Error::Stride { kernel: kernel.name, width, offset, stride });
+    }
+    elements(kernel, rows, stride)?;
+    elements(kernel, 1, stride)
+}
+
+/// A workgroup for each of `x` by `y`.
+pub(super) fn groups(kernel: &Kernel, [x, y]: [usize; 2]) -> Result<[u32; 3], Error> {
+    let of = |n| super::groups(n).ok_or(Error::Groups { kernel: kernel.name, got: [x, y] });
+    Ok([of(x)?, of(y)?, 1])
 }
 
 /// Extents of operands `[T, H, N]`, a row for each head of a token.

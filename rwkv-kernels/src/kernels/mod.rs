@@ -15,14 +15,17 @@ pub mod matmul;
 pub mod mix_in;
 pub mod mix_rows;
 pub mod readout;
+pub mod readout_packed;
 pub mod sample;
 pub mod softmax;
 pub mod time_mix;
+pub mod time_mix_operands;
 pub mod time_mix_resident;
 pub mod token_shift;
 pub mod value_residual;
 pub mod wkv4;
 pub mod wkv7;
+pub mod wkv7_scan;
 
 #[cfg(test)]
 #[cfg(feature = "gpu")]

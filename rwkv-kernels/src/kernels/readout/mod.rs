@@ -12,7 +12,7 @@ pub use crate::reflected::readout::{Params, VARIANTS};
 
 #[cfg(test)]
 #[cfg(feature = "gpu")]
-mod tests;
+pub(super) mod tests;
 
 /// Lowers a call over operands `[T, H, N]` to the uniform block and the workgroup count.
 ///

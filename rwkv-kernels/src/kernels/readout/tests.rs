@@ -11,15 +11,15 @@ use crate::kernels::testing::{U, bits, compare, config, grids, values, wide};
 use crate::pipeline::Pipeline;
 
 /// Operands in the order of the bindings: `r k v gate` `[T, H, N]`, `gain bias r_k` `[H, N]`, `y` `[T, H, N]`.
-struct Case {
-    dims: Dims,
-    operands: [Vec<f32>; 8],
+pub(in crate::kernels) struct Case {
+    pub(in crate::kernels) dims: Dims,
+    pub(in crate::kernels) operands: [Vec<f32>; 8],
 }
 
 impl Case {
     /// Operands as large as those of trained models, and heads of `y` of every scale, some far from zero, some
     /// constant, some with the largest value that a trained model was seen to have.
-    fn draw(dims: Dims, seed: u64) -> Self {
+    pub(in crate::kernels) fn draw(dims: Dims, seed: u64) -> Self {
         let mut rng = SplitMix64::new(seed);
         let (n, width) = (dims.vector_len(), dims.heads * dims.head_size);
         let mut y = Vec::new();
@@ -47,7 +47,7 @@ impl Case {
         Self { dims, operands }
     }
 
-    fn twin(&self) -> Vec<f64> {
+    pub(in crate::kernels) fn twin(&self) -> Vec<f64> {
         let [r, k, v, gate, gain, bias, r_k, y] = &self.operands.each_ref().map(|x| wide(x));
         let mut out = vec![f64::NAN; y.len()];
         twin::readout(self.dims.head_size, Inputs { y, r, k, v, gate, gain, bias, r_k }, &mut out);
@@ -78,7 +78,7 @@ impl Case {
     ///
     /// A tenth more for the products of errors, since `e s` is not small where `y` is far from zero and hardly
     /// varies.
-    fn limits(&self, lanes: usize) -> Vec<f64> {
+    pub(in crate::kernels) fn limits(&self, lanes: usize) -> Vec<f64> {
         let Dims { heads, head_size, .. } = self.dims;
         let [r, k, v, gate, gain, bias, r_k, y] = self.operands.each_ref().map(|x| wide(x));
         let n = head_size as f64;

@@ -12,7 +12,7 @@ pub use crate::reflected::wkv7::{Params, VARIANTS};
 
 #[cfg(test)]
 #[cfg(feature = "gpu")]
-mod tests;
+pub(super) mod tests;
 
 /// Why a call cannot be encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -15,15 +15,15 @@ use crate::{Access, Binding, Element, Kernel, Scalar};
 const N: usize = 64;
 
 /// Operands `r lw k v a b`, each `[T, H, N]`, and a state `[H, N, N]`.
-struct Case {
-    dims: Dims,
-    operands: [Vec<f32>; 6],
-    state: Vec<f32>,
+pub(in crate::kernels) struct Case {
+    pub(in crate::kernels) dims: Dims,
+    pub(in crate::kernels) operands: [Vec<f32>; 6],
+    pub(in crate::kernels) state: Vec<f32>,
 }
 
 impl Case {
     /// Draws from the operation's own domain, not from a box around zero.
-    fn draw(dims: Dims, seed: u64) -> Self {
+    pub(in crate::kernels) fn draw(dims: Dims, seed: u64) -> Self {
         let mut rng = SplitMix64::new(seed);
         let (mut k, mut a, mut b) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..dims.tokens * dims.heads {
@@ -51,7 +51,7 @@ impl Case {
     }
 
     /// State and output as the twin has them in `f64`.
-    fn twin(&self) -> (Vec<f64>, Vec<f64>) {
+    pub(in crate::kernels) fn twin(&self) -> (Vec<f64>, Vec<f64>) {
         let wide = |x: &Vec<f32>| x.iter().copied().map(f64::from).collect::<Vec<_>>();
         let [r, lw, k, v, a, b] = &self.operands.each_ref().map(wide);
         let (mut state, mut y) = (wide(&self.state), vec![0.0; self.dims.vector_len()]);
@@ -84,7 +84,7 @@ impl Case {
     }
 
     /// The same for some of the tokens, starting from `state`.
-    fn tokens(&self, tokens: Range<usize>, state: Vec<f32>) -> Self {
+    pub(in crate::kernels) fn tokens(&self, tokens: Range<usize>, state: Vec<f32>) -> Self {
         let width = self.dims.heads * N;
         let part = tokens.start * width..tokens.end * width;
         let operands = self.operands.each_ref().map(|x| x[part.clone()].to_vec());
@@ -93,7 +93,7 @@ impl Case {
 }
 
 /// A state between `[head, value, key]` and `[head, key, value]`, either way.
-fn swapped(dims: Dims, state: &[f32]) -> Vec<f32> {
+pub(in crate::kernels) fn swapped(dims: Dims, state: &[f32]) -> Vec<f32> {
     let at = |h, x, y| (h * N + x) * N + y;
     (0..dims.heads)
         .flat_map(|h| (0..N).flat_map(move |x| (0..N).map(move |y| at(h, y, x))))
@@ -116,7 +116,7 @@ fn swapped(dims: Dims, state: &[f32]) -> Vec<f32> {
 /// The limits are 16 times as much, 4 times in error: 2 for devices that do not round to nearest, 2 for errors
 /// that are not independent.
 #[expect(clippy::cast_precision_loss, reason = "small counts")]
-fn limits(tokens: usize) -> (f64, f64) {
+pub(in crate::kernels) fn limits(tokens: usize) -> (f64, f64) {
     let u = f64::from(f32::EPSILON) / 2.0;
     let of = |units: f64| 16.0 * units * u * u;
     (of(tokens as f64), of(tokens as f64 + N as f64 / 6.0))

@@ -1,0 +1,38 @@
+//! [`readout`](rwkv_core::ops::readout) of what [`wkv7_scan`](super::wkv7_scan) answers, for many rows side by side.
+
+#[cfg(test)]
+#[cfg(feature = "gpu")]
+mod tests;
+
+use rwkv_core::Real as _;
+use rwkv_core::ops::readout::GN_EPS;
+
+pub use super::extents::Error;
+use super::extents::{elements, groups};
+use super::wkv7_scan::{HEAD_SIZE, OPERANDS};
+pub use crate::reflected::readout_packed::{Params, VARIANTS};
+
+/// The extents of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dims {
+    /// T.
+    pub rows: usize,
+    /// H.
+    pub heads: usize,
+    /// The power of two that the output is divided by where it is written as halves.
+    pub exponent: u8,
+}
+
+/// The parameters and workgroups of a call.
+///
+/// # Errors
+///
+/// If the extents are not what the kernel can do.
+pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
+    let (kernel, Dims { rows, heads, exponent }) = (&VARIANTS[0], dims);
+    let width = heads.saturating_mul(HEAD_SIZE);
+    elements(kernel, rows, width.saturating_mul(OPERANDS))?;
+    let scale = 0.5f32.powi(exponent.into());
+    let params = Params { width: elements(kernel, 1, width)?, eps: f32::of(GN_EPS), scale };
+    Ok((params, groups(kernel, [heads, rows])?))
+}

@@ -1,0 +1,20 @@
+// Sums over the invocations that share a row of a state: here each has a row of its own.
+//
+// `quad_subgroup.wgsl` declares the same names.
+
+// Invocations to a row.
+const TEAM: u32 = 1u;
+
+struct Quad {
+    @builtin(local_invocation_index) index: u32,
+}
+
+// Which of the workgroup's invocations this is, those of a team one after the other.
+fn place_of(quad: Quad) -> u32 {
+    return quad.index;
+}
+
+// The sum of `x` over a team, in each of its invocations.
+fn team_sum(x: f32) -> f32 {
+    return x;
+}
