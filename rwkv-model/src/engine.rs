@@ -197,6 +197,9 @@ impl std::str::FromStr for Device {
 #[error("`{0}` is no device: auto, cpu, gpu or gpu:NAME")]
 pub struct UnknownDevice(pub String);
 
+/// Tokens in a pass on the CPU, at most.
+const CPU_PASS_TOKENS: usize = 512;
+
 /// How an engine is set up.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
@@ -204,8 +207,8 @@ pub struct EngineOptions {
     pub tokenizer: Option<Tokenizer>,
     /// Which way round the adapters are, where the file does not tell.
     pub lora: Option<LoraLayout>,
-    /// Tokens in a pass, as far as the device has that many in one: longer prompts take several. More need more memory;
-    /// the results are the same.
+    /// Tokens in a pass, as far as the device has that many in one, and the CPU no more than 512, which keep it busy: longer
+    /// prompts take several. More need more memory; the results are the same.
     pub pass_tokens: usize,
     /// What it runs on.
     pub device: Device,
@@ -240,7 +243,7 @@ impl Default for EngineOptions {
         Self {
             tokenizer: None,
             lora: None,
-            pass_tokens: 512,
+            pass_tokens: 2048,
             device: Device::Auto,
             state: Resident::default(),
             sessions: 1,
@@ -466,7 +469,7 @@ impl Engine {
         Ok(Self(Arc::new(Inner {
             mute: tokenizer.as_ref().map(without_bytes).unwrap_or_default(),
             pass_tokens: match &executor {
-                Executor::Cpu(_) => options.pass_tokens.max(1),
+                Executor::Cpu(_) => options.pass_tokens.clamp(1, CPU_PASS_TOKENS),
                 Executor::Gpu(gpu) => gpu.rows(),
             },
             fingerprint: fingerprint(checkpoint)?,

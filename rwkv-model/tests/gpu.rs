@@ -821,6 +821,8 @@ fn profiles_name_every_dispatch() {
     let mut session = alone(&engine, &prompt(40, 1));
     engine.wait().unwrap();
     let batch = engine.profile().unwrap().dispatches;
+    alone(&engine, &prompt(3, 1));
+    let few = engine.profile().unwrap().dispatches;
     session.step(3).unwrap();
     let step = engine.profile().unwrap().dispatches;
     generate(&mut session, Sampler::default(), 1);
@@ -833,16 +835,16 @@ fn profiles_name_every_dispatch() {
     let layers =
         |layer: &[&'static str], head: &[&'static str]| [&["embedding"], layer, layer, head].concat();
     let of_step = layers(&["projections", "heads", "output", "key", "value"], &["head"]);
-    let of_batch = layers(
-        &["ln1", "projections", "adapters", "heads", "output", "ln2", "key", "value"],
-        &["ln_out", "head"],
-    );
+    let before = ["ln1", "projections", "adapters"];
+    let after = ["output", "ln2", "key", "value"];
+    let batch_of = |heads: &[&'static str]| layers(&[&before, heads, &after].concat(), &["ln_out", "head"]);
     let parts = |of: &[gpu::Dispatch]| of.iter().map(|dispatch| dispatch.part).collect::<Vec<_>>();
-    assert_eq!(parts(&batch), of_batch, "many tokens");
+    assert_eq!(parts(&few), batch_of(&["heads"]), "few tokens");
+    assert_eq!(parts(&batch), batch_of(&["operands", "heads", "readout"]), "many tokens");
     assert_eq!(parts(&step), of_step, "one token");
     assert_eq!(parts(&generated), [vec!["sample"], of_step].concat(), "generated");
     let kernels = engine.report().unwrap().kernels;
-    for dispatches in [&batch, &step, &generated] {
+    for dispatches in [&batch, &few, &step, &generated] {
         let mut end = 0.0;
         for dispatch in dispatches {
             assert!(kernels.contains(&dispatch.kernel), "{dispatch:?} of {kernels:?}");

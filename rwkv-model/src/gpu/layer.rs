@@ -1,9 +1,10 @@
-//! The dispatches of a layer, fused, in two forms that compute the same; a third is [`Unfused`](super::unfused).
+//! The dispatches of a layer, fused, in forms that compute the same; another is [`Unfused`](super::unfused).
 //!
 //! | form | for | dispatches |
 //! |---|---|---|
 //! | [`Layers::step`] | one token of one sequence | `mix_in`, `time_mix`, `linear`, `mix_in`, `channel_mix_value` |
 //! | [`Layers::batch`] | any rows | `mix_rows`, `matmul`, `matmul`, `time_mix`, `matmul`, `mix_rows`, `matmul`, `matmul` |
+//! | the same, long | prompts | with `time_mix_operands`, `wkv7_scan`, `readout_packed` for `time_mix` |
 
 use rayon::prelude::*;
 use rwkv_core::ModelConfig;
@@ -15,8 +16,8 @@ use rwkv_kernels::gpu::Device;
 use rwkv_kernels::kernels::sample::SamplerRow;
 use rwkv_kernels::kernels::time_mix_resident::{Format, Rounding};
 use rwkv_kernels::kernels::{
-    channel_mix_value, embedding, layer_norm, linear, matmul, mix_in, mix_rows, sample, time_mix,
-    time_mix_resident,
+    channel_mix_value, embedding, layer_norm, linear, matmul, mix_in, mix_rows, readout_packed, sample,
+    time_mix, time_mix_operands, time_mix_resident, wkv7_scan,
 };
 use rwkv_kernels::pipeline::{Pipeline, checked};
 use rwkv_kernels::{Capabilities, Kernel, choose};
@@ -123,8 +124,28 @@ pub(super) struct Kernels {
     matmul: Vec<(matmul::Tile, [Pipeline; 2])>,
     /// With the adapters' products given.
     time_mix: Pipeline,
+    /// For prompts, if states are held so that there is such a form.
+    scan: Option<ScanKernels>,
     /// For one token, if the device has the memory for them.
     step: Option<StepKernels>,
+}
+
+/// What is in the place of `time_mix` for prompts.
+#[derive(Debug)]
+struct ScanKernels {
+    operands: Pipeline,
+    scan: Pipeline,
+    readout: Pipeline,
+}
+
+impl ScanKernels {
+    fn new(device: &Device) -> Result<Self, Error> {
+        Ok(Self {
+            operands: compile(device, time_mix_operands::VARIANTS, &[])?,
+            scan: compile(device, wkv7_scan::VARIANTS, &[])?,
+            readout: compile(device, readout_packed::VARIANTS, &[])?,
+        })
+    }
 }
 
 /// So many times the rows of other stacks go to a workgroup of the head, which has many: the norm is repeated less.
@@ -221,6 +242,10 @@ impl Kernels {
             sample: compile(device, sample::VARIANTS, &[("LANES", f64::from(lanes(1024)))])?,
             matmul: of_matmul,
             time_mix: held.compile(device, lanes(held.batch_lanes()), false)?,
+            scan: match held {
+                Held::Plain if setup.fused => Some(ScanKernels::new(device)?),
+                _ => None,
+            },
             step: if setup.fused { StepKernels::new(device, config, held)? } else { None },
         })
     }
@@ -231,6 +256,11 @@ impl Kernels {
 
     pub(super) const fn has_step(&self) -> bool {
         self.step.is_some()
+    }
+
+    /// Whether there is a form for prompts.
+    pub(super) const fn has_scan(&self) -> bool {
+        self.scan.is_some()
     }
 
     /// The rows that a pass of so many is laid down for: with more, up to those, it would have the same tiles.
@@ -275,6 +305,9 @@ impl Kernels {
     /// What was chosen.
     pub(super) fn labels(&self) -> Vec<String> {
         let mut all = vec![&self.mix_rows, &self.time_mix];
+        if let Some(of) = &self.scan {
+            all.extend([&of.operands, &of.scan, &of.readout]);
+        }
         if let Some(step) = &self.step {
             all.extend([&step.mix_in, &step.time_mix, &step.linear, &step.value]);
         }
@@ -405,6 +438,9 @@ struct One {
 const _: () = assert!(size_of::<One>() as u64 == 3 * PART_BYTES, "parts");
 const _: () = assert!(time_mix_resident::table_len(1, 1, MAX_CAPACITY) <= 64, "a segment fits");
 
+/// Rows of logits of a pass, at most: 268 MB with a vocabulary of 65,536.
+const MAX_LOGIT_ROWS: usize = 1024;
+
 /// Products of one dispatch of `matmul`, at most: three projections and four adapters.
 const MAX_JOBS: usize = 7;
 
@@ -430,8 +466,15 @@ impl Scratch {
         let limits = device.device().limits();
         let max = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         let room = usize::try_from(max / size_of::<f32>() as u64).unwrap_or(usize::MAX);
-        let logit_rows = rows.min(room / vocab);
         let inputs = 3 * width + ranks.w + ranks.a + ranks.v + ranks.g;
+        let longest = (MIXES * width).max(inputs).max(hidden);
+        // As many as the device binds.
+        let rows = rows.min(room / longest);
+        let logit_rows = rows.min(MAX_LOGIT_ROWS).min(room / vocab);
+        if logit_rows == 0 {
+            let bytes = (longest.max(vocab) * size_of::<f32>()) as u64;
+            return Err(Error::TooLarge { what: "a row of a pass".to_owned(), bytes, max });
+        }
         let len = Lengths {
             mixed: rows * MIXES * width,
             inputs: rows * inputs,
@@ -441,11 +484,6 @@ impl Scratch {
             normed: logit_rows * width,
             logits: logit_rows * vocab,
         };
-        let longest = len.mixed.max(len.inputs).max(len.hidden);
-        if longest > room || logit_rows == 0 {
-            let bytes = (longest.max(vocab) * size_of::<f32>()) as u64;
-            return Err(Error::TooLarge { what: format!("{rows} rows of a pass"), bytes, max });
-        }
         let made = checked::<_, Error>(device.device(), || {
             let buffer = |label, words: usize, usage| {
                 device.device().create_buffer(&wgpu::BufferDescriptor {
@@ -688,11 +726,11 @@ impl Layers<'_> {
         ])
     }
 
-    /// The form for any rows, in the tiles for so many of them, and of logits.
-    pub(super) fn batch(&self, [rows, logits]: [u32; 2]) -> Result<Plan, Error> {
+    /// The form for any rows, in the tiles for so many of them, and of logits; `long` is that for prompts, if there is one.
+    pub(super) fn batch(&self, [rows, logits]: [u32; 2], long: bool) -> Result<Plan, Error> {
         let mut body = vec![self.embed(Grid::Rows)?];
         for (weights, records) in self.weights.layers.iter().zip(&self.records.layers) {
-            body.extend(self.batch_layer(rows, weights, records)?);
+            body.extend(self.batch_layer(rows, long, weights, records)?);
         }
         let (s, width, vocab) = (self.scratch, self.config.width, self.config.vocab);
         let dims = layer_norm::Dims { of: s.rows, rows: s.logit_rows, width };
@@ -717,7 +755,13 @@ impl Layers<'_> {
         Ok(Plan { body, head: vec![norm, head] })
     }
 
-    fn batch_layer(&self, rows: u32, weights: &Layer, records: &wgpu::Buffer) -> Result<[Step; 8], Error> {
+    fn batch_layer(
+        &self,
+        rows: u32,
+        long: bool,
+        weights: &Layer,
+        records: &wgpu::Buffer,
+    ) -> Result<Vec<Step>, Error> {
         let (s, planner, layout) = (self.scratch, self.planner(), self.records.layout);
         let ModelConfig { width, hidden, .. } = *self.config;
         let mix = |part, offset, mixes, vectors| {
@@ -775,24 +819,31 @@ impl Layers<'_> {
             ..job(hidden, width, 0, (0, hidden), (0, width), identity)
         };
 
-        let heads = Heads {
-            pipeline: &self.kernels.time_mix,
-            lora_up: None,
-            rows: s.rows,
-            segments: Bound::Whole(&s.segments),
-            up: &s.up,
-            grid: Grid::Segments(count(self.config.n_heads)),
-            bytes: self.state_bytes(),
-        };
-        let heads = self.heads(heads, weights, records)?;
-        Ok([
+        let mut all_steps = vec![
             mix("ln1", layout.att_shift, MIXES, &weights.att)?,
             product(all("projections", &weights.stack, mixed, inputs, projections))?,
             product(Product {
                 transposed: true,
                 ..all("adapters", &weights.up, inputs, (&s.up, s.len.up), adapters)
             })?,
-            heads,
+        ];
+        match &self.kernels.scan {
+            Some(kernels) if long => all_steps.extend(self.scan(kernels, weights, records)?),
+            _ => all_steps.push(self.heads(
+                Heads {
+                    pipeline: &self.kernels.time_mix,
+                    lora_up: None,
+                    rows: s.rows,
+                    segments: Bound::Whole(&s.segments),
+                    up: &s.up,
+                    grid: Grid::Segments(count(self.config.n_heads)),
+                    bytes: self.state_bytes(),
+                },
+                weights,
+                records,
+            )?),
+        }
+        all_steps.extend([
             product(all("output", &weights.output, (&s.readout, s.len.x), x, vec![output]))?,
             mix("ln2", layout.ffn_shift, 1, &weights.ffn)?,
             product(all("key", &weights.key, mixed, hidden_rows, vec![key]))?,
@@ -800,7 +851,42 @@ impl Layers<'_> {
                 transposed: true,
                 ..all("value", &weights.value, hidden_rows, x, vec![value])
             })?,
-        ])
+        ]);
+        Ok(all_steps)
+    }
+
+    /// What is in the place of `time_mix` for prompts. The operands take the place of the rows that were mixed, which were
+    /// read, and the state's answers that of the decay adapter's products.
+    fn scan(
+        &self,
+        kernels: &ScanKernels,
+        weights: &Layer,
+        records: &wgpu::Buffer,
+    ) -> Result<[Step; 3], Error> {
+        const { assert!(wkv7_scan::OPERANDS == MIXES, "`mixed` holds the operands") };
+        let (s, layout, planner) = (self.scratch, self.records.layout, self.planner());
+        let ModelConfig { n_heads: heads, width, .. } = *self.config;
+        let (rows, each) = (s.rows, Grid::EachRow(count(heads)));
+
+        let first_layer = weights.ranks.v == 0;
+        let dims = time_mix_operands::Dims { rows, heads, inputs: weights.inputs(width), first_layer };
+        let (params, _) = time_mix_operands::lower(dims).map_err(refused("operands"))?;
+        let buffers = [&s.inputs, &s.up, &weights.heads, &s.v_first, &s.mixed].map(Bound::Whole);
+        let operands = planner.step("operands", &kernels.operands, params, &buffers, each, 0)?;
+
+        let (stride, y_stride) = (layout.base_words, ADAPTERS * width);
+        let dims = wkv7_scan::Dims { rows, segments: 1, heads, stride, offset: 0, y_stride };
+        let kernel = kernels.scan.kernel();
+        let (params, [groups, ..]) = wkv7_scan::lower(kernel, dims).map_err(refused(HEADS))?;
+        let buffers = [&s.segments, &s.mixed, records, &s.up].map(Bound::Whole);
+        let grid = Grid::Segments(groups);
+        let update = planner.step(HEADS, &kernels.scan, params, &buffers, grid, self.state_bytes())?;
+
+        let dims = readout_packed::Dims { rows, heads, exponent: 0 };
+        let (params, _) = readout_packed::lower(dims).map_err(refused("readout"))?;
+        let buffers = [&s.mixed, &s.up, &weights.heads, &s.readout].map(Bound::Whole);
+        let readout = planner.step("readout", &kernels.readout, params, &buffers, each, 0)?;
+        Ok([operands, update, readout])
     }
 
     /// Gain and bias of a norm, of which `vectors` begin with them.

@@ -189,8 +189,8 @@ struct Work {
     records: Records,
     /// For one token of one sequence, if the device has the memory for it.
     step: Option<Plan>,
-    /// For any number, by the rows that they are laid down for, and rows of logits.
-    batch: BTreeMap<[u32; 2], Plan>,
+    /// For any number, by the rows that they are laid down for, rows of logits, and whether they are for prompts.
+    batch: BTreeMap<([u32; 2], bool), Plan>,
     /// One dispatch for each operation, by rows and rows of logits: of one token, and of the last other pass.
     unfused: BTreeMap<[u32; 2], Plan>,
     /// The logits that are the first row of the scratch, by number.
@@ -234,7 +234,7 @@ impl Executor {
         let kernels = Kernels::new(&device, &config, &setup)?;
         let rows = setup.pass_tokens.min(if device.is_gpu() { MAX_ROWS } else { MAX_SOFTWARE_ROWS });
         let scratch = Scratch::new(&device, &config, setup.state, rows)?;
-        let unfused = (!setup.fused).then(|| Unfused::new(&device, &config, rows)).transpose()?;
+        let unfused = (!setup.fused).then(|| Unfused::new(&device, &config, scratch.rows)).transpose()?;
         device.save_cache()?;
         let records = Records::new(&device, &config, setup.state, setup.sessions)?;
         let weights = Weights::upload(&device, checkpoint, setup.weights, progress)?;
@@ -533,9 +533,11 @@ impl Executor {
     fn batch<'w>(&self, work: &'w mut Work, shape: Shape) -> Result<&'w Plan, Error> {
         let layers = self.layers(&work.records);
         let class = [shape.rows, shape.logits].map(Kernels::class);
-        Ok(match work.batch.entry(class) {
+        // Their sums have different orders: where that must not show, one form is for all.
+        let long = self.kernels.has_scan() && (self.setup.batch_invariant || shape.is_long());
+        Ok(match work.batch.entry((class, long)) {
             Entry::Occupied(laid) => laid.into_mut(),
-            Entry::Vacant(room) => room.insert(layers.batch(class)?),
+            Entry::Vacant(room) => room.insert(layers.batch(class, long)?),
         })
     }
 

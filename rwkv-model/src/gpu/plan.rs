@@ -25,6 +25,8 @@ pub(super) enum Grid {
     Fixed([u32; 3]),
     /// One for each row.
     Rows,
+    /// So many for each row.
+    EachRow(u32),
     /// So many for each segment.
     Segments(u32),
     /// So many for every `rows` rows.
@@ -35,11 +37,23 @@ pub(super) enum Grid {
     LogitTiles { x: u32, rows: u32 },
 }
 
+impl Shape {
+    /// Tokens of one sequence that a pass has at least, from which on it is in the form for prompts: what precedes and
+    /// follows the state update is then done for all tokens at once.
+    const LONG: u32 = 8;
+
+    /// Whether a sequence may have many tokens.
+    pub(super) const fn is_long(self) -> bool {
+        self.rows - self.segments >= Self::LONG
+    }
+}
+
 impl Grid {
     const fn groups(self, shape: Shape) -> [u32; 3] {
         match self {
             Self::Fixed(groups) => groups,
             Self::Rows => [shape.rows, 1, 1],
+            Self::EachRow(x) => [x, shape.rows, 1],
             Self::Segments(x) => [x, shape.segments, 1],
             Self::Tiles { x, rows } => [x, shape.rows.div_ceil(rows), 1],
             Self::LogitRows => [shape.logits, 1, 1],
