@@ -103,6 +103,12 @@ const LIMIT: f64 = 1e-10;
 /// The same where cooperative matrices multiply, which round what they read to halves: by some 1e-4 of its size.
 const LIMIT_OF_HALVES: f64 = 1e-6;
 
+/// What is let pass on an engine's device.
+pub(crate) fn limit(engine: &Engine) -> anyhow::Result<f64> {
+    let of_halves = engine.report()?.kernels.iter().any(|label| label.contains("coop"));
+    Ok(if of_halves { LIMIT_OF_HALVES } else { LIMIT })
+}
+
 pub(crate) fn token(index: usize) -> u32 {
     u32::try_from(index * 7919 % 65521).unwrap_or_default()
 }
@@ -220,8 +226,7 @@ impl Reference {
     /// The largest error of an engine's logits, relative to their size.
     fn verify(&self, engine: &Engine) -> anyhow::Result<f64> {
         let (mut session, mut worst) = (engine.session(), 0f64);
-        let of_halves = engine.report()?.kernels.iter().any(|label| label.contains("coop"));
-        let limit = if of_halves { LIMIT_OF_HALVES } else { LIMIT };
+        let limit = limit(engine)?;
         for (tokens, want) in &self.0 {
             session.prefill(tokens)?;
             worst = worst.max(nmse(session.logits()?, want, limit).context("the CPU's logits")?);

@@ -94,6 +94,7 @@ pub(crate) fn report(args: &StateSpeedArgs) -> anyhow::Result<()> {
         if reference.is_empty() {
             reference = logits.iter().copied().map(f64::from).collect();
         }
+        let limit = limit.max(crate::gpu::limit(&engine)?);
         nmse(&logits, &reference, limit).with_context(|| format!("{name}: the logits"))?;
         for (&n, plain) in args.batch.iter().zip(&mut plain) {
             let Measured { step, heads_us, gb_s } = measure(&engine, n, args)?;

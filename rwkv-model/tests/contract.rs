@@ -448,10 +448,12 @@ fn text_ends_where_the_model_ends_it() {
     }
 }
 
-/// Logits that are none, since their sums overflow: an error, which leaves the session as it was.
+/// Logits that are none, since their sums overflow: an error, which leaves the session as it was. Cooperative matrices hold what
+/// they read at the largest half, so that their sums do not.
 #[test]
 fn text_ends_where_logits_are_no_numbers() {
     for setup in setups() {
+        let setup = EngineOptions { portable: true, ..setup };
         let mut model = parrot(256, &[97]);
         let bias = model.iter_mut().find(|t| t.name == "ln_out.bias").unwrap();
         *bias = support::Tensor::new("ln_out.bias", &[64], &[3e38; 64]);

@@ -11,10 +11,14 @@ use rwkv_kernels::kernels::sample;
 use rwkv_kernels::pipeline::Pipeline;
 
 use super::plan::{Bound, Grid, Planner, Shape, Step};
+use super::records::Move;
 use super::{Error, Executor, Record};
 
-/// Steps under way at most: one that runs, one that waits, one that is encoded.
-const DEPTH: usize = 3;
+/// Steps under way at most: those of a submission that runs, and of one that waits.
+const DEPTH: usize = 2 * TOGETHER;
+
+/// Steps of a submission, at most: between two the device waits for some microseconds.
+pub(super) const TOGETHER: usize = 2;
 
 /// One token of one sequence.
 const ONE: Shape = Shape { rows: 1, segments: 1, logits: 1 };
@@ -85,8 +89,9 @@ impl Executor {
     pub(crate) fn next(&self, ahead: &mut Ahead, most: usize) -> Result<Taken, Error> {
         // From one at the beginning, so that whoever wants few pays for few.
         ahead.depth = (ahead.depth + 1).min(DEPTH).min(most);
-        while ahead.flights.len() < ahead.depth.max(1) {
-            self.launch(ahead)?;
+        while ahead.flights.is_empty() || ahead.flights.len() + TOGETHER <= ahead.depth {
+            let steps = if self.in_one_step() { TOGETHER } else { 1 };
+            self.launch(ahead, steps.min((ahead.depth - ahead.flights.len()).max(1)))?;
         }
         let Some(Flight { token, record, submission }) = ahead.flights.pop_front() else {
             return Err(Error::Lost("no step is under way".to_owned()));
@@ -103,44 +108,60 @@ impl Executor {
         Ok(Taken { token: word, record })
     }
 
-    /// Encodes and submits one step.
-    fn launch(&self, ahead: &mut Ahead) -> Result<(), Error> {
+    /// Encodes some steps and submits them at once.
+    fn launch(&self, ahead: &mut Ahead, steps: usize) -> Result<(), Error> {
         self.sound()?;
         let mut work = self.lock();
-        let of = self.take(&mut work, &[(&ahead.tip, 1, true)])?.remove(0);
-        // The sampler's settings were checked when it was handed over.
-        let row = sample::SamplerRow::new(&ahead.sampler, ahead.position)
-            .map_err(|why| Error::Extents { part: "sample", why: why.to_string() })?;
+        // What they write is taken before any is encoded: if there is too little, buffers are replaced.
+        let mut moves: Vec<Move> = Vec::new();
+        let mut tables = Vec::new();
+        for position in (ahead.position..).take(steps) {
+            let before = moves.last().map_or(&ahead.tip, |of| &of.after);
+            let of = self.take(&mut work, &[(before, 1, true)])?.remove(0);
+            // The sampler's settings were checked when it was handed over.
+            let row = sample::SamplerRow::new(&ahead.sampler, position)
+                .map_err(|why| Error::Extents { part: "sample", why: why.to_string() })?;
+            tables.push(self.scratch.table_of_one(&of, Some(row)));
+            moves.push(of);
+        }
         let queue = self.device.queue();
-        self.scratch.write_one(queue, &of, Some(row));
-        if !self.in_one_step() {
-            self.tell(&work, std::slice::from_ref(&of), &[0])?;
+        self.scratch.write_ahead(queue, &tables);
+        if let ([of], false) = (&moves[..], self.in_one_step()) {
+            self.tell(&work, std::slice::from_ref(of), &[0])?;
         }
-        let record = of.after;
         let mut encoder = self.encoder();
-        let bytes = (self.config.vocab * size_of::<f32>()) as u64;
-        let Some((from, to)) = ahead.tip.logits().zip(record.logits()) else {
-            return Err(Error::Lost("a step without logits".to_owned()));
-        };
-        if work.holds != Some(from.index()) {
-            let from = work.records.logits_offset(from);
-            encoder.copy_buffer_to_buffer(&work.records.logits, from, &self.scratch.logits, 0, bytes);
+        let (bytes, mut tokens) = ((self.config.vocab * size_of::<f32>()) as u64, Vec::new());
+        // Unknown until all of this is submitted.
+        let mut holds = work.holds.take();
+        for (at, of) in moves.iter().enumerate() {
+            let Some((from, to)) = of.before.logits().zip(of.after.logits()) else {
+                return Err(Error::Lost("a step without logits".to_owned()));
+            };
+            self.scratch.use_ahead(&mut encoder, at);
+            if holds != Some(from.index()) {
+                let from = work.records.logits_offset(from);
+                encoder.copy_buffer_to_buffer(&work.records.logits, from, &self.scratch.logits, 0, bytes);
+            }
+            self.encode(&mut work, &mut encoder, ONE, Some(&ahead.step))?;
+            let into = work.records.logits_offset(to);
+            encoder.copy_buffer_to_buffer(&self.scratch.logits, 0, &work.records.logits, into, bytes);
+            holds = Some(to.index());
+            let token = match ahead.idle.pop() {
+                Some(idle) => idle,
+                None => self.staging(size_of::<u32>() as u64)?,
+            };
+            encoder.copy_buffer_to_buffer(&self.scratch.tokens, 0, &token, 0, token.size());
+            // A failure shows when the range is asked for.
+            encoder.map_buffer_on_submit(&token, wgpu::MapMode::Read, .., |_| ());
+            tokens.push(token);
         }
-        self.encode(&mut work, &mut encoder, ONE, Some(&ahead.step))?;
-        let into = work.records.logits_offset(to);
-        encoder.copy_buffer_to_buffer(&self.scratch.logits, 0, &work.records.logits, into, bytes);
-        work.holds = Some(to.index());
-        let token = match ahead.idle.pop() {
-            Some(idle) => idle,
-            None => self.staging(size_of::<u32>() as u64)?,
-        };
-        encoder.copy_buffer_to_buffer(&self.scratch.tokens, 0, &token, 0, token.size());
-        // A failure shows when the range is asked for.
-        encoder.map_buffer_on_submit(&token, wgpu::MapMode::Read, .., |_| ());
         let submission = queue.submit([encoder.finish()]);
-        ahead.tip = record.clone();
-        ahead.position += 1;
-        ahead.flights.push_back(Flight { token, record, submission });
+        work.holds = holds;
+        for (token, Move { after: record, .. }) in tokens.into_iter().zip(moves) {
+            ahead.tip = record.clone();
+            ahead.position += 1;
+            ahead.flights.push_back(Flight { token, record, submission: submission.clone() });
+        }
         Ok(())
     }
 }

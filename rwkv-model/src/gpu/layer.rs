@@ -24,6 +24,7 @@ use rwkv_kernels::{Capabilities, Kernel, choose};
 use rwkv_state::resident::MAX_CAPACITY;
 use rwkv_state::{Resident, ResidentRounding, StateFormat};
 
+use super::ahead::TOGETHER;
 use super::plan::{Bound, Grid, PART_BYTES, Plan, Planner, Shape, Step};
 use super::records::{Move, Records};
 use super::weights::{Layer, Weights};
@@ -389,6 +390,8 @@ pub(super) struct Scratch {
     pub(super) tokens: wgpu::Buffer,
     /// The tables of a pass over one token, in parts, so that the host writes them at once: [`One`].
     one: wgpu::Buffer,
+    /// Those of the steps that are submitted together.
+    ahead: wgpu::Buffer,
     /// Record read and record written, where there are: `[T]`.
     pub(super) cursors: wgpu::Buffer,
     /// Of up to T segments.
@@ -429,7 +432,7 @@ pub(super) struct Scratch {
 /// The tables of a pass over one token, each where it can be bound.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct One {
+pub(super) struct One {
     cursor: [u32; 64],
     segment: [u32; 64],
     sampler: [u32; 64],
@@ -499,6 +502,7 @@ impl Scratch {
                 logit_rows,
                 tokens: storage("tokens", rows),
                 one: storage("one", size_of::<One>() / size_of::<u32>()),
+                ahead: storage("ahead", TOGETHER * size_of::<One>() / size_of::<u32>()),
                 cursors: storage("cursors", 2 * rows),
                 segments: storage("segments", time_mix_resident::table_len(rows, rows, resident.capacity)),
                 resident,
@@ -565,8 +569,8 @@ impl Scratch {
         time_mix_resident::table(&segments)
     }
 
-    /// Writes the tables of a pass over one token of one sequence, and how it is chosen.
-    pub(super) fn write_one(&self, queue: &wgpu::Queue, of: &Move, sampler: Option<SamplerRow>) {
+    /// The tables of a pass over one token of one sequence, and how it is chosen.
+    pub(super) fn table_of_one(&self, of: &Move, sampler: Option<SamplerRow>) -> One {
         let mut one = One { cursor: [0; 64], segment: [0; 64], sampler: [0; 64] };
         one.cursor[..2].copy_from_slice(&[of.before.slot().index(), of.after.slot().index()]);
         let segment = self.segments_of(&[of]);
@@ -575,10 +579,26 @@ impl Scratch {
             let words: &[u32] = bytemuck::cast_slice(bytemuck::bytes_of(sampler));
             one.sampler[..words.len()].copy_from_slice(words);
         }
-        queue.write_buffer(&self.one, 0, bytemuck::bytes_of(&one));
+        one
     }
 
-    /// Where the kernels find what [`Self::write_one`] wrote: cursor, segment, sampler.
+    /// Writes the tables of a pass over one token of one sequence.
+    pub(super) fn write_one(&self, queue: &wgpu::Queue, of: &Move) {
+        queue.write_buffer(&self.one, 0, bytemuck::bytes_of(&self.table_of_one(of, None)));
+    }
+
+    /// Writes the tables of passes that are submitted together, each over one token of one sequence.
+    pub(super) fn write_ahead(&self, queue: &wgpu::Queue, tables: &[One]) {
+        queue.write_buffer(&self.ahead, 0, bytemuck::cast_slice(tables));
+    }
+
+    /// Lets the next pass have the tables of one of those.
+    pub(super) fn use_ahead(&self, encoder: &mut wgpu::CommandEncoder, at: usize) {
+        let bytes = size_of::<One>() as u64;
+        encoder.copy_buffer_to_buffer(&self.ahead, at as u64 * bytes, &self.one, 0, bytes);
+    }
+
+    /// Where the kernels find what [`Self::write_one`] or [`Self::use_ahead`] wrote: cursor, segment, sampler.
     pub(super) fn parts_of_one(&self) -> [Bound<'_>; 3] {
         let part = |n| Bound::Part { buffer: &self.one, offset: n * PART_BYTES, bytes: PART_BYTES };
         [part(0), part(1), part(2)]

@@ -332,7 +332,7 @@ impl Executor {
         let queue = self.device.queue();
         queue.write_buffer(&self.scratch.tokens, 0, bytemuck::cast_slice(&tokens));
         if let ([one], true) = (&moves[..], shape.rows == 1 && self.in_one_step()) {
-            self.scratch.write_one(queue, one, None);
+            self.scratch.write_one(queue, one);
         } else {
             self.tell(&work, &moves, &wanted)?;
         }

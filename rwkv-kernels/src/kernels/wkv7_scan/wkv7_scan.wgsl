@@ -29,71 +29,90 @@ struct Params {
 
 var<workgroup> tokens: array<vec4<f32>, CHUNK * TOKEN>;
 
+// Of row i of the state, the keys 4 (m TEAM + member) and the next three for each m.
+var<private> s: array<vec4<f32>, QUADS>;
+// What an invocation has loaded of the next tokens.
+var<private> held: array<vec4<f32>, EACH>;
+
+// Where an invocation works: in which head, on which row of the state, as which of its team.
+struct Place {
+    head: u32,
+    i: u32,
+    member: u32,
+    l: u32,
+}
+
+// Loads tokens from `first` on; past the last, any.
+fn fetch(first: u32, end: u32, at: Place) {
+    for (var e = 0u; e < EACH; e++) {
+        let place = e * LANES + at.l;
+        let row = min(first + place / TOKEN, end - 1u);
+        held[e] = operands[(row * params.heads + at.head) * TOKEN + place % TOKEN];
+    }
+}
+
+fn stage(at: Place) {
+    workgroupBarrier(); // the tokens before are no longer read
+    for (var e = 0u; e < EACH; e++) {
+        tokens[e * LANES + at.l] = held[e];
+    }
+    workgroupBarrier();
+}
+
+// Moves the state on over the first of the tokens that are staged, from row `first` on.
+fn advance(first: u32, count: u32, at: Place) {
+    for (var t = 0u; t < count; t++) {
+        let vectors = t * TOKEN + at.member;
+        var part = vec4(0.0);
+        for (var m = 0u; m < QUADS; m++) {
+            part = fma(s[m], tokens[vectors + 2u * N / 4u + m * TEAM], part);
+        }
+        let q = -team_sum((part.x + part.y) + (part.z + part.w));
+        let v_i = tokens[t * TOKEN + 5u * N / 4u + at.i / 4u][at.i % 4u];
+        part = vec4(0.0);
+        for (var m = 0u; m < QUADS; m++) {
+            let quad = vectors + m * TEAM;
+            let added = fma(vec4(q), tokens[quad + 3u * N / 4u], v_i * tokens[quad + N / 4u]);
+            s[m] += fma(s[m], tokens[quad], added);
+            part = fma(s[m], tokens[quad + 4u * N / 4u], part);
+        }
+        let answer = team_sum((part.x + part.y) + (part.z + part.w));
+        if at.member == 0u {
+            y[(first + t) * params.y_stride + at.head * N + at.i] = answer;
+        }
+    }
+}
+
 @compute @workgroup_size(LANES)
 fn wkv7_scan(@builtin(workgroup_id) group: vec3<u32>, quad: Quad) {
-    let head = group.x / TEAM;
     let segment = segments[group.y];
     let l = place_of(quad);
-    let i = group.x % TEAM * ROWS + l / TEAM;
-    let member = l % TEAM;
-
-    // Of row i of the state, the keys 4 (m TEAM + member) and the next three for each m.
-    var s: array<vec4<f32>, QUADS>;
-    let at = params.offset + (head * N + 4u * member) * N + i;
+    let at = Place(group.x / TEAM, group.x % TEAM * ROWS + l / TEAM, l % TEAM, l);
+    let own = params.offset + (at.head * N + 4u * at.member) * N + at.i;
     for (var m = 0u; m < QUADS; m++) {
-        let source = segment.z * params.stride + at + m * TEAM * 4u * N;
+        let source = segment.z * params.stride + own + m * TEAM * 4u * N;
         s[m] = vec4(state[source], state[source + N], state[source + 2u * N], state[source + 3u * N]);
     }
 
     let end = segment.x + segment.y;
-    var held: array<vec4<f32>, EACH>;
     if segment.y > 0u {
-        for (var e = 0u; e < EACH; e++) {
-            held[e] = operand(segment.x, end, head, e * LANES + l);
+        fetch(segment.x, end, at);
+        var first = segment.x;
+        // The last tokens are outside of the loop, or else the loads of the next sink to where they are used.
+        for (; first + CHUNK < end; first += CHUNK) {
+            stage(at);
+            fetch(first + CHUNK, end, at);
+            advance(first, CHUNK, at);
         }
-    }
-    for (var first = segment.x; first < end; first += CHUNK) {
-        workgroupBarrier(); // the tokens before are no longer read
-        for (var e = 0u; e < EACH; e++) {
-            tokens[e * LANES + l] = held[e];
-        }
-        workgroupBarrier();
-        for (var e = 0u; e < EACH; e++) {
-            held[e] = operand(first + CHUNK, end, head, e * LANES + l);
-        }
-        for (var t = 0u; t < min(CHUNK, end - first); t++) {
-            let vectors = t * TOKEN + member;
-            var part = vec4(0.0);
-            for (var m = 0u; m < QUADS; m++) {
-                part = fma(s[m], tokens[vectors + 2u * N / 4u + m * TEAM], part);
-            }
-            let q = -team_sum((part.x + part.y) + (part.z + part.w));
-            let v_i = tokens[t * TOKEN + 5u * N / 4u + i / 4u][i % 4u];
-            part = vec4(0.0);
-            for (var m = 0u; m < QUADS; m++) {
-                let quad = vectors + m * TEAM;
-                let added = fma(vec4(q), tokens[quad + 3u * N / 4u], v_i * tokens[quad + N / 4u]);
-                s[m] += fma(s[m], tokens[quad], added);
-                part = fma(s[m], tokens[quad + 4u * N / 4u], part);
-            }
-            let answer = team_sum((part.x + part.y) + (part.z + part.w));
-            if member == 0u {
-                y[(first + t) * params.y_stride + head * N + i] = answer;
-            }
-        }
+        stage(at);
+        advance(first, end - first, at);
     }
 
     for (var m = 0u; m < QUADS; m++) {
-        let to = segment.w * params.stride + at + m * TEAM * 4u * N;
+        let to = segment.w * params.stride + own + m * TEAM * 4u * N;
         state[to] = s[m].x;
         state[to + N] = s[m].y;
         state[to + 2u * N] = s[m].z;
         state[to + 3u * N] = s[m].w;
     }
-}
-
-// The vector at a place among those of the tokens from `first` on; of tokens past the last, any.
-fn operand(first: u32, end: u32, head: u32, place: u32) -> vec4<f32> {
-    let row = min(first + place / TOKEN, end - 1u);
-    return operands[(row * params.heads + head) * TOKEN + place % TOKEN];
 }
