@@ -14,7 +14,7 @@ fn place_of(quad: Quad) -> u32 {
     return quad.index;
 }
 
-// The sum of `x` over a team, in each of its invocations.
-fn team_sum(x: f32) -> f32 {
+// The sums of `x` over a team, in each of its invocations.
+fn team_sums(x: vec2<f32>) -> vec2<f32> {
     return x;
 }

@@ -15,7 +15,7 @@ fn place_of(quad: Quad) -> u32 {
     return quad.subgroup * quad.subgroup_size + quad.of_subgroup;
 }
 
-fn team_sum(x: f32) -> f32 {
-    let pair = x + subgroupShuffleXor(x, 1u);
-    return pair + subgroupShuffleXor(pair, 2u);
+fn team_sums(x: vec2<f32>) -> vec2<f32> {
+    let pairs = x + subgroupShuffleXor(x, 1u);
+    return pairs + subgroupShuffleXor(pairs, 2u);
 }

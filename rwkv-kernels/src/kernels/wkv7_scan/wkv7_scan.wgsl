@@ -59,27 +59,34 @@ fn stage(at: Place) {
     workgroupBarrier();
 }
 
-// Moves the state on over the first of the tokens that are staged, from row `first` on.
+// Moves the state on over the first of the tokens that are staged, from row `first` on. What a token is answered is summed
+// together with what the next one asks, since a sum is mostly waiting.
 fn advance(first: u32, count: u32, at: Place) {
+    let to = first * params.y_stride + at.head * N + at.i;
+    var answer = 0.0;
     for (var t = 0u; t < count; t++) {
         let vectors = t * TOKEN + at.member;
         var part = vec4(0.0);
         for (var m = 0u; m < QUADS; m++) {
             part = fma(s[m], tokens[vectors + 2u * N / 4u + m * TEAM], part);
         }
-        let q = -team_sum((part.x + part.y) + (part.z + part.w));
+        let sums = team_sums(vec2((part.x + part.y) + (part.z + part.w), answer));
+        if t > 0u && at.member == 0u {
+            y[to + (t - 1u) * params.y_stride] = sums.y;
+        }
         let v_i = tokens[t * TOKEN + 5u * N / 4u + at.i / 4u][at.i % 4u];
         part = vec4(0.0);
         for (var m = 0u; m < QUADS; m++) {
             let quad = vectors + m * TEAM;
-            let added = fma(vec4(q), tokens[quad + 3u * N / 4u], v_i * tokens[quad + N / 4u]);
+            let added = fma(vec4(-sums.x), tokens[quad + 3u * N / 4u], v_i * tokens[quad + N / 4u]);
             s[m] += fma(s[m], tokens[quad], added);
             part = fma(s[m], tokens[quad + 4u * N / 4u], part);
         }
-        let answer = team_sum((part.x + part.y) + (part.z + part.w));
-        if at.member == 0u {
-            y[(first + t) * params.y_stride + at.head * N + at.i] = answer;
-        }
+        answer = (part.x + part.y) + (part.z + part.w);
+    }
+    let sums = team_sums(vec2(0.0, answer));
+    if at.member == 0u {
+        y[to + (count - 1u) * params.y_stride] = sums.y;
     }
 }
 
