@@ -65,8 +65,14 @@ pub trait Memory<R: Real, M: Compute<R>>: Send + Sized {
     /// Remembers the rows `[T, D]` that a layer's shift sees, and tells the one `[D]` before them.
     fn shift(&mut self, part: Shift, layer: usize, width: usize, rows: &[R]) -> Vec<R>;
 
+    /// Keeps the row that a layer's shift sees, over tokens that leave the layer out.
+    fn keep_shift(&mut self, part: Shift, layer: usize, width: usize);
+
     /// Runs the state update of a layer, of every segment.
     fn wkv7(form: Wkv, layer: usize, segments: Vec<WkvSegment<'_, R, Self>>);
+
+    /// Keeps a layer's matrices, over so many tokens that leave the layer out.
+    fn keep_wkv(&mut self, layer: usize, tokens: usize);
 
     /// Called after the layers.
     fn end(&mut self) {}
@@ -235,6 +241,10 @@ impl<R: Real, M: Compute<R>> Memory<R, M> for State<R> {
         before
     }
 
+    fn keep_shift(&mut self, _: Shift, _: usize, _: usize) {}
+
+    fn keep_wkv(&mut self, _: usize, _: usize) {}
+
     fn wkv7(form: Wkv, layer: usize, segments: Vec<WkvSegment<'_, R, Self>>) {
         let mut segments: Vec<_> = segments
             .into_iter()
@@ -282,18 +292,66 @@ pub struct Segment<'a, S> {
     pub logits: Logits,
 }
 
+/// Layers that all tokens of a pass leave out: the residual stream passes through them unchanged, and the layer's WKV
+/// matrices stay what they were. What that costs is to be measured; nothing follows from the model's definition.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Skip<'a> {
+    /// Of each layer, whether it is left out; those beyond the end are not. Never layer 0, whose values later layers mix in.
+    pub layers: &'a [bool],
+    /// What of them.
+    pub part: SkipPart,
+    /// What becomes of the rows that their shifts remember.
+    pub shifts: SkipShifts,
+}
+
+/// What of a layer is left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SkipPart {
+    /// The channel mix, two thirds of the layer's weights.
+    #[default]
+    ChannelMix,
+    /// Both mixes.
+    Layer,
+}
+
+/// What the shifts of a mix remember of a token that leaves it out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SkipShifts {
+    /// The norm of what passes through.
+    #[default]
+    Refreshed,
+    /// Nothing: the next token's shift sees the last token that did not leave it out.
+    Frozen,
+}
+
+impl Skip<'_> {
+    /// Whether a layer's time mix is left out.
+    #[must_use]
+    pub fn time_mix(&self, layer: usize) -> bool {
+        self.part == SkipPart::Layer && self.channel_mix(layer)
+    }
+
+    /// Whether a layer's channel mix is left out.
+    #[must_use]
+    pub fn channel_mix(&self, layer: usize) -> bool {
+        self.layers.get(layer).copied().unwrap_or(false)
+    }
+}
+
 /// How a forward pass runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
+pub struct Options<'a> {
     /// Form of the state update.
     pub wkv: Wkv,
     /// Whether the channel mix may skip the weights of hidden units that are zero.
     pub skip_zeros: bool,
+    /// What is left out.
+    pub skip: Skip<'a>,
 }
 
-impl Default for Options {
+impl Default for Options<'_> {
     fn default() -> Self {
-        Self { wkv: Wkv::Sequential, skip_zeros: true }
+        Self { wkv: Wkv::Sequential, skip_zeros: true, skip: Skip::default() }
     }
 }
 
@@ -313,10 +371,10 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
     ///
     /// # Panics
     ///
-    /// If a segment is empty, a token is outside the vocabulary, or a state or one of the model's own vectors and
-    /// matrices has other extents than [`Self::config`] says.
+    /// If a segment is empty, a token is outside the vocabulary, a state or one of the model's own vectors and matrices has
+    /// other extents than [`Self::config`] says, or layer 0 is to be left out.
     #[must_use]
-    pub fn forward<S: Memory<R, M>>(&self, segments: &mut [Segment<'_, S>], options: Options) -> Vec<R> {
+    pub fn forward<S: Memory<R, M>>(&self, segments: &mut [Segment<'_, S>], options: Options<'_>) -> Vec<R> {
         self.forward_observed(segments, options, &mut ())
     }
 
@@ -329,7 +387,7 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
     pub fn forward_observed<S: Memory<R, M>>(
         &self,
         segments: &mut [Segment<'_, S>],
-        options: Options,
+        options: Options<'_>,
         observer: &mut (impl Observer<R> + ?Sized),
     ) -> Vec<R> {
         let config = &self.config;
@@ -342,6 +400,7 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
             return Vec::new();
         }
         assert_eq!(self.blocks.len(), config.n_layers, "blocks are not [L]");
+        assert!(!options.skip.time_mix(0), "later layers need the values of layer 0");
         let mut rows = Rows::new(config, tokens.len());
         segments.iter_mut().for_each(|s| s.state.begin(s.tokens.len()));
         self.embed(&tokens, &mut rows.x);
@@ -349,24 +408,33 @@ impl<R: Real, M: Compute<R>> Model<R, M> {
 
         for (layer, block) in self.blocks.iter().enumerate() {
             let mut see = |name, values: &[R]| observer.see(layer, name, values);
-            block.ln1.apply(&rows.x, &mut rows.normed);
-            see("ln1", &rows.normed);
-            let before = rows_before(segments, Shift::Att, layer, config.width, &rows.normed);
-            shift_rows(&before, &block.time_mix.mixes, &rows.normed, &mut rows.mixed);
-            block.time_mix.operands(config, layer, &mut rows);
-            for (name, values) in [("r", &rows.r), ("lw", &rows.w), ("k", &rows.k), ("v", &rows.v)] {
-                see(name, values);
+            if options.skip.time_mix(layer) {
+                rows.pass_by::<M, S>(&block.ln1, Shift::Att, layer, options.skip, segments);
+                segments.iter_mut().for_each(|s| s.state.keep_wkv(layer, s.tokens.len()));
+            } else {
+                block.ln1.apply(&rows.x, &mut rows.normed);
+                see("ln1", &rows.normed);
+                let before = rows_before(segments, Shift::Att, layer, config.width, &rows.normed);
+                shift_rows(&before, &block.time_mix.mixes, &rows.normed, &mut rows.mixed);
+                block.time_mix.operands(config, layer, &mut rows);
+                for (name, values) in [("r", &rows.r), ("lw", &rows.w), ("k", &rows.k), ("v", &rows.v)] {
+                    see(name, values);
+                }
+                for (name, values) in [("neg_kappa", &rows.a), ("kappa_eta", &rows.b), ("gate", &rows.g)] {
+                    see(name, values);
+                }
+                rows.update_state::<M, S>(config, options.wkv, layer, segments);
+                see("wkv_y", &rows.y);
+                block.time_mix.finish(config, &mut rows);
+                see("att_out", &rows.normed);
+                add_rows(config, &rows.normed, &mut rows.x);
+                see("x_after_att", &rows.x);
             }
-            for (name, values) in [("neg_kappa", &rows.a), ("kappa_eta", &rows.b), ("gate", &rows.g)] {
-                see(name, values);
-            }
-            rows.update_state::<M, S>(config, options.wkv, layer, segments);
-            see("wkv_y", &rows.y);
-            block.time_mix.finish(config, &mut rows);
-            see("att_out", &rows.normed);
-            add_rows(config, &rows.normed, &mut rows.x);
-            see("x_after_att", &rows.x);
 
+            if options.skip.channel_mix(layer) {
+                rows.pass_by::<M, S>(&block.ln2, Shift::Ffn, layer, options.skip, segments);
+                continue;
+            }
             block.ln2.apply(&rows.x, &mut rows.normed);
             see("ln2", &rows.normed);
             let before = rows_before(segments, Shift::Ffn, layer, config.width, &rows.normed);
@@ -457,6 +525,30 @@ impl<R: Real> Rows<R> {
             g: rows(d),
             y: rows(d),
             hidden: rows(config.hidden),
+        }
+    }
+
+    /// What is left of a mix that is left out: what its shift remembers.
+    fn pass_by<M: Compute<R>, S: Memory<R, M>>(
+        &mut self,
+        norm: &Norm<R>,
+        part: Shift,
+        layer: usize,
+        skip: Skip<'_>,
+        segments: &mut [Segment<'_, S>],
+    ) {
+        let width = norm.gain.len();
+        match skip.shifts {
+            SkipShifts::Refreshed => {
+                norm.apply(&self.x, &mut self.normed);
+                let mut rest = self.normed.as_slice();
+                for Segment { tokens, state, .. } in segments {
+                    let (own, others) = rest.split_at(tokens.len() * width);
+                    state.shift(part, layer, width, own);
+                    rest = others;
+                }
+            }
+            SkipShifts::Frozen => segments.iter_mut().for_each(|s| s.state.keep_shift(part, layer, width)),
         }
     }
 

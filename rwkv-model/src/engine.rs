@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 use rwkv_core::ModelConfig;
 use rwkv_core::fast::linear::Packed;
-use rwkv_core::model::{Logits, Model, Options, Segment, Wkv};
+use rwkv_core::model::{Logits, Model, Options, Segment, Skip, Wkv};
 use rwkv_core::ops::softmax::log_probability;
 use rwkv_state::layout::WrongLength;
 use rwkv_state::snapshot::{self, Digest};
@@ -16,6 +16,7 @@ use rwkv_state::{Resident, ResidentState, StateLayout, StateStore, format, lazy,
 use crate::checkpoint::{self, Checkpoint, LoraLayout, Progress};
 use crate::gpu::{self, WeightFormat};
 use crate::session::{LOGITS_AT_ONCE, Memory, Sequence, Session, Shown};
+use crate::skip::{Mask, Skipping};
 use crate::tokenizer::Tokenizer;
 use crate::{sample, tokenizer};
 
@@ -144,6 +145,9 @@ pub enum Error {
         /// The length of the model's vocabulary.
         vocab: usize,
     },
+    /// A form of the state update that there is not.
+    #[error("chunks of no tokens")]
+    EmptyChunks,
     /// The threads could not be started.
     #[error("starting {threads} threads: {reason}")]
     Threads {
@@ -219,6 +223,13 @@ pub struct EngineOptions {
     pub sessions: usize,
     /// CPU: whether the channel mix skips the weights of hidden units that are zero. The results are the same.
     pub skip_zeros: bool,
+    /// The form of the state update over prompts; by default the device's fastest for their length. Sums of another order
+    /// agree but for rounding: with chunks, a sequence's results depend on how its tokens are split over calls.
+    ///
+    /// On the CPU that is one token after another, at every length; chunks are there to be measured.
+    pub wkv: Option<Wkv>,
+    /// Layers that are left out, if any.
+    pub skip: Option<Skipping>,
     /// CPU: threads, for loading and running; by default as many as the machine has.
     pub threads: Option<NonZeroUsize>,
     /// GPU: how the weights of matrices are stored there.
@@ -248,6 +259,8 @@ impl Default for EngineOptions {
             state: Resident::default(),
             sessions: 1,
             skip_zeros: true,
+            wkv: None,
+            skip: None,
             threads: None,
             weights: WeightFormat::F16,
             batch_invariant: false,
@@ -274,14 +287,15 @@ fn pool(threads: usize) -> Result<rayon::ThreadPool, Error> {
 #[derive(Clone, Debug)]
 pub struct Engine(Arc<Inner>);
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Inner {
-    executor: Executor,
+    executor: Arc<Executor>,
     tokenizer: Option<Tokenizer>,
     fingerprint: String,
     /// Tokens that the model has and the tokenizer has not.
     mute: Vec<u32>,
     pass_tokens: usize,
+    skip: Option<Skipping>,
 }
 
 #[derive(Debug)]
@@ -294,7 +308,7 @@ enum Executor {
 #[derive(Debug)]
 struct Cpu {
     model: Model<f32, Packed>,
-    forward: Options,
+    forward: Options<'static>,
     /// The state before the first token.
     empty: ResidentState,
     threads: Option<rayon::ThreadPool>,
@@ -305,6 +319,21 @@ pub(crate) struct Job<'a> {
     pub(crate) sequence: &'a mut Sequence,
     pub(crate) tokens: &'a [u32],
     pub(crate) logits: Logits,
+}
+
+/// A sequence's way through the passes of a call.
+struct Feed<'a> {
+    sequence: &'a mut Sequence,
+    /// What is left of its tokens.
+    tokens: &'a [u32],
+    /// Whether it was given one.
+    decodes: bool,
+}
+
+impl<'a> Feed<'a> {
+    const fn new(sequence: &'a mut Sequence, tokens: &'a [u32]) -> Self {
+        Self { sequence, tokens, decodes: tokens.len() == 1 }
+    }
 }
 
 impl Cpu {
@@ -320,12 +349,13 @@ impl Cpu {
             None => load(),
         }?;
         let empty = ResidentState::new(&StateLayout::new(&model.config), options.state)?;
-        let forward = Options { wkv: Wkv::Sequential, skip_zeros: options.skip_zeros };
+        let wkv = options.wkv.unwrap_or_default();
+        let forward = Options { wkv, skip_zeros: options.skip_zeros, skip: Skip::default() };
         Ok(Self { model, forward, empty, threads })
     }
 
-    fn forward(&self, segments: &mut [Segment<'_, ResidentState>]) -> Vec<f32> {
-        let mut run = || self.model.forward(segments, self.forward);
+    fn forward(&self, segments: &mut [Segment<'_, ResidentState>], skip: Skip<'_>) -> Vec<f32> {
+        let mut run = || self.model.forward(segments, Options { skip, ..self.forward });
         match &self.threads {
             Some(pool) => pool.install(run),
             // on a worker, so that the pass does not change threads at each of its parallel loops
@@ -372,14 +402,14 @@ impl Executor {
 
     /// Runs sequences side by side: moves each on, with its logits if they are wanted, and gives all rows of logits
     /// `[rows, V]` of those that want all. If it fails, none has changed.
-    fn run(&self, jobs: &mut [Job<'_>]) -> Result<Vec<f32>, Error> {
+    fn run(&self, jobs: &mut [Job<'_>], skip: Skip<'_>) -> Result<Vec<f32>, Error> {
         let rows = match self {
             Self::Cpu(cpu) => {
                 let segments = jobs.iter_mut().map(|job| {
                     let state = job.sequence.memory.state().ok_or(Error::ForeignState)?;
                     Ok(Segment { tokens: job.tokens, state, logits: job.logits })
                 });
-                let rows = cpu.forward(&mut segments.collect::<Result<Vec<_>, Error>>()?);
+                let rows = cpu.forward(&mut segments.collect::<Result<Vec<_>, Error>>()?, skip);
                 let mut rest = rows.as_slice();
                 for job in &mut *jobs {
                     let mine = job.logits.rows(job.tokens.len()) * cpu.model.config.vocab;
@@ -395,7 +425,7 @@ impl Executor {
                     let record = job.sequence.memory.record().ok_or(Error::ForeignState)?;
                     Ok(gpu::Job { tokens: job.tokens, record, logits: job.logits })
                 });
-                let rows = gpu.pass(&mut records.collect::<Result<Vec<_>, Error>>()?)?;
+                let rows = gpu.pass(&mut records.collect::<Result<Vec<_>, Error>>()?, skip)?;
                 for job in &mut *jobs {
                     job.sequence.shown = Shown::on_device(job.logits != Logits::None);
                 }
@@ -455,6 +485,9 @@ impl Engine {
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Self, Error> {
         options.state.check()?;
+        if options.wkv == Some(Wkv::Chunked(0)) {
+            return Err(Error::EmptyChunks);
+        }
         let model = checkpoint.config().vocab;
         let executor = Executor::open(checkpoint, &options, progress)?;
         let bytes = || (model == 256).then_some(Tokenizer::Bytes);
@@ -466,16 +499,37 @@ impl Engine {
         let without_bytes = |tokenizer: &Tokenizer| {
             (0..vocab).filter(|&token| tokenizer.token_bytes(token).is_err()).collect()
         };
-        Ok(Self(Arc::new(Inner {
+        let engine = Self(Arc::new(Inner {
             mute: tokenizer.as_ref().map(without_bytes).unwrap_or_default(),
             pass_tokens: match &executor {
                 Executor::Cpu(_) => options.pass_tokens.clamp(1, CPU_PASS_TOKENS),
                 Executor::Gpu(gpu) => gpu.rows(),
             },
             fingerprint: fingerprint(checkpoint)?,
-            executor,
+            executor: Arc::new(executor),
             tokenizer,
-        })))
+            skip: None,
+        }));
+        if options.skip.is_some() { engine.skipping(options.skip) } else { Ok(engine) }
+    }
+
+    /// An engine on the same weights that leaves out other layers, or none. Sessions belong to the one or the other.
+    ///
+    /// # Errors
+    ///
+    /// On a GPU, if operations are not fused, or states are rounded with a dither of their decays, which decay does not
+    /// stop where a layer is left out.
+    pub fn skipping(&self, skip: Option<Skipping>) -> Result<Self, Error> {
+        if let (Some(gpu), true) = (self.gpu(), skip.is_some()) {
+            gpu.can_skip()?;
+        }
+        Ok(Self(Arc::new(Inner { skip, ..(*self.0).clone() })))
+    }
+
+    /// Which layers are left out, if any.
+    #[must_use]
+    pub fn skips(&self) -> Option<&Skipping> {
+        self.0.skip.as_ref()
     }
 
     /// What it runs on.
@@ -484,7 +538,7 @@ impl Engine {
     ///
     /// If the GPU failed.
     pub fn report(&self) -> Result<Report, Error> {
-        match &self.0.executor {
+        match &*self.0.executor {
             Executor::Cpu(_) => Ok(Report {
                 device: "CPU".to_owned(),
                 kernels: Vec::new(),
@@ -506,7 +560,7 @@ impl Engine {
     ///
     /// If the GPU failed.
     pub fn profile(&self) -> Result<gpu::Profile, Error> {
-        match &self.0.executor {
+        match &*self.0.executor {
             Executor::Cpu(_) => Ok(gpu::Profile::default()),
             Executor::Gpu(gpu) => Ok(gpu.profile()?),
         }
@@ -518,7 +572,7 @@ impl Engine {
     ///
     /// If the GPU failed.
     pub fn wait(&self) -> Result<(), Error> {
-        match &self.0.executor {
+        match &*self.0.executor {
             Executor::Cpu(_) => Ok(()),
             Executor::Gpu(gpu) => Ok(gpu.wait()?),
         }
@@ -559,7 +613,7 @@ impl Engine {
     /// If a session is of another engine, has no tokens, or has one outside the vocabulary. Then no session changed.
     pub fn step(&self, batch: &mut [(&mut Session, &[u32])]) -> Result<(), Error> {
         self.whole(batch, |batch| {
-            self.run_all(batch.iter_mut().map(|(session, tokens)| (&mut session.sequence, *tokens)).collect())
+            self.run_all(batch.iter_mut().map(|(of, tokens)| Feed::new(&mut of.sequence, tokens)).collect())
         })
     }
 
@@ -598,24 +652,29 @@ impl Engine {
 
     /// What a session was, where a pass can fail: on a GPU, where it is not copied.
     fn before(&self, session: &Session) -> Option<Sequence> {
-        matches!(self.0.executor, Executor::Gpu(_)).then(|| session.sequence.clone())
+        matches!(*self.0.executor, Executor::Gpu(_)).then(|| session.sequence.clone())
     }
 
     /// Runs sequences over their tokens, as many at a time as a pass has room for.
-    fn run_all(&self, mut rest: Vec<(&mut Sequence, &[u32])>) -> Result<(), Error> {
+    fn run_all(&self, mut rest: Vec<Feed<'_>>) -> Result<(), Error> {
         while !rest.is_empty() {
-            let (mut room, mut jobs) = (self.0.pass_tokens, Vec::new());
-            for (sequence, tokens) in rest.iter_mut().take(self.segments()) {
-                let (now, later) = tokens.split_at(tokens.len().min(room));
+            let (mut room, mut jobs, mut shared) = (self.0.pass_tokens, Vec::new(), None);
+            for Feed { sequence, tokens, decodes } in &mut rest {
+                if room == 0 || jobs.len() == self.segments() {
+                    break;
+                }
+                let (mask, most) = self.mask(sequence.position, *decodes, tokens.len().min(room));
+                if *shared.get_or_insert_with(|| mask.clone()) != mask {
+                    continue; // in a later pass
+                }
+                let (now, later) = tokens.split_at(most);
                 *tokens = later;
                 room -= now.len();
-                if !now.is_empty() {
-                    let logits = if later.is_empty() { Logits::Last } else { Logits::None };
-                    jobs.push(Job { sequence, tokens: now, logits });
-                }
+                let logits = if later.is_empty() { Logits::Last } else { Logits::None };
+                jobs.push(Job { sequence, tokens: now, logits });
             }
-            self.run(&mut jobs)?;
-            rest.retain(|(_, tokens)| !tokens.is_empty());
+            self.run(&mut jobs, &shared.unwrap_or_default())?;
+            rest.retain(|of| !of.tokens.is_empty());
         }
         Ok(())
     }
@@ -629,22 +688,28 @@ impl Engine {
             let before = session.last_logits()?.map(|logits| log_probability(logits, tokens[0]));
             scores.push(before.into_iter().collect());
         }
-        let mut rest: Vec<(&mut Vec<f64>, &mut Sequence, &[u32])> = scores
+        let mut rest: Vec<(&mut Vec<f64>, Feed<'_>)> = scores
             .iter_mut()
             .zip(batch)
-            .map(|(of, (session, tokens))| (of, &mut session.sequence, *tokens))
+            .map(|(of, (session, tokens))| (of, Feed::new(&mut session.sequence, tokens)))
             .collect();
         while !rest.is_empty() {
-            let n = rest.len().min(self.segments()).min(room);
-            let (mut jobs, mut next) = (Vec::with_capacity(n), Vec::with_capacity(n));
-            for (scores, sequence, tokens) in &mut rest[..n] {
-                let (now, later) = tokens.split_at(tokens.len().min(room / n));
+            let first = rest.first().map(|(_, of)| self.mask(of.sequence.position, of.decodes, 1).0);
+            let mask = first.unwrap_or_default();
+            let alike = |of: &Feed<'_>| self.mask(of.sequence.position, of.decodes, 1).0 == mask;
+            let most = self.segments().min(room);
+            let mut pass: Vec<_> = rest.iter_mut().filter(|(_, of)| alike(of)).take(most).collect();
+            let each = room / pass.len();
+            let (mut jobs, mut next) = (Vec::with_capacity(pass.len()), Vec::with_capacity(pass.len()));
+            for (scores, Feed { sequence, tokens, decodes }) in &mut pass {
+                let (_, run) = self.mask(sequence.position, *decodes, tokens.len().min(each));
+                let (now, later) = tokens.split_at(run);
                 jobs.push(Job { sequence, tokens: now, logits: Logits::All });
                 // The last token's row predicts the next pass's first.
                 next.push((scores, now.len(), &tokens[1..tokens.len().min(now.len() + 1)]));
                 *tokens = later;
             }
-            let rows = self.run(&mut jobs)?;
+            let rows = self.run(&mut jobs, &mask)?;
             let mut others = rows.as_slice();
             let own: Vec<&[f32]> = next
                 .iter()
@@ -658,16 +723,21 @@ impl Engine {
                 let rows = own.par_chunks_exact(vocab).zip(&**next);
                 scores.par_extend(rows.map(|(row, &next)| log_probability(row, next)));
             });
-            rest.retain(|(.., tokens)| !tokens.is_empty());
+            rest.retain(|(_, of)| !of.tokens.is_empty());
         }
         drop(rest);
         Ok(scores)
     }
 
+    /// The layers that a sequence leaves out at its next token, and at how many of the next `tokens` it does.
+    pub(crate) fn mask(&self, position: u64, decodes: bool, tokens: usize) -> (Mask, usize) {
+        Mask::next(self.skips(), self.config().n_layers, position, decodes, tokens)
+    }
+
     /// What its sessions' states are held in.
     #[must_use]
     pub fn resident(&self) -> Resident {
-        match &self.0.executor {
+        match &*self.0.executor {
             Executor::Cpu(cpu) => cpu.empty.resident(),
             Executor::Gpu(gpu) => gpu.resident(),
         }
@@ -675,7 +745,7 @@ impl Engine {
 
     /// Sequences in a pass, at most.
     fn segments(&self) -> usize {
-        match &self.0.executor {
+        match &*self.0.executor {
             Executor::Cpu(_) => usize::MAX,
             Executor::Gpu(gpu) => gpu.segments(),
         }
@@ -683,7 +753,7 @@ impl Engine {
 
     /// Rows of logits that a pass gives, at most.
     pub(crate) fn logit_rows(&self) -> usize {
-        match &self.0.executor {
+        match &*self.0.executor {
             Executor::Cpu(_) => self.0.pass_tokens,
             Executor::Gpu(gpu) => gpu.logit_rows(),
         }
@@ -712,13 +782,13 @@ impl Engine {
     }
 
     /// Runs one pass: see [`Executor::run`].
-    pub(crate) fn run(&self, jobs: &mut [Job<'_>]) -> Result<Vec<f32>, Error> {
-        self.0.executor.run(jobs)
+    pub(crate) fn run(&self, jobs: &mut [Job<'_>], mask: &Mask) -> Result<Vec<f32>, Error> {
+        self.0.executor.run(jobs, mask.skip(self.skips()))
     }
 
     /// The GPU, if that is what it runs on.
     pub(crate) fn gpu(&self) -> Option<&gpu::Executor> {
-        match &self.0.executor {
+        match &*self.0.executor {
             Executor::Cpu(_) => None,
             Executor::Gpu(gpu) => Some(gpu),
         }
@@ -726,7 +796,7 @@ impl Engine {
 
     /// The state before the first token.
     pub(crate) fn empty(&self) -> Memory {
-        match &self.0.executor {
+        match &*self.0.executor {
             Executor::Cpu(cpu) => Memory::Host(cpu.empty.clone()),
             Executor::Gpu(gpu) => Memory::Device(gpu.empty()),
         }

@@ -28,6 +28,7 @@
 //! | [`store`] | where sessions are kept to move between machines: [`Session::save_to`], [`Engine::load_from`] |
 //! | [`tokenizer`] | text to tokens and back |
 //! | [`quality`] | how well a model predicts a text |
+//! | [`skip`] | layers that are left out at some tokens |
 //!
 //! A new container goes into [`checkpoint::directory`], a new dialect of names into `checkpoint/names.rs`, a new vocabulary
 //! into [`tokenizer`]. What this crate never does: train, serve, or run another architecture than RWKV-7.
@@ -43,6 +44,7 @@ pub mod engine;
 pub mod gpu;
 pub mod quality;
 pub mod session;
+pub mod skip;
 pub mod text;
 pub mod tokenizer;
 
@@ -53,6 +55,7 @@ pub use text::{FinishReason, TextOptions};
 pub use tokenizer::Tokenizer;
 
 pub use rwkv_core::ModelConfig;
+pub use rwkv_core::model::{SkipPart, SkipShifts, Wkv};
 pub use rwkv_core::ops::sample::{self, Sampler};
 pub use rwkv_state::store::{self, StateStore};
 pub use rwkv_state::{Resident, ResidentRounding, StateFormat, StateLayout};

@@ -219,9 +219,14 @@ impl Session {
         let engine = self.engine.clone();
         // What the sequence was is kept until it is done.
         let mut sequence = self.sequence.clone();
-        for (tokens, start) in tokens.chunks(at_once).zip((0..).step_by(at_once)) {
-            let job = Job { sequence: &mut sequence, tokens, logits: Logits::All };
-            each(start, &engine.run(&mut [job])?);
+        let (decodes, mut start) = (tokens.len() == 1, 0);
+        while start < tokens.len() {
+            let most = (tokens.len() - start).min(at_once);
+            let (mask, most) = engine.mask(sequence.position, decodes, most);
+            let job =
+                Job { sequence: &mut sequence, tokens: &tokens[start..start + most], logits: Logits::All };
+            each(start, &engine.run(&mut [job], &mask)?);
+            start += most;
         }
         self.sequence = sequence;
         Ok(())
@@ -437,7 +442,10 @@ impl Stream {
         self.sampler.validate()?;
         let ahead = match &mut self.ahead {
             Some(ahead) => ahead,
-            none => none.insert(gpu.ahead(record, *position, self.sampler, &self.masked, counts)?),
+            none => {
+                let skips = session.engine.skips();
+                none.insert(gpu.ahead(record, *position, self.sampler, &self.masked, counts, skips)?)
+            }
         };
         let taken = gpu.next(ahead, most)?;
         if matches!(taken.token, ALL_MASKED | NOT_FINITE) {

@@ -14,6 +14,8 @@
 //!
 //! The shifts are single precision in all of them: they are replaced at every token.
 
+use std::ops::Range;
+
 use rwkv_core::ModelConfig;
 use rwkv_core::model::{Compute, Memory, Shift, Wkv, WkvSegment};
 
@@ -289,6 +291,15 @@ impl ResidentState {
     fn now(&self) -> &[f32] {
         self.shifts.last().map_or(&[], Vec::as_slice)
     }
+
+    /// Where among them the row of a layer is.
+    fn shift_range(&self, part: Shift, layer: usize, width: usize) -> Range<usize> {
+        let place = match part {
+            Shift::Att => layer,
+            Shift::Ffn => layer + self.now().len() / width / 2,
+        };
+        place * width..(place + 1) * width
+    }
 }
 
 impl<M: Compute<f32>> Memory<f32, M> for ResidentState {
@@ -304,16 +315,22 @@ impl<M: Compute<f32>> Memory<f32, M> for ResidentState {
     }
 
     fn shift(&mut self, part: Shift, layer: usize, width: usize, rows: &[f32]) -> Vec<f32> {
-        let place = match part {
-            Shift::Att => layer,
-            Shift::Ffn => layer + self.now().len() / width / 2,
-        };
-        let own = place * width..(place + 1) * width;
+        let own = self.shift_range(part, layer, width);
         let before = self.now()[own.clone()].to_vec();
         for (next, row) in self.next.iter_mut().rev().zip(rows.chunks_exact(width).rev()) {
             next[own.clone()].copy_from_slice(row);
         }
         before
+    }
+
+    fn keep_shift(&mut self, part: Shift, layer: usize, width: usize) {
+        let own = self.shift_range(part, layer, width);
+        let kept = self.now()[own.clone()].to_vec();
+        self.next.iter_mut().for_each(|next| next[own.clone()].copy_from_slice(&kept));
+    }
+
+    fn keep_wkv(&mut self, layer: usize, tokens: usize) {
+        self.wkv.layers_mut()[layer].pass_over(tokens);
     }
 
     fn wkv7(form: Wkv, layer: usize, segments: Vec<WkvSegment<'_, f32, Self>>) {

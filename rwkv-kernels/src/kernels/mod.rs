@@ -3,6 +3,7 @@
 
 pub mod activation;
 pub mod add;
+pub mod carry;
 pub mod channel_mix_value;
 pub mod decay;
 pub mod embedding;

@@ -13,6 +13,7 @@ use rwkv_kernels::pipeline::Pipeline;
 use super::plan::{Bound, Grid, Planner, Shape, Step};
 use super::records::Move;
 use super::{Error, Executor, Record};
+use crate::skip::{Mask, Skipping};
 
 /// Steps under way at most: those of a submission that runs, and of one that waits.
 const DEPTH: usize = 2 * TOGETHER;
@@ -36,6 +37,8 @@ pub(crate) struct Taken {
 #[derive(Debug)]
 pub(crate) struct Ahead {
     sampler: Sampler,
+    /// What the steps leave out.
+    skipping: Option<Skipping>,
     /// The last record that was encoded, and the position of the token after it.
     tip: Record,
     position: u64,
@@ -62,6 +65,7 @@ impl Executor {
         sampler: Sampler,
         masked: &[u32],
         counts: &Counts,
+        skipping: Option<&Skipping>,
     ) -> Result<Ahead, Error> {
         self.sound()?;
         let vocab = self.config.vocab;
@@ -81,7 +85,8 @@ impl Executor {
         let step =
             planner.step("sample", pipeline, params, &buffers, Grid::Fixed(groups), 4 * vocab as u64)?;
         let (tip, flights, idle) = (from.clone(), VecDeque::new(), Vec::new());
-        Ok(Ahead { sampler, tip, position, step, flights, depth: 0, idle })
+        let skipping = skipping.cloned();
+        Ok(Ahead { sampler, skipping, tip, position, step, flights, depth: 0, idle })
     }
 
     /// The next token that was generated, with the state after it. `most` is how many are wanted at most, this one
@@ -126,14 +131,17 @@ impl Executor {
         }
         let queue = self.device.queue();
         self.scratch.write_ahead(queue, &tables);
+        let skipping = ahead.skipping.clone();
+        let mask = |position: u64| Mask::next(skipping.as_ref(), self.config.n_layers, position, true, 1).0;
         if let ([of], false) = (&moves[..], self.in_one_step()) {
-            self.tell(&work, std::slice::from_ref(of), &[0])?;
+            let skip = mask(ahead.position);
+            self.tell(&work, std::slice::from_ref(of), &[0], skip.skip(skipping.as_ref()))?;
         }
         let mut encoder = self.encoder();
         let (bytes, mut tokens) = ((self.config.vocab * size_of::<f32>()) as u64, Vec::new());
         // Unknown until all of this is submitted.
         let mut holds = work.holds.take();
-        for (at, of) in moves.iter().enumerate() {
+        for ((at, of), position) in moves.iter().enumerate().zip(ahead.position..) {
             let Some((from, to)) = of.before.logits().zip(of.after.logits()) else {
                 return Err(Error::Lost("a step without logits".to_owned()));
             };
@@ -142,7 +150,9 @@ impl Executor {
                 let from = work.records.logits_offset(from);
                 encoder.copy_buffer_to_buffer(&work.records.logits, from, &self.scratch.logits, 0, bytes);
             }
-            self.encode(&mut work, &mut encoder, ONE, Some(&ahead.step))?;
+            let mask = mask(position);
+            let skip = mask.skip(skipping.as_ref());
+            self.encode(&mut work, &mut encoder, ONE, skip, Some(&ahead.step))?;
             let into = work.records.logits_offset(to);
             encoder.copy_buffer_to_buffer(&self.scratch.logits, 0, &work.records.logits, into, bytes);
             holds = Some(to.index());

@@ -9,6 +9,7 @@
 use rayon::prelude::*;
 use rwkv_core::ModelConfig;
 use rwkv_core::config::Ranks;
+use rwkv_core::model::SkipShifts;
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::matmul::Rows;
 use rwkv_core::ops::wkv7_lazy::ENTRY;
@@ -16,16 +17,17 @@ use rwkv_kernels::gpu::Device;
 use rwkv_kernels::kernels::sample::SamplerRow;
 use rwkv_kernels::kernels::time_mix_resident::{Format, Rounding};
 use rwkv_kernels::kernels::{
-    channel_mix_value, embedding, layer_norm, linear, matmul, mix_in, mix_rows, readout_packed, sample,
-    time_mix, time_mix_operands, time_mix_resident, wkv7_scan,
+    carry, channel_mix_value, embedding, layer_norm, linear, matmul, mix_in, mix_rows, readout_packed,
+    sample, time_mix, time_mix_operands, time_mix_resident, wkv7_scan,
 };
 use rwkv_kernels::pipeline::{Pipeline, checked};
 use rwkv_kernels::{Capabilities, Kernel, choose};
+use rwkv_state::layout::DeviceLayout;
 use rwkv_state::resident::MAX_CAPACITY;
 use rwkv_state::{Resident, ResidentRounding, StateFormat};
 
 use super::ahead::TOGETHER;
-use super::plan::{Bound, Grid, PART_BYTES, Plan, Planner, Shape, Step};
+use super::plan::{Bound, Grid, Mixes, PART_BYTES, Plan, Planner, Shape, Step};
 use super::records::{Move, Records};
 use super::weights::{Layer, Weights};
 use super::{Error, Setup, count};
@@ -120,6 +122,7 @@ pub(super) struct Kernels {
     embedding: Pipeline,
     pub(super) layer_norm: Pipeline,
     mix_rows: Pipeline,
+    carry: Pipeline,
     sample: Pipeline,
     /// From the smallest tile on, plain and transposed.
     matmul: Vec<(matmul::Tile, [Pipeline; 2])>,
@@ -240,6 +243,7 @@ impl Kernels {
             embedding: compile(device, embedding::VARIANTS, &norm)?,
             layer_norm: compile(device, layer_norm::VARIANTS, &norm)?,
             mix_rows: compile(device, mix_rows::VARIANTS, &norm)?,
+            carry: compile(device, carry::VARIANTS, &[])?,
             sample: compile(device, sample::VARIANTS, &[("LANES", f64::from(lanes(1024)))])?,
             matmul: of_matmul,
             time_mix: held.compile(device, lanes(held.batch_lanes()), false)?,
@@ -394,6 +398,8 @@ pub(super) struct Scratch {
     ahead: wgpu::Buffer,
     /// Record read and record written, where there are: `[T]`.
     pub(super) cursors: wgpu::Buffer,
+    /// Where the shifts of mixes that are left out stay what they were: slot read and slot written, where there is one.
+    carried: wgpu::Buffer,
     /// Of up to T segments.
     segments: wgpu::Buffer,
     /// What states are held in.
@@ -504,6 +510,7 @@ impl Scratch {
                 one: storage("one", size_of::<One>() / size_of::<u32>()),
                 ahead: storage("ahead", TOGETHER * size_of::<One>() / size_of::<u32>()),
                 cursors: storage("cursors", 2 * rows),
+                carried: storage("carried", 2 * rows),
                 segments: storage("segments", time_mix_resident::table_len(rows, rows, resident.capacity)),
                 resident,
                 wanted: storage("wanted rows", logit_rows),
@@ -532,6 +539,18 @@ impl Scratch {
         queue.write_buffer(&self.wanted, 0, bytemuck::cast_slice(wanted));
         queue.write_buffer(&self.cursors, 0, bytemuck::cast_slice(cursors));
         self.write_segments(queue, moves);
+    }
+
+    /// Writes where shifts are carried that stay what they were.
+    pub(super) fn write_carried(&self, queue: &wgpu::Queue, moves: &[Move]) {
+        let mut pairs: Vec<[u32; 2]> = Vec::new();
+        for of in moves {
+            let from = of.before.slot().index();
+            pairs.extend(of.slots[of.slots.len() - of.kept..].iter().map(|&to| [from, to]));
+        }
+        let rows: u32 = moves.iter().map(|of| of.rows).sum();
+        pairs.resize(rows as usize, [carry::NONE; 2]);
+        queue.write_buffer(&self.carried, 0, bytemuck::cast_slice(&pairs));
     }
 
     /// Writes what the heads read of a pass.
@@ -637,6 +656,8 @@ struct Heads<'a> {
     lora_up: Option<u32>,
     rows: usize,
     segments: Bound<'a>,
+    /// Projections and low ranks.
+    inputs: &'a wgpu::Buffer,
     /// The adapters' products, if not.
     up: &'a wgpu::Buffer,
     grid: Grid,
@@ -663,10 +684,8 @@ impl Layers<'_> {
     /// The form for one token of one sequence.
     pub(super) fn step(&self) -> Result<Plan, Error> {
         let Some(kernels) = &self.kernels.step else { return Ok(Plan::default()) };
-        let mut body = vec![self.embed(Grid::Fixed([1; 3]))?];
-        for (weights, records) in self.weights.layers.iter().zip(&self.records.layers) {
-            body.extend(self.step_layer(kernels, weights, records)?);
-        }
+        let body = vec![self.embed(Grid::Fixed([1; 3]))?];
+        let layers = self.each_layer(|weights, records| self.step_layer(kernels, weights, records))?;
         let (s, width) = (self.scratch, self.config.width);
         let stack =
             [mix_in::Stacked { outputs: self.config.vocab, mix: None, activation: Activation::Identity }];
@@ -685,7 +704,100 @@ impl Layers<'_> {
             Grid::Fixed(groups),
             head.size(),
         )?;
-        Ok(Plan { body, head: vec![head] })
+        Ok(Plan { body, layers, head: vec![head] })
+    }
+
+    /// The dispatches of every layer.
+    fn each_layer(
+        &self,
+        of: impl Fn(&Layer, &wgpu::Buffer) -> Result<Mixes, Error>,
+    ) -> Result<Vec<Mixes>, Error> {
+        self.weights.layers.iter().zip(&self.records.layers).map(|(own, records)| of(own, records)).collect()
+    }
+
+    /// What is left of the mixes of a layer that are left out, of one token or of any rows: states go from the records read
+    /// to those written.
+    pub(super) fn passed_by(&self, one: bool, shifts: SkipShifts) -> Result<Vec<Mixes>, Error> {
+        let (s, planner, width) = (self.scratch, self.planner(), self.config.width);
+        let rows = if one { 1 } else { s.rows };
+        // Nothing is received, written or removed, and by such products of their adapters decays are one and values no
+        // layer's but their own: the heads keep what they are, in whatever form, and pending tokens are folded as ever.
+        const NEVER: f32 = -1e30;
+        let inputs = planner.table(&vec![0.0f32; s.len.inputs / s.rows * rows]);
+        let up = planner.table(&vec![NEVER; ADAPTERS * width * rows]);
+        let [cursor, segment, _] = s.parts_of_one();
+        let cursors = if one { cursor } else { Bound::Whole(&s.cursors) };
+        let carried = if one { cursor } else { Bound::Whole(&s.carried) };
+        let grid = if one { Grid::Fixed([1; 3]) } else { Grid::Rows };
+        self.each_layer(|weights, records| {
+            let shift = |part, offset, vectors| match shifts {
+                SkipShifts::Refreshed => self.mix(part, offset, 1, vectors, records, (cursors, grid)),
+                SkipShifts::Frozen => self.carry(part, offset, records, (carried, grid)),
+            };
+            let heads = Heads {
+                pipeline: &self.kernels.time_mix,
+                lora_up: None,
+                rows,
+                segments: if one { segment } else { Bound::Whole(&s.segments) },
+                inputs: &inputs,
+                up: &up,
+                grid: match one {
+                    true => Grid::Fixed([count(self.config.n_heads), 1, 1]),
+                    false => Grid::Segments(count(self.config.n_heads)),
+                },
+                bytes: self.state_bytes(),
+            };
+            let DeviceLayout { att_shift, ffn_shift, .. } = self.records.layout;
+            Ok(Mixes {
+                time_mix: vec![shift("ln1", att_shift, &weights.att)?, self.heads(heads, weights, records)?],
+                channel_mix: vec![shift("ln2", ffn_shift, &weights.ffn)?],
+            })
+        })
+    }
+
+    /// Norms rows, and shifts them by mixes.
+    fn mix(
+        &self,
+        part: &'static str,
+        offset: usize,
+        mixes: usize,
+        vectors: &wgpu::Buffer,
+        records: &wgpu::Buffer,
+        (cursors, grid): (Bound<'_>, Grid),
+    ) -> Result<Step, Error> {
+        let s = self.scratch;
+        let dims = mix_rows::Dims {
+            rows: s.rows,
+            width: self.config.width,
+            mixes,
+            records: self.records.slots(),
+            stride: self.records.layout.slot_words,
+            offset,
+        };
+        let (params, _) = mix_rows::lower(dims).map_err(refused(part))?;
+        let slots = self.records.slots_of(records);
+        let buffers = [Bound::Whole(&s.x), cursors, Bound::Whole(vectors), slots, Bound::Whole(&s.mixed)];
+        self.planner().step(part, &self.kernels.mix_rows, params, &buffers, grid, 0)
+    }
+
+    /// Carries a shift from the slots read to those written.
+    fn carry(
+        &self,
+        part: &'static str,
+        offset: usize,
+        records: &wgpu::Buffer,
+        (pairs, grid): (Bound<'_>, Grid),
+    ) -> Result<Step, Error> {
+        let dims = carry::Dims {
+            pairs: self.scratch.rows,
+            width: self.config.width,
+            records: self.records.slots(),
+            stride: self.records.layout.slot_words,
+            offset,
+        };
+        let (params, _) = carry::lower(dims).map_err(refused(part))?;
+        let buffers = [pairs, self.records.slots_of(records)];
+        self.planner().step(part, &self.kernels.carry, params, &buffers, grid, 0)
     }
 
     fn step_layer(
@@ -693,7 +805,7 @@ impl Layers<'_> {
         kernels: &StepKernels,
         weights: &Layer,
         records: &wgpu::Buffer,
-    ) -> Result<[Step; 5], Error> {
+    ) -> Result<Mixes, Error> {
         let (s, planner, layout) = (self.scratch, self.planner(), self.records.layout);
         let ModelConfig { width, hidden, .. } = *self.config;
         let [cursor, segment, _] = s.parts_of_one();
@@ -714,6 +826,7 @@ impl Layers<'_> {
             lora_up: Some(kernels.heads_lanes),
             rows: 1,
             segments: segment,
+            inputs: &s.inputs,
             // Any other buffer that is only read stands in for it.
             up: &s.inputs,
             grid: Grid::Fixed([count(self.config.n_heads), 1, 1]),
@@ -730,28 +843,22 @@ impl Layers<'_> {
         let (params, groups) = channel_mix_value::lower(dims, kernels.columns).map_err(refused("value"))?;
         let (buffers, bytes) = ([&weights.value, &s.hidden, &s.x].map(Bound::Whole), weights.value.size());
         let value = planner.step("value", &kernels.value, params, &buffers, Grid::Fixed(groups), bytes)?;
-        Ok([
-            mix(
-                "projections",
-                layout.att_shift,
-                &stack(weights, width),
-                &weights.att,
-                &weights.stack,
-                &s.inputs,
-            )?,
-            heads,
-            output,
-            mix("key", layout.ffn_shift, &key, &weights.ffn, &weights.key, &s.hidden)?,
-            value,
-        ])
+        let projections = mix(
+            "projections",
+            layout.att_shift,
+            &stack(weights, width),
+            &weights.att,
+            &weights.stack,
+            &s.inputs,
+        )?;
+        let key = mix("key", layout.ffn_shift, &key, &weights.ffn, &weights.key, &s.hidden)?;
+        Ok(Mixes { time_mix: vec![projections, heads, output], channel_mix: vec![key, value] })
     }
 
     /// The form for any rows, in the tiles for so many of them, and of logits; `long` is that for prompts, if there is one.
     pub(super) fn batch(&self, [rows, logits]: [u32; 2], long: bool) -> Result<Plan, Error> {
-        let mut body = vec![self.embed(Grid::Rows)?];
-        for (weights, records) in self.weights.layers.iter().zip(&self.records.layers) {
-            body.extend(self.batch_layer(rows, long, weights, records)?);
-        }
+        let body = vec![self.embed(Grid::Rows)?];
+        let layers = self.each_layer(|weights, records| self.batch_layer(rows, long, weights, records))?;
         let (s, width, vocab) = (self.scratch, self.config.width, self.config.vocab);
         let dims = layer_norm::Dims { of: s.rows, rows: s.logit_rows, width };
         let (params, _) =
@@ -772,7 +879,7 @@ impl Layers<'_> {
                 of_logits: true,
             },
         )?;
-        Ok(Plan { body, head: vec![norm, head] })
+        Ok(Plan { body, layers, head: vec![norm, head] })
     }
 
     fn batch_layer(
@@ -781,23 +888,11 @@ impl Layers<'_> {
         long: bool,
         weights: &Layer,
         records: &wgpu::Buffer,
-    ) -> Result<Vec<Step>, Error> {
-        let (s, planner, layout) = (self.scratch, self.planner(), self.records.layout);
+    ) -> Result<Mixes, Error> {
+        let (s, layout) = (self.scratch, self.records.layout);
         let ModelConfig { width, hidden, .. } = *self.config;
-        let mix = |part, offset, mixes, vectors| {
-            let dims = mix_rows::Dims {
-                rows: s.rows,
-                width,
-                mixes,
-                records: self.records.slots(),
-                stride: layout.slot_words,
-                offset,
-            };
-            let (params, _) = mix_rows::lower(dims).map_err(refused(part))?;
-            let mut buffers = [&s.x, &s.cursors, vectors, records, &s.mixed].map(Bound::Whole);
-            buffers[3] = self.records.slots_of(records);
-            planner.step(part, &self.kernels.mix_rows, params, &buffers, Grid::Rows, 0)
-        };
+        let rows_of = (Bound::Whole(&s.cursors), Grid::Rows);
+        let mix = |part, offset, mixes, vectors| self.mix(part, offset, mixes, vectors, records, rows_of);
 
         let per_row = weights.inputs(width);
         let (mut projections, mut start) = (Vec::new(), 0);
@@ -839,7 +934,7 @@ impl Layers<'_> {
             ..job(hidden, width, 0, (0, hidden), (0, width), identity)
         };
 
-        let mut all_steps = vec![
+        let mut time_mix = vec![
             mix("ln1", layout.att_shift, MIXES, &weights.att)?,
             product(all("projections", &weights.stack, mixed, inputs, projections))?,
             product(Product {
@@ -848,13 +943,14 @@ impl Layers<'_> {
             })?,
         ];
         match &self.kernels.scan {
-            Some(kernels) if long => all_steps.extend(self.scan(kernels, weights, records)?),
-            _ => all_steps.push(self.heads(
+            Some(kernels) if long => time_mix.extend(self.scan(kernels, weights, records)?),
+            _ => time_mix.push(self.heads(
                 Heads {
                     pipeline: &self.kernels.time_mix,
                     lora_up: None,
                     rows: s.rows,
                     segments: Bound::Whole(&s.segments),
+                    inputs: &s.inputs,
                     up: &s.up,
                     grid: Grid::Segments(count(self.config.n_heads)),
                     bytes: self.state_bytes(),
@@ -863,16 +959,16 @@ impl Layers<'_> {
                 records,
             )?),
         }
-        all_steps.extend([
-            product(all("output", &weights.output, (&s.readout, s.len.x), x, vec![output]))?,
+        time_mix.push(product(all("output", &weights.output, (&s.readout, s.len.x), x, vec![output]))?);
+        let channel_mix = vec![
             mix("ln2", layout.ffn_shift, 1, &weights.ffn)?,
             product(all("key", &weights.key, mixed, hidden_rows, vec![key]))?,
             product(Product {
                 transposed: true,
                 ..all("value", &weights.value, hidden_rows, x, vec![value])
             })?,
-        ]);
-        Ok(all_steps)
+        ];
+        Ok(Mixes { time_mix, channel_mix })
     }
 
     /// What is in the place of `time_mix` for prompts. The operands take the place of the rows that were mixed, which were
@@ -960,7 +1056,7 @@ impl Layers<'_> {
         let ModelConfig { n_heads: heads, head_size, width, .. } = *self.config;
         let (rows, ranks, inputs, offset) = (of.rows, weights.ranks, weights.inputs(width), 0);
         let mut buffers =
-            [&s.inputs, &s.inputs, &weights.up, of.up, &weights.heads, records, &s.v_first, &s.readout]
+            [of.inputs, of.inputs, &weights.up, of.up, &weights.heads, records, &s.v_first, &s.readout]
                 .map(Bound::Whole);
         buffers[0] = of.segments;
         match self.kernels.held {

@@ -28,19 +28,19 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rwkv_core::ModelConfig;
-use rwkv_core::model::Logits;
+use rwkv_core::model::{Logits, Skip, SkipShifts};
 use rwkv_core::ops::mix_rows;
 use rwkv_core::ops::wkv7_lazy::ENTRY;
 use rwkv_kernels::gpu::{self as device, Device};
 use rwkv_kernels::kernels::time_mix::HEAD_SIZE;
 use rwkv_kernels::pipeline::checked;
 use rwkv_kernels::{kernels, pipeline};
-use rwkv_state::Resident;
 use rwkv_state::layout::{DeviceLayout, DeviceState};
+use rwkv_state::{Resident, ResidentRounding};
 
 pub(crate) use self::ahead::Ahead;
 use self::layer::{Kernels, Scratch};
-use self::plan::{Plan, Shape};
+use self::plan::{Mixes, Plan, Shape};
 pub use self::profile::{Dispatch, Profile};
 pub(crate) use self::records::Record;
 use self::records::{Move, Place, Records};
@@ -124,6 +124,9 @@ pub enum Error {
     /// States that the kernels have no form for.
     #[error("states held as {0:?}: {1}")]
     Resident(Resident, &'static str),
+    /// Layers cannot be left out.
+    #[error("layers are not left out where {0}")]
+    Skip(&'static str),
     /// Several sequences in a pass that runs one operation after the other.
     #[error("{got} sequences in a pass: without fusion there is one")]
     Unfused {
@@ -193,6 +196,8 @@ struct Work {
     batch: BTreeMap<([u32; 2], bool), Plan>,
     /// One dispatch for each operation, by rows and rows of logits: of one token, and of the last other pass.
     unfused: BTreeMap<[u32; 2], Plan>,
+    /// In place of mixes that are left out: of one token or of any rows, with their shifts frozen or not.
+    passed_by: BTreeMap<[bool; 2], Vec<Mixes>>,
     /// The logits that are the first row of the scratch, by number.
     holds: Option<u32>,
     /// What kernels were last told of the extents of a pass.
@@ -207,6 +212,7 @@ impl Work {
             self.step = None;
             self.batch.clear();
             self.unfused.clear();
+            self.passed_by.clear();
         }
     }
 }
@@ -244,6 +250,7 @@ impl Executor {
             step: None,
             batch: BTreeMap::new(),
             unfused: BTreeMap::new(),
+            passed_by: BTreeMap::new(),
             holds: None,
             told: None,
             profile,
@@ -304,14 +311,25 @@ impl Executor {
         let mut work = self.lock();
         let mut count = |rows| {
             let plan = self.plan(&mut work, Shape { rows, segments: 1, logits: 1 })?;
-            Ok::<_, Error>(plan.body.len() - 1) // less the embedding
+            Ok::<_, Error>(plan.until_head(Skip::default(), None).count() - 1) // less the embedding
         };
         Ok([count(1)?, count(2)?])
     }
 
+    /// That layers can be left out.
+    pub(crate) fn can_skip(&self) -> Result<(), Error> {
+        if !self.setup.fused {
+            return Err(Error::Skip("operations are not fused"));
+        }
+        if self.setup.state.rounding == ResidentRounding::DecayDither {
+            return Err(Error::Skip("decays are dithered: they would not stand still"));
+        }
+        Ok(())
+    }
+
     /// Runs the sequences side by side. Returns the logits `[rows, V]` of those that asked for all; the others' are
     /// kept in their records.
-    pub(crate) fn pass(&self, jobs: &mut [Job<'_>]) -> Result<Vec<f32>, Error> {
+    pub(crate) fn pass(&self, jobs: &mut [Job<'_>], skip: Skip<'_>) -> Result<Vec<f32>, Error> {
         self.sound()?;
         let mut work = self.lock();
         if !self.setup.fused && jobs.len() > 1 {
@@ -334,10 +352,10 @@ impl Executor {
         if let ([one], true) = (&moves[..], shape.rows == 1 && self.in_one_step()) {
             self.scratch.write_one(queue, one);
         } else {
-            self.tell(&work, &moves, &wanted)?;
+            self.tell(&work, &moves, &wanted, skip)?;
         }
         let mut encoder = self.encoder();
-        self.encode(&mut work, &mut encoder, shape, None)?;
+        self.encode(&mut work, &mut encoder, shape, skip, None)?;
         // The rows of logits, in the order of jobs: kept in the records, or read.
         let row = (self.config.vocab * size_of::<f32>()) as u64;
         let (mut at, mut all) = (0, Vec::new());
@@ -450,7 +468,8 @@ impl Executor {
         {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
             let plan = self.batch(&mut work, shape)?;
-            let heads = plan.body.iter().filter(|step| step.part == layer::HEADS);
+            let steps = plan.until_head(Skip::default(), None);
+            let heads = steps.filter(|step| step.part == layer::HEADS);
             heads.for_each(|step| step.encode(&mut pass, shape));
         }
         self.device.queue().submit([encoder.finish()]);
@@ -489,8 +508,11 @@ impl Executor {
     }
 
     /// Writes the tables of a pass, but for one token in a form of its own.
-    fn tell(&self, work: &Work, moves: &[Move], wanted: &[u32]) -> Result<(), Error> {
+    fn tell(&self, work: &Work, moves: &[Move], wanted: &[u32], skip: Skip<'_>) -> Result<(), Error> {
         let queue = self.device.queue();
+        if skip.shifts == SkipShifts::Frozen && !skip.layers.is_empty() {
+            self.scratch.write_carried(queue, moves);
+        }
         let shared = |of: &Move| mix_rows::Segment {
             rows: of.rows as usize,
             from: of.before.slot().index() as usize,
@@ -558,15 +580,24 @@ impl Executor {
         work: &mut Work,
         encoder: &mut wgpu::CommandEncoder,
         shape: Shape,
+        skip: Skip<'_>,
         first: Option<&plan::Step>,
     ) -> Result<(), Error> {
+        let key = [shape.rows == 1 && self.in_one_step(), skip.shifts == SkipShifts::Frozen];
+        let passed_by = match work.passed_by.remove(&key) {
+            None if !skip.layers.is_empty() => {
+                Some(self.layers(&work.records).passed_by(key[0], skip.shifts)?)
+            }
+            found => found,
+        };
         let mut profile = work.profile.take();
         if work.told.replace(shape) != Some(shape) {
             self.scratch.write_shape(self.device.queue(), shape);
         }
         let plan = self.plan(work, shape)?;
         let head: &[plan::Step] = if shape.logits > 0 { &plan.head } else { &[] };
-        let steps: Vec<_> = first.into_iter().chain(&plan.body).chain(head).collect();
+        let body = plan.until_head(skip, passed_by.as_deref());
+        let steps: Vec<_> = first.into_iter().chain(body).chain(head).collect();
         {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
             match &mut profile {
@@ -578,6 +609,9 @@ impl Executor {
             profile.resolve(encoder);
         }
         work.profile = profile;
+        if let Some(passed_by) = passed_by {
+            work.passed_by.insert(key, passed_by);
+        }
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 use std::num::NonZeroU64;
 use std::ops::Range;
 
+use rwkv_core::model::Skip;
 use rwkv_kernels::gpu::Device;
 use rwkv_kernels::pipeline::Pipeline;
 use wgpu::util::DeviceExt as _;
@@ -80,13 +81,39 @@ impl Step {
     }
 }
 
+/// The dispatches of a layer.
+#[derive(Debug)]
+pub(super) struct Mixes {
+    pub(super) time_mix: Vec<Step>,
+    pub(super) channel_mix: Vec<Step>,
+}
+
 /// All dispatches of a pass, in order.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
-    /// From the tokens to the residual stream.
+    /// From the tokens to the residual stream; without fusion, the layers too.
     pub(super) body: Vec<Step>,
+    /// On the residual stream.
+    pub(super) layers: Vec<Mixes>,
     /// From the residual stream to the logits.
     pub(super) head: Vec<Step>,
+}
+
+impl Plan {
+    /// The dispatches up to the head. Of a mix that is left out, those of `passed_by`, which is there if any is.
+    pub(super) fn until_head<'a>(
+        &'a self,
+        skip: Skip<'_>,
+        passed_by: Option<&'a [Mixes]>,
+    ) -> impl Iterator<Item = &'a Step> {
+        let layers = self.layers.iter().enumerate().flat_map(move |(layer, own)| {
+            let by = passed_by.and_then(|all| all.get(layer)).unwrap_or(own);
+            let pick = |out: bool| if out { by } else { own };
+            let (time, channel) = (pick(skip.time_mix(layer)), pick(skip.channel_mix(layer)));
+            time.time_mix.iter().chain(&channel.channel_mix)
+        });
+        self.body.iter().chain(layers)
+    }
 }
 
 /// What a step binds.

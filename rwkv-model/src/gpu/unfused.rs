@@ -140,7 +140,7 @@ impl Unfused {
         }
         let mut head = Steps { own: self, of, rows: logits, steps: Vec::new() };
         head.head()?;
-        Ok(Plan { body: body.steps, head: head.steps })
+        Ok(Plan { body: body.steps, layers: Vec::new(), head: head.steps })
     }
 }
 
