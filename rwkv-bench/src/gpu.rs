@@ -98,10 +98,10 @@ const WARM: Duration = Duration::from_millis(500);
 
 /// The mean square error that is let pass: rounding. At these widths sums of thousands of terms are off by some 1e-6 of
 /// their size, whatever their order, and a layer adds a tenth of what it reads. A wrong kernel is off by far more.
-const LIMIT: f64 = 1e-10;
+pub(crate) const LIMIT: f64 = 1e-10;
 
 /// The same where cooperative matrices multiply, which round what they read to halves: by some 1e-4 of its size.
-const LIMIT_OF_HALVES: f64 = 1e-6;
+pub(crate) const LIMIT_OF_HALVES: f64 = 1e-6;
 
 /// What is let pass on an engine's device.
 pub(crate) fn limit(engine: &Engine) -> anyhow::Result<f64> {

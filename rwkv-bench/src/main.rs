@@ -1,15 +1,23 @@
-//! What the engine reaches on this machine, beside what the machine gives.
+//! What the engine reaches on this machine, beside what the machine gives: by default, what each optimisation brings and
+//! costs. It runs alone: kernels, the bundled model and its text are in the program.
 //!
 //! Every case is checked before it is timed: the engine's logits against the reference in f64, every other way to run it
 //! against those, bit for bit. Every figure stands beside the limit it is measured against, taken in the same run.
 
+mod assets;
 mod gpu;
+mod harness;
 mod machine;
+mod optimisations;
+mod progress;
 mod quality;
 mod random_model;
+mod retention;
 mod speed;
 mod state_speed;
 mod states;
+mod table;
+mod variant;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -24,12 +32,16 @@ struct Args {
     #[command(subcommand)]
     part: Option<Part>,
     #[command(flatten)]
-    cpu: CpuArgs,
+    optimisations: optimisations::OptimisationArgs,
 }
 
-/// A part of what can be measured; the CPU by default.
+/// A part of what can be measured; by default what each optimisation brings and costs.
 #[derive(Subcommand)]
 enum Part {
+    /// The CPU, at the shape of a released model, and the quality figures recorded for the bundled one.
+    Cpu(CpuArgs),
+    /// How well a model predicts, in any way to run it.
+    Quality(Box<harness::QualityArgs>),
     /// The GPU, at the shapes of released models.
     Gpu(gpu::GpuArgs),
     /// Where the time of a model's passes goes on the GPU.
@@ -60,13 +72,18 @@ struct CpuArgs {
 fn run(args: &Args) -> anyhow::Result<()> {
     println!("{}\n", machine::describe());
     match &args.part {
-        Some(Part::Gpu(args)) => return gpu::report(args),
-        Some(Part::Profile(args)) => return gpu::profile(args),
-        Some(Part::StateSpeed(args)) => return state_speed::report(args),
-        Some(Part::States(args)) => return states::report(args),
-        None => {}
+        None => optimisations::run(&args.optimisations),
+        Some(Part::Quality(args)) => harness::report(args),
+        Some(Part::Gpu(args)) => gpu::report(args),
+        Some(Part::Profile(args)) => gpu::profile(args),
+        Some(Part::StateSpeed(args)) => state_speed::report(args),
+        Some(Part::States(args)) => states::report(args),
+        Some(Part::Cpu(args)) => cpu(args),
     }
-    let args = &args.cpu;
+}
+
+#[expect(clippy::print_stdout, reason = "the report")]
+fn cpu(args: &CpuArgs) -> anyhow::Result<()> {
     let fast = speed::report(&args.scratch, args.repeats.max(1))?;
     println!();
     let exact = quality::report(&args.assets, args.quick)?;

@@ -1,9 +1,11 @@
 //! How well a model predicts a text: the yardstick of every approximation.
 
 use rayon::prelude::*;
+use rwkv_core::ops::softmax::log_probability;
 use rwkv_state::{EncodedState, StateFormat};
 
 use crate::engine::{Engine, Error};
+use crate::sample;
 use crate::session::{Session, Shown};
 
 /// How well tokens were predicted.
@@ -147,6 +149,40 @@ fn score(engine: &Engine, sequences: &[&[u32]], rest: Option<Rest>) -> Result<Ve
         parts.iter_mut().zip(found).for_each(|((_, scores, _), found)| scores.extend(found));
         start = start.saturating_add(every);
     }
+}
+
+/// How the last word of a text was predicted from all before it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LastWord {
+    /// Whether each of its tokens was the most probable.
+    pub right: bool,
+    /// Less the natural logarithm of its probability.
+    pub nats: f64,
+}
+
+/// Predicts the last word of a text, with the space before it, from what comes before that; none where there is no such
+/// space, or nothing on one side of it. The common form of LAMBADA.
+///
+/// # Errors
+///
+/// If the engine has no tokenizer, or the GPU failed.
+pub fn last_word(engine: &Engine, text: &str) -> Result<Option<LastWord>, Error> {
+    let tokenizer = engine.tokenizer()?;
+    let Some(at) = text.trim_end().rfind(' ').filter(|&at| at > 0) else { return Ok(None) };
+    let (context, word) = text.trim_end().split_at(at);
+    let [context, word] = [context, word].map(|text| tokenizer.encode(text.as_bytes()));
+    let mut session = engine.session();
+    session.prefill(&context)?;
+    let mut rows = session.logits()?.to_vec();
+    if word.len() > 1 {
+        rows.extend(session.logits_of(&word[..word.len() - 1])?);
+    }
+    let mut found = LastWord { right: true, nats: 0.0 };
+    for (row, &token) in rows.chunks_exact(engine.config().vocab).zip(&word) {
+        found.right &= sample::Sampler::greedy().sample(row, &sample::Counts::new(), 0)? == token;
+        found.nats -= log_probability(row, token);
+    }
+    Ok(Some(found))
 }
 
 /// Puts a session's state to rest in a format and takes it up again, as [`Session::save`] and [`Engine::load_session`] do by

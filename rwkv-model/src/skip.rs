@@ -95,8 +95,9 @@ impl Skipping {
         Self { policy: Arc::new(policy), part, shifts, prefill: false }
     }
 
-    /// The layers that are left out at a token.
-    fn mask(&self, layers: usize, token: u64) -> Vec<bool> {
+    /// Of each of so many layers, whether it is left out at a token.
+    #[must_use]
+    pub fn layers(&self, layers: usize, token: u64) -> Vec<bool> {
         let inner = |layer: usize| layer > 0 && layer + 1 < layers;
         (0..layers).map(|layer| inner(layer) && self.policy.skips(layer, layers, token)).collect()
     }
@@ -119,7 +120,7 @@ impl Mask {
             return (Self::default(), tokens);
         };
         let at = |token: u64| {
-            let mask = skipping.mask(layers, token);
+            let mask = skipping.layers(layers, token);
             Self(if mask.contains(&true) { mask } else { Vec::new() })
         };
         let (first, end) = (at(position), position.saturating_add(tokens as u64));
@@ -212,7 +213,7 @@ mod tests {
     #[test]
     fn first_and_last_stay_and_runs_end_where_masks_change() {
         let all = Skipping::new(Listed((0..9).collect()));
-        assert_eq!(all.mask(4, 0), [false, true, true, false], "whatever a policy says");
+        assert_eq!(all.layers(4, 0), [false, true, true, false], "whatever a policy says");
         let rule = Skipping { prefill: true, ..Skipping::new(Middle { first_tokens: Some(10) }) };
         let (early, run) = Mask::next(Some(&rule), 8, 3, false, 100);
         assert_eq!((early.0.iter().filter(|of| **of).count(), run), (3, 7), "tokens 3 to 9");

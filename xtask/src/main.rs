@@ -17,8 +17,11 @@ usage: cargo xtask VERB
 
   test [ARGS..]     run every test; on Debian, first install a software Vulkan driver where there is none
   ci                formatting, lints, docs, tidy, then `test`: what a change must pass
-  bench [ARGS..]    run the benchmarks; ARGS go to rwkv-bench: nothing for the CPU, `gpu`, or
-                    `states` for the price of every state format (`states --quick` in seconds)
+  bench [ARGS..]    what each optimisation brings and costs here: --model, --device, --rows, --batch,
+                    --length, --quick, --peer web-rwkv, --compare OLD.json; or a part of rwkv-bench:
+                    `cpu`, `gpu`, `states`, `state-speed`, each with --help
+  quality [ARGS..]  how well a model predicts, in any way to run it: --model, --text, --last-words,
+                    --with SETTINGS, ..; ARGS go to `rwkv-bench quality`
   profile [ARGS..]  time every dispatch of a model on the GPU; ARGS go to `rwkv-bench profile`:
                     --model PATH, --adapter NAME, --tokens N or --prompt N, --unfused, --trace FILE
   tidy              check the rules that no lint knows";
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         ("test", args) => test::run(args),
         ("ci", []) => ci::run(),
         ("bench", args) => bench::run(args),
+        ("quality", args) => bench::run(&[&["quality".to_owned()], args].concat()),
         ("profile", args) => profile::run(args),
         ("tidy", []) => tidy::run(),
         _ => {

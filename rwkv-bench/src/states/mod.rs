@@ -4,12 +4,10 @@
 //! |---|---|
 //! | bits per byte | of the text in windows, each from an empty state |
 //! | change | against states in single precision, and the standard error of that over windows |
-//! | gain | how much better a passage is predicted the second time, so many tokens later: [`retention`] |
+//! | gain | how much better a passage is predicted the second time, so many tokens later: [`retention`](crate::retention) |
 
 mod plot;
-mod retention;
-mod rows;
-mod table;
+pub(crate) mod rows;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -22,10 +20,10 @@ use rwkv_model::quality::{self, Score, SideBySide};
 use rwkv_model::{Engine, EngineOptions, Resident, gpu};
 use serde::{Deserialize, Serialize};
 
-use self::retention::{PASSAGE, Passages, UNREAD};
 use self::rows::{PLAIN, Row, at_rest, named};
-use self::table::Table;
 use crate::machine;
+use crate::retention::{PASSAGE, Passages, UNREAD};
+use crate::table::Table;
 
 /// What must be reached (the project's targets): rows, in windows of so many bytes, and percent of the bits per byte of
 /// single precision.
@@ -288,7 +286,9 @@ impl Bench {
 
     fn retention(&mut self) -> anyhow::Result<()> {
         let distances = self.args.distances.clone();
-        let fits = |of: &usize| Passages::fits(&self.text, *of);
+        // The bundled model's tokens are bytes.
+        let tokens: Vec<u32> = self.text.iter().map(|&byte| byte.into()).collect();
+        let fits = |of: &usize| Passages::fits(&tokens, *of);
         let distances: Vec<usize> = distances.into_iter().filter(fits).collect();
         if self.args.passages == 0 || distances.is_empty() {
             return Ok(());
@@ -333,7 +333,8 @@ impl Bench {
         }
         let begun = Instant::now();
         let ways: Vec<_> = rows.iter().map(|(_, way)| *way).collect();
-        let passages = Passages { text: &self.text, count, distances };
+        let tokens: Vec<u32> = self.text.iter().map(|&byte| byte.into()).collect();
+        let passages = Passages { tokens: &tokens, count, distances };
         let gains = passages.gains(&engine, &ways, name != UNREAD, self.args.sessions)?;
         for ((row, _), gains) in rows.iter().zip(gains) {
             self.figures.retention.retain(|of| of.row != *row || of.device != device);
@@ -368,7 +369,7 @@ impl Bench {
 }
 
 /// The change of a sum in percent, and its standard error over the terms.
-fn changes(nats: &[f64], plain: &[f64]) -> (f64, Option<f64>) {
+pub(crate) fn changes(nats: &[f64], plain: &[f64]) -> (f64, Option<f64>) {
     let (n, total) = (nats.len() as f64, plain.iter().sum::<f64>());
     let changes: Vec<f64> = nats.iter().zip(plain).map(|(nats, plain)| nats - plain).collect();
     let mean = changes.iter().sum::<f64>() / n;

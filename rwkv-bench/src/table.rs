@@ -14,6 +14,11 @@ impl Table {
         self.rows.push(row);
     }
 
+    /// All rows, the head first.
+    pub(crate) fn rows(&self) -> &[Vec<String>] {
+        &self.rows
+    }
+
     /// Aligned, or as markdown.
     pub(crate) fn text(&self, markdown: bool) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);

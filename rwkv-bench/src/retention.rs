@@ -9,7 +9,7 @@ use rwkv_model::{Engine, Session, StateFormat, quality};
 /// Of sessions that did not read the passage before.
 pub(crate) const UNREAD: &str = "f32-unread";
 
-/// Bytes of a passage.
+/// Tokens of a passage.
 pub(crate) const PASSAGE: usize = 256;
 
 /// Tokens of a session in a pass over the text between.
@@ -25,7 +25,7 @@ pub(crate) struct Gain {
 
 /// What is repeated, and where.
 pub(crate) struct Passages<'a> {
-    pub(crate) text: &'a [u8],
+    pub(crate) tokens: &'a [u32],
     pub(crate) count: usize,
     /// Tokens between, ascending.
     pub(crate) distances: &'a [usize],
@@ -33,18 +33,18 @@ pub(crate) struct Passages<'a> {
 
 impl Passages<'_> {
     /// Whether the text is long enough for passages so far from themselves.
-    pub(crate) const fn fits(text: &[u8], distance: usize) -> bool {
-        distance.saturating_add(PASSAGE) <= text.len() / 2
+    pub(crate) const fn fits(tokens: &[u32], distance: usize) -> bool {
+        distance.saturating_add(PASSAGE) <= tokens.len() / 2
     }
 
     /// A passage, and the text between: that half of the text on, from the end to the beginning if need be. Passages are
-    /// spread over the text evenly. The bundled model's tokens are bytes.
+    /// spread over the text evenly.
     fn passage(&self, index: usize) -> (Vec<u32>, Vec<u32>) {
-        let start = index * (self.text.len() - PASSAGE) / self.count.max(1);
-        let passage = &self.text[start..start + PASSAGE];
+        let start = index * (self.tokens.len() - PASSAGE) / self.count.max(1);
+        let passage = &self.tokens[start..start + PASSAGE];
         let longest = self.distances.last().copied().unwrap_or(0);
-        let between = self.text.iter().cycle().skip(start + self.text.len() / 2).take(longest);
-        (passage.iter().map(|&byte| byte.into()).collect(), between.map(|&byte| byte.into()).collect())
+        let between = self.tokens.iter().cycle().skip(start + self.tokens.len() / 2).take(longest);
+        (passage.to_vec(), between.copied().collect())
     }
 
     /// For each way and distance, the gain; a way is a format in which the state rests once, before the passage comes
@@ -80,12 +80,13 @@ impl Passages<'_> {
                     }
                     let second =
                         engine.score(&mut forks.iter_mut().zip(passages.clone()).collect::<Vec<_>>())?;
-                    // Of the first byte, there is no first prediction.
+                    // Of the first token, there is no first prediction.
                     let bits = |scores: &[f64]| -scores.iter().sum::<f64>() / std::f64::consts::LN_2;
-                    gains[index].extend(first.iter().zip(&second).map(|(first, second)| {
+                    for ((first, second), passage) in first.iter().zip(&second).zip(passages.clone()) {
                         let tail = &second[second.len() - first.len()..];
-                        (bits(first) - bits(tail)) / first.len() as f64
-                    }));
+                        let bytes = engine.tokenizer()?.decode(&passage[1..])?.len();
+                        gains[index].push((bits(first) - bits(tail)) / bytes as f64);
+                    }
                 }
             }
         }

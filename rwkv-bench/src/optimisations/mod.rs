@@ -1,0 +1,696 @@
+//! What each optimisation brings in speed and costs in quality, on the model and the machine at hand, beside what was
+//! promised of it.
+//!
+//! Every way to run the engine is first checked against the reference; then the device is kept busy for half a second; then
+//! the engine without the optimisation and the engine with it are timed in turn, with a copy or a product of matrices
+//! beside them. [`rows`] lists the optimisations: one is added there.
+
+mod ceiling;
+mod html;
+mod measure;
+mod report;
+mod rows;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Instant, SystemTime};
+
+use anyhow::{Context, bail, ensure};
+use clap::Args;
+use indicatif::ProgressBar;
+use rwkv_core::fast::linear::Packed;
+use rwkv_core::model::{Compute, SkipPart, WkvSegment};
+use rwkv_core::ops::wkv7::{Dims, Inputs};
+use rwkv_core::rng::SplitMix64;
+use rwkv_model::engine::Device;
+use rwkv_model::quality::{self, Score, SideBySide};
+use rwkv_model::skip::{self, Contribution, LayerCost, Skipping};
+use rwkv_model::{Checkpoint, Engine, EngineOptions, ModelConfig, Resident, StateFormat, Wkv};
+use serde::Deserialize;
+
+use self::ceiling::Controls;
+use self::measure::{Effort, Load, Reference, Side, case};
+use self::report::{Figure, Form, PeerCase, Quality, Report, Share, moved};
+use self::rows::{On, Row, Way};
+use crate::assets::{self, ModelArgs};
+use crate::gpu::{LIMIT, LIMIT_OF_HALVES};
+use crate::states::changes;
+use crate::{machine, progress};
+
+/// Measures what each optimisation brings and costs.
+#[derive(Args)]
+pub(crate) struct OptimisationArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// What it runs on: auto, cpu, gpu or gpu:NAME.
+    #[arg(long, default_value = "auto")]
+    device: Device,
+    /// Only rows of these names, or that begin with them up to a hyphen; all by default.
+    #[arg(long, value_delimiter = ',')]
+    rows: Vec<String>,
+    /// Sequences of the large batch; by default 8 on the CPU and 128 on a GPU.
+    #[arg(long)]
+    batch: Option<usize>,
+    /// Tokens of a prompt.
+    #[arg(long, default_value_t = 512)]
+    length: usize,
+    /// Tokens of the two windows that quality is measured in.
+    #[arg(long, value_delimiter = ',', default_value = "1024,8192")]
+    windows: Vec<usize>,
+    /// Measure quality on so much of the text.
+    #[arg(long, value_name = "N", default_value_t = 65_536)]
+    bytes: usize,
+    /// Fewer rounds and little text, to see that all works.
+    #[arg(long)]
+    quick: bool,
+    /// Another engine to measure beside, in its own process: web-rwkv, whose program is `web-rwkv-bench` on the path, or
+    /// that program.
+    #[arg(long, value_name = "PEER")]
+    peer: Option<String>,
+    /// An earlier report: tells which rows moved beyond noise.
+    #[arg(long, value_name = "FILE")]
+    compare: Option<PathBuf>,
+    /// Where report.html and report.json go.
+    #[arg(long, value_name = "FOLDER", default_value = "target/bench")]
+    out: PathBuf,
+    /// Print the tables as markdown.
+    #[arg(long)]
+    markdown: bool,
+}
+
+/// Bytes of text and tokens of windows of a quick run.
+const QUICK: (usize, [usize; 2]) = (4096, [256, 1024]);
+
+/// Sequences of the large batch, on the CPU and on a GPU.
+const BATCH: [usize; 2] = [8, 128];
+
+/// Bytes at the beginning of the text that layers are ranked on, and of its end that shares of them are measured on.
+const RANKED: usize = 16_384;
+
+/// Sequences side by side where quality is measured.
+const SESSIONS: usize = 16;
+
+#[expect(clippy::print_stdout, reason = "the report")]
+pub(crate) fn run(args: &OptimisationArgs) -> anyhow::Result<()> {
+    // What cannot be is told before anything takes time.
+    let old: Option<Report> = args.compare.as_deref().map(read).transpose()?;
+    let report = measure(args)?;
+    std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
+    for line in report.heading() {
+        println!("{line}");
+    }
+    for (caption, table) in report.tables() {
+        println!("\n{caption}\n\n{}", table.text(args.markdown));
+    }
+    write(&args.out.join("report.json"), &serde_json::to_vec_pretty(&report)?)?;
+    write(&args.out.join("report.html"), html::page(&report)?.as_bytes())?;
+    for (name, plot) in html::plots(&report)? {
+        write(&args.out.join(format!("{name}.svg")), plot.as_bytes())?;
+    }
+    println!("report {}", args.out.join("report.html").display());
+    if let Some(old) = &old {
+        for line in compared(old, &report) {
+            println!("{line}");
+        }
+    }
+    Ok(())
+}
+
+/// What is to be said of a run beside an earlier one.
+fn compared(old: &Report, new: &Report) -> Vec<String> {
+    let all = moved(old, new);
+    let alike = (&old.model, &old.device, &old.machine) == (&new.model, &new.device, &new.machine);
+    let mut lines = Vec::new();
+    if !alike {
+        lines.push(format!("the earlier report is of {}, on {}, {}", old.model, old.device, old.machine));
+    }
+    if all.is_empty() {
+        lines.push(format!("no row moved beyond noise since commit {}, {}", old.commit, old.date));
+    }
+    lines.extend(all.iter().map(|of| {
+        let percent = 100.0 * (of.ratio - 1.0);
+        let noise = 100.0 * of.noise;
+        format!("moved: {}, {}, {} it: {percent:+.1} % tokens/s, noise {noise:.1} %", of.row, of.case, of.way)
+    }));
+    lines
+}
+
+fn read(path: &Path) -> anyhow::Result<Report> {
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{}: no report", path.display()))
+}
+
+/// Writes a file as a whole or not at all.
+fn write(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
+    let partial = path.with_extension("partial");
+    let written = std::fs::write(&partial, contents).and_then(|()| std::fs::rename(&partial, path));
+    written.with_context(|| path.display().to_string())
+}
+
+/// All that a run shares.
+struct Bench<'a> {
+    args: &'a OptimisationArgs,
+    checkpoint: Checkpoint,
+    options: EngineOptions,
+    text: Vec<u8>,
+    windows: Vec<usize>,
+    effort: Effort,
+    /// As by default.
+    plain: Engine,
+    gpu: bool,
+    controls: Controls,
+    reference: Reference,
+    /// Of the plain engine, by window: the scores of each.
+    scores: Vec<Vec<Score>>,
+    /// What layers cost, once it is known.
+    costs: Vec<LayerCost>,
+    bar: ProgressBar,
+}
+
+fn measure(args: &OptimisationArgs) -> anyhow::Result<Report> {
+    let (checkpoint, mut text) = (args.model.checkpoint()?, args.model.text()?);
+    let (bytes, windows) = match args.quick {
+        true => (QUICK.0.min(args.bytes), QUICK.1.to_vec()),
+        false => (args.bytes, args.windows.clone()),
+    };
+    text.truncate(bytes);
+    let options = EngineOptions {
+        device: args.device.clone(),
+        // As prompts are by default, and so many sequences as there are.
+        pass_tokens: EngineOptions::default().pass_tokens.max(args.batch.unwrap_or(0)),
+        sessions: args.batch.unwrap_or(SESSIONS),
+        ..args.model.options()?
+    };
+    let plain = Engine::new(&checkpoint, options.clone(), &|_| {})?;
+    let found = plain.report()?;
+    let gpu = !found.kernels.is_empty();
+    if let Some(peer) = &args.peer {
+        ensure!(gpu, "--peer {peer}: it runs on GPUs, and this run is on the CPU");
+    }
+    let adapter = if let Device::Gpu(adapter) = &args.device { adapter.clone() } else { None };
+    let controls =
+        if gpu { Controls::gpu(adapter)? } else { Controls::cpu(2 * plain.config().streamed_params())? };
+    let (rows, left_out) = chosen(&args.rows, gpu)?;
+    let bar = progress::bar("{bar:40} {pos}/{len} {msg} ({elapsed})", rows.len() as u64 + 3);
+    bar.set_message("the reference");
+    let mut bench = Bench {
+        reference: Reference::new(&checkpoint, &options, None)?,
+        args,
+        checkpoint,
+        options,
+        text,
+        windows,
+        effort: if args.quick { Effort::QUICK } else { Effort::FULL },
+        plain,
+        gpu,
+        controls,
+        scores: Vec::new(),
+        costs: Vec::new(),
+        bar,
+    };
+    let mut report = Report {
+        machine: machine::describe(),
+        device: found.device,
+        model: args.model.name(),
+        commit: option_env!("RWKV_COMMIT").unwrap_or("unknown").to_owned(),
+        date: today(),
+        command: std::env::args().skip(1).fold("rwkv-bench".to_owned(), |line, word| line + " " + &word),
+        text_bytes: bench.text.len(),
+        left_out,
+        ..Report::default()
+    };
+    bench.all(&rows, &mut report)?;
+    bench.bar.finish_and_clear();
+    Ok(report)
+}
+
+/// Rows by name, and why they are not measured.
+type LeftOut = Vec<(String, String)>;
+
+/// The rows that are asked for and can be measured, and the others with the reason.
+fn chosen(names: &[String], gpu: bool) -> anyhow::Result<(Vec<Row>, LeftOut)> {
+    let named = |row: &str, name: &String| {
+        row.strip_prefix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    };
+    if let Some(name) = names.iter().find(|name| !rows::all().iter().any(|row| named(row.name, name))) {
+        let all: Vec<&str> = rows::all().iter().map(|row| row.name).collect();
+        bail!("no row {name}; there are {}", all.join(", "));
+    }
+    let (mut rows, mut left_out) = (Vec::new(), LeftOut::new());
+    for row in rows::all() {
+        if !names.is_empty() && !names.iter().any(|name| named(row.name, name)) {
+            continue;
+        }
+        match row.on {
+            On::Cpu(why) if gpu => left_out.push((row.name.to_owned(), why.to_owned())),
+            On::Gpu(why) if !gpu => left_out.push((row.name.to_owned(), why.to_owned())),
+            _ => rows.push(row),
+        }
+    }
+    if names.is_empty() {
+        left_out.extend(rows::NOT_BUILT.map(|(row, why)| (row.to_owned(), why.to_owned())));
+    }
+    Ok((rows, left_out))
+}
+
+/// The day, in UTC, as the calendar has it: Howard Hinnant's `civil_from_days`.
+fn today() -> String {
+    let seconds = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    date(seconds / 86_400)
+}
+
+/// The date so many days after 1970-01-01.
+fn date(days: u64) -> String {
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * from_march + 2) / 5 + 1;
+    let month = if from_march < 10 { from_march + 3 } else { from_march - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}")
+}
+
+impl Bench<'_> {
+    fn say(&self, what: &str) {
+        self.bar.set_message(what.to_owned());
+    }
+
+    fn all(&mut self, rows: &[Row], report: &mut Report) -> anyhow::Result<()> {
+        self.say("the plain engine");
+        let plain = self.plain_side();
+        self.reference.check(&plain, self.limit(&self.plain)?).context("the plain engine")?;
+        for &window in &self.windows {
+            self.scores.push(self.score(&self.plain, window, None)?);
+        }
+        self.bar.inc(1);
+        if rows.iter().any(Row::needs_costs) {
+            self.say("what each layer costs");
+            self.costs = self.contributions(SkipPart::Layer)?;
+            report.shares = self.shares()?;
+        }
+        self.bar.inc(1);
+        for row in rows {
+            self.say(row.name);
+            report.rows.push(self.row(row).with_context(|| row.name.to_owned())?);
+            self.bar.inc(1);
+        }
+        if rows.iter().any(|row| row.name.starts_with("chunked")) {
+            self.say("forms of the state update");
+            report.forms = self.forms()?;
+        }
+        let figure = |control: &mut ceiling::Control| {
+            let rates = (0..self.effort.rounds).map(|_| control.rate());
+            anyhow::Ok(Figure::new(rates.collect::<Result<_, _>>()?))
+        };
+        report.copy = figure(&mut self.controls.copy)?;
+        report.matmul = figure(&mut self.controls.matmul)?;
+        if let Some(name) = &self.args.peer {
+            self.say(name);
+            report.peer = self.peer(name)?;
+        }
+        Ok(())
+    }
+
+    fn plain_side(&self) -> Side {
+        Side { engine: self.plain.clone(), rest: StateFormat::F32 }
+    }
+
+    /// What rounding explains, as a mean square.
+    fn limit(&self, engine: &Engine) -> anyhow::Result<f64> {
+        let of_halves = engine.report()?.kernels.iter().any(|label| label.contains("coop"));
+        Ok(if of_halves { LIMIT_OF_HALVES } else { LIMIT })
+    }
+
+    /// A way to run the engine, and what it leaves out.
+    fn side(&self, way: Way) -> anyhow::Result<Side> {
+        let mut rest = StateFormat::F32;
+        let engine = match way {
+            Way::Plain => self.plain.clone(),
+            Way::Options(change) => {
+                let mut options = self.options.clone();
+                change(&mut options);
+                Engine::new(&self.checkpoint, options, &|_| {})?
+            }
+            Way::Skip(skip) => self.plain.skipping(Some(skip(&self.costs)))?,
+            Way::Rest(of) => {
+                rest = of.format;
+                self.plain.clone()
+            }
+        };
+        Ok(Side { engine, rest })
+    }
+
+    /// Measures a row.
+    fn row(&mut self, row: &Row) -> anyhow::Result<report::Row> {
+        let (without, with) = (self.side(row.without)?, self.side(row.with)?);
+        let own;
+        let reference = match with.engine.skips() {
+            None => &self.reference,
+            Some(skipping) => {
+                own = Reference::new(&self.checkpoint, &self.options, Some(skipping))?;
+                &own
+            }
+        };
+        self.reference.check(&without, self.limit(&without.engine)?).context("without it")?;
+        let limit = self.limit(&with.engine)? + row.limit;
+        let error = reference.check(&with, limit).context("with it")?.sqrt();
+
+        let batch = self.args.batch.unwrap_or(BATCH[usize::from(self.gpu)]);
+        let loads = match row.at_rest() {
+            true => vec![Load::Rest],
+            false => vec![Load::Decode(1), Load::Decode(batch), Load::Prefill(self.args.length)],
+        };
+        let mut cases = Vec::new();
+        for load in loads {
+            let work = [&without, &with].map(|side| work(load, side));
+            let control = match load {
+                Load::Prefill(_) => &mut self.controls.matmul,
+                _ => &mut self.controls.copy,
+            };
+            cases.push(case(load, [&without, &with], control, work, self.effort)?);
+        }
+
+        let mut quality = Vec::new();
+        for (at, &window) in self.windows.iter().enumerate() {
+            let rest = if let Way::Rest(rest) = row.with { Some(rest) } else { None };
+            let scores = self.score(&with.engine, window, rest)?;
+            let nats = |of: &[Score]| of.iter().map(|of| of.nats).collect::<Vec<_>>();
+            let (change, change_error) = changes(&nats(&scores), &nats(&self.scores[at]));
+            let bits = |of: &[Score]| of.iter().copied().sum::<Score>().bits_per_byte();
+            let (without, with) = (bits(&self.scores[at]), bits(&scores));
+            quality.push(Quality { window, without, with, change, change_error });
+        }
+        let [promised_speed, promised_quality] = row.promised.map(str::to_owned);
+        Ok(report::Row {
+            name: row.name.to_owned(),
+            title: row.title.to_owned(),
+            promised_speed,
+            promised_quality,
+            error,
+            cases,
+            quality,
+            said: row.said.to_owned(),
+        })
+    }
+
+    fn score(
+        &self,
+        engine: &Engine,
+        window: usize,
+        rest: Option<quality::Rest>,
+    ) -> anyhow::Result<Vec<Score>> {
+        let options = SideBySide { window, sessions: SESSIONS, rest };
+        let scores = quality::side_by_side(engine, &self.text, options, |_| {})?;
+        ensure!(!scores.is_empty(), "a text of less than two tokens predicts nothing");
+        Ok(scores)
+    }
+
+    fn ranked(&self) -> (&[u8], &[u8], SideBySide) {
+        let each = RANKED.min(self.text.len() / 2);
+        let windows = SideBySide { window: 1024.min(each.max(2) / 2), sessions: SESSIONS, rest: None };
+        (&self.text[..each], &self.text[self.text.len() - each..], windows)
+    }
+
+    fn contributions(&self, part: SkipPart) -> anyhow::Result<Vec<LayerCost>> {
+        let (text, _, windows) = self.ranked();
+        Ok(skip::contributions(&self.plain, text, part, windows, |_| {})?)
+    }
+
+    /// Bits per byte with more and more layers left out, whole or their channel mixes.
+    fn shares(&self) -> anyhow::Result<Vec<Share>> {
+        let (_, text, windows) = self.ranked();
+        let layers = self.plain.config().n_layers;
+        let mut shares = Vec::new();
+        for (name, part, costs) in [
+            ("layer", SkipPart::Layer, self.costs.clone()),
+            ("ffn", SkipPart::ChannelMix, self.contributions(SkipPart::ChannelMix)?),
+        ] {
+            // About a dozen points, whatever the depth.
+            for out in (0..=costs.len()).step_by(costs.len().div_ceil(12).max(1)) {
+                let policy = Contribution { costs: costs.clone(), share: out as f64 / layers as f64 };
+                let skipping = Skipping { part, prefill: true, ..Skipping::new(policy) };
+                let engine = self.plain.skipping(Some(skipping))?;
+                let score: Score = quality::side_by_side(&engine, text, windows, |_| {})?.into_iter().sum();
+                let share = out as f64 / layers as f64;
+                shares.push(Share {
+                    part: name.to_owned(),
+                    layers: out,
+                    share,
+                    bits_per_byte: score.bits_per_byte(),
+                });
+            }
+        }
+        Ok(shares)
+    }
+
+    /// Prompts by the form of the state update and their length; on the CPU, the state update alone too.
+    fn forms(&mut self) -> anyhow::Result<Vec<Form>> {
+        let forms = [Wkv::Sequential, Wkv::Chunked(16), Wkv::Chunked(32), Wkv::Chunked(64)];
+        let named = |form: Wkv| match form {
+            Wkv::Sequential => "sequential".to_owned(),
+            Wkv::Chunked(chunk) => format!("chunks of {chunk}"),
+        };
+        let (lengths, mut all) = ([16, 64, 256, 1024], Vec::new());
+        let sides = forms.map(|form| {
+            let options = EngineOptions { wkv: Some(form), ..self.options.clone() };
+            let engine = Engine::new(&self.checkpoint, options, &|_| {})?;
+            anyhow::Ok(Side { engine, rest: StateFormat::F32 })
+        });
+        let sides: Vec<Side> = sides.into_iter().collect::<Result<_, _>>()?;
+        for tokens in lengths {
+            for (form, side) in forms.into_iter().zip(&sides) {
+                let load = Load::Prefill(tokens);
+                let work = [work(load, side); 2];
+                let of = case(load, [&sides[0], side], &mut self.controls.matmul, work, self.effort)?;
+                all.push(Form { form: named(form), of: "prompt".to_owned(), tokens, rate: of.with });
+            }
+        }
+        if !self.gpu {
+            for tokens in lengths {
+                let rates = state_updates(self.plain.config(), tokens, &forms, self.effort);
+                all.extend(forms.into_iter().zip(rates).map(|(form, rate)| Form {
+                    form: named(form),
+                    of: "state update".to_owned(),
+                    tokens,
+                    rate,
+                }));
+            }
+        }
+        Ok(all)
+    }
+
+    /// The peer's figures, in a process of its own on the same model, beside ours.
+    fn peer(&mut self, name: &str) -> anyhow::Result<Vec<PeerCase>> {
+        #[derive(Deserialize)]
+        struct Line {
+            engine: String,
+            case: String,
+            #[serde(default)]
+            batch: usize,
+            #[serde(default)]
+            tokens: serde_json::Value,
+            tokens_per_second: Option<f64>,
+        }
+        let program = if name == "web-rwkv" { "web-rwkv-bench" } else { name };
+        std::fs::create_dir_all(&self.args.out)?;
+        let own = self.args.out.join("model.safetensors");
+        let model = match self.args.model.path() {
+            Some(path) => path,
+            None => {
+                std::fs::write(&own, assets::MODEL)?;
+                &own
+            }
+        };
+        let converted = self.args.out.join("model.st");
+        let started = Command::new(program).arg("convert").args([model, &converted]).status();
+        let done = started
+            .with_context(|| format!("{program}: rwkv-bench/web-rwkv/README.md says how to build it"))?;
+        ensure!(done.success(), "{program} convert: {done}");
+        let batch = self.args.batch.unwrap_or(BATCH[1]);
+        let mut command = Command::new(program);
+        command.arg(&converted).args(["--json", "--decode", "64", "--batch", "1", &batch.to_string()]);
+        command.args(["--prefill", &self.args.length.to_string()]);
+        if self.args.model.path().is_none() {
+            // Activations of books-10m are beyond halves.
+            command.args(["--precision", "f32"]);
+        }
+        if let Device::Gpu(Some(adapter)) = &self.args.device {
+            command.args(["--adapter", adapter]);
+        }
+        let done = command.output()?;
+        let said = String::from_utf8_lossy(&done.stderr);
+        ensure!(done.status.success(), "{program}: {}: {}", done.status, said.trim());
+        for file in [&own, &converted] {
+            let _ = std::fs::remove_file(file); // the one may not be there, the other only takes room
+        }
+        let side = self.plain_side();
+        let mut all = Vec::new();
+        for line in String::from_utf8_lossy(&done.stdout).lines() {
+            let line: Line = serde_json::from_str(line).with_context(|| format!("{program}: {line}"))?;
+            let Some(peer) = line.tokens_per_second else { continue };
+            let length = usize::try_from(line.tokens.as_u64().unwrap_or_default())?;
+            let load = if line.case == "decode" { Load::Decode(line.batch) } else { Load::Prefill(length) };
+            let own = case(load, [&side, &side], &mut self.controls.copy, [0.0; 2], self.effort)?;
+            all.push(PeerCase { engine: line.engine, case: load.name(), peer, ours: own.with.median });
+        }
+        Ok(all)
+    }
+}
+
+/// What a run under a load reads and writes at most, in bytes, or computes, in operations.
+fn work(load: Load, side: &Side) -> f64 {
+    let config = side.engine.config();
+    // Any token but the first ones.
+    let skips = side.engine.skips().map(|of| (of.layers(config.n_layers, 1 << 20), of.part));
+    let ModelConfig { width, hidden, n_layers, vocab, ranks, .. } = *config;
+    let mut params = config.streamed_params();
+    if let Some((layers, part)) = skips {
+        let out = layers.iter().filter(|out| **out).count();
+        let low = 2 * width * (ranks.w + ranks.a + ranks.v + ranks.g);
+        params -= out
+            * match part {
+                SkipPart::ChannelMix => 2 * width * hidden,
+                SkipPart::Layer => 2 * width * hidden + 4 * width * width + low,
+            };
+    }
+    match load {
+        Load::Decode(n) => {
+            let states = n * n_layers * state_bytes(config, side.engine.resident());
+            (2 * params + states) as f64
+        }
+        Load::Prefill(n) => 2.0 * ((params - vocab * width) * n + vocab * width) as f64,
+        Load::Rest => 0.0,
+    }
+}
+
+/// What a token reads and writes of a layer's state, on average.
+fn state_bytes(config: &ModelConfig, resident: Resident) -> usize {
+    let element = match resident.format {
+        StateFormat::F32 => 4,
+        StateFormat::F16 => 2,
+        _ => 1,
+    };
+    let base = element * config.wkv_len();
+    match resident.capacity {
+        0 => 2 * base,
+        // Read at each, written at one; the entries of those before, five vectors of one.
+        capacity => base + base / capacity + 5 * 4 * config.width * capacity.div_ceil(2),
+    }
+}
+
+/// Tokens a second of the CPU's state update alone, in the heads of all layers, by form.
+fn state_updates(config: &ModelConfig, tokens: usize, forms: &[Wkv], effort: Effort) -> Vec<Figure> {
+    let dims = Dims { tokens, heads: config.n_heads, head_size: config.head_size };
+    let mut rng = SplitMix64::new(7);
+    let mut draw = |low: f32, high: f32| -> Vec<f32> {
+        (0..dims.vector_len()).map(|_| rng.uniform(low, high)).collect()
+    };
+    let scale = (config.head_size as f32).sqrt().recip();
+    let (r, k, v) = (draw(-1.0, 1.0), draw(-scale, scale), draw(-1.0, 1.0));
+    let (lw, a, b) = (draw(-0.6, 0.0), draw(-scale, scale), draw(-scale, scale));
+    let (mut state, mut y) = (vec![0.0; dims.state_len()], vec![0.0; dims.vector_len()]);
+    let mut update = |form: Wkv| {
+        let inputs = Inputs { r: &r, lw: &lw, k: &k, v: &v, a: &a, b: &b };
+        let segment = WkvSegment { dims, inputs, state: &mut state[..], y: &mut y };
+        let begun = Instant::now();
+        Packed::wkv7(form, &mut [segment]);
+        begun.elapsed().as_secs_f64()
+    };
+    let mut rates = vec![Vec::new(); forms.len()];
+    for round in 0..=effort.rounds {
+        for (&form, rates) in forms.iter().zip(&mut rates) {
+            let seconds = update(form);
+            if round > 0 {
+                rates.push(tokens as f64 / seconds / config.n_layers as f64);
+            }
+        }
+    }
+    rates.into_iter().map(Figure::new).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::{OptimisationArgs, chosen, compared, date, html, measure, read, write};
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        args: OptimisationArgs,
+    }
+
+    fn quick(more: &[&str]) -> OptimisationArgs {
+        let args = ["bench", "--quick", "--bytes", "1200", "--batch", "2", "--length", "32"];
+        Program::parse_from(args.iter().chain(more)).args
+    }
+
+    #[test]
+    fn days() {
+        for (days, text) in
+            [(0, "1970-01-01"), (59, "1970-03-01"), (11_016, "2000-02-29"), (20_784, "2026-11-27")]
+        {
+            assert_eq!(date(days), text, "{days}");
+        }
+    }
+
+    #[test]
+    fn rows_are_named() {
+        let names = |of: &[&str], gpu| {
+            let names: Vec<String> = of.iter().map(|&of| of.to_owned()).collect();
+            let (rows, left_out) = chosen(&names, gpu).unwrap();
+            (rows.iter().map(|row| row.name).collect::<Vec<_>>(), left_out.len())
+        };
+        assert_eq!(names(&["lazy", "skip"], false).0.len(), 5, "one, and all that skip");
+        assert_eq!(names(&["fused"], false), (vec![], 1), "not on the CPU");
+        assert_eq!(names(&["fused"], true), (vec!["fused"], 0), "on a GPU");
+        let error = chosen(&["slow".to_owned()], true).map(|_| ()).unwrap_err().to_string();
+        assert!(error.starts_with("no row slow; there are fused,"), "{error}");
+    }
+
+    /// Rows of every kind are checked, timed and priced, and the report says so: as a file, as a page, and beside itself.
+    #[test]
+    fn a_report() {
+        let rows = "lazy,skip-middle,skip-least,chunked-16,sparse-rest,ffn-sparsity";
+        let report = measure(&quick(&["--device", "cpu", "--rows", rows])).unwrap();
+        assert_eq!(report.rows.len(), 6, "rows");
+        for row in &report.rows {
+            assert!(row.error.is_finite() && row.error < 0.01, "{row:?}");
+            let loads = if row.name == "sparse-rest" { 1 } else { 3 };
+            assert_eq!((row.cases.len(), row.quality.len()), (loads, 2), "{}", row.name);
+            for case in &row.cases {
+                for figure in [case.without, case.with, case.ratio, case.ceiling] {
+                    assert!(
+                        figure.median.is_finite() && figure.median > 0.0 && figure.count == 5,
+                        "{case:?}"
+                    );
+                }
+            }
+        }
+        let change = |name: &str| report.rows.iter().find(|row| row.name == name).unwrap().quality[0].change;
+        assert!(
+            change("skip-middle") > 10.0 && change("lazy").abs() < 1e-3,
+            "skipping costs, being lazy does not"
+        );
+        assert!(change("ffn-sparsity").abs() < 1e-9, "exact");
+        assert!(report.shares.len() > 10 && report.forms.len() == 32, "plots");
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("report.json");
+        write(&path, &serde_json::to_vec(&report).unwrap()).unwrap();
+        let again = read(&path).unwrap();
+        let [line] = &compared(&again, &report)[..] else { panic!("one line") };
+        assert!(line.starts_with("no row moved"), "{line}");
+        let page = html::page(&report).unwrap();
+        assert_eq!(page.matches("<svg").count(), 3, "plots");
+        assert!(page.contains("<td>skip-middle</td>") && !page.contains("src="), "one file");
+    }
+
+    #[test]
+    fn a_peer_needs_a_gpu() {
+        let error = measure(&quick(&["--device", "cpu", "--peer", "web-rwkv"])).unwrap_err().to_string();
+        assert!(error.contains("runs on GPUs") && error.contains("on the CPU"), "{error}");
+    }
+}

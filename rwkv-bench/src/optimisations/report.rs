@@ -1,0 +1,391 @@
+//! What was measured, as it is written down, shown on a terminal, and compared with an earlier run.
+
+use serde::{Deserialize, Serialize};
+
+use crate::table::Table;
+
+/// A figure that was taken several times: its median, and the quarters around it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize, Serialize)]
+pub(crate) struct Figure {
+    pub(crate) median: f64,
+    /// A quarter are lower.
+    pub(crate) low: f64,
+    /// A quarter are higher.
+    pub(crate) high: f64,
+    pub(crate) count: usize,
+}
+
+impl Figure {
+    /// Of what was taken.
+    pub(crate) fn new(mut taken: Vec<f64>) -> Self {
+        taken.sort_by(f64::total_cmp);
+        let at = |share: usize| taken.get((taken.len().saturating_sub(1) * share + 2) / 4).copied();
+        let [low, median, high] = [1, 2, 3].map(|share| at(share).unwrap_or(f64::NAN));
+        Self { median, low, high, count: taken.len() }
+    }
+
+    /// From quarter to quarter, relative to the median.
+    pub(crate) fn spread(&self) -> f64 {
+        (self.high - self.low) / self.median
+    }
+}
+
+/// What was measured.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+pub(crate) struct Report {
+    pub(crate) machine: String,
+    pub(crate) device: String,
+    pub(crate) model: String,
+    /// Of the program, where it was known when that was built.
+    pub(crate) commit: String,
+    /// Day of the run, in UTC.
+    pub(crate) date: String,
+    pub(crate) command: String,
+    /// Bytes of the text that quality was measured on.
+    pub(crate) text_bytes: usize,
+    /// GB read and written a second.
+    pub(crate) copy: Figure,
+    /// GFLOP a second.
+    pub(crate) matmul: Figure,
+    pub(crate) rows: Vec<Row>,
+    /// Rows that were not measured, and why.
+    pub(crate) left_out: Vec<(String, String)>,
+    /// Tokens a second of prompts, by the form of the state update and the length.
+    pub(crate) forms: Vec<Form>,
+    /// Bits per byte, by the share of layers left out.
+    pub(crate) shares: Vec<Share>,
+    pub(crate) peer: Vec<PeerCase>,
+}
+
+/// An optimisation.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+pub(crate) struct Row {
+    pub(crate) name: String,
+    pub(crate) title: String,
+    pub(crate) promised_speed: String,
+    pub(crate) promised_quality: String,
+    /// How far its logits were off from the reference's, as a root mean square relative to their size.
+    pub(crate) error: f64,
+    pub(crate) cases: Vec<Case>,
+    pub(crate) quality: Vec<Quality>,
+    /// What is to be said of it.
+    pub(crate) said: String,
+}
+
+/// A load, without the optimisation and with it.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+pub(crate) struct Case {
+    pub(crate) name: String,
+    /// Tokens a second.
+    pub(crate) without: Figure,
+    pub(crate) with: Figure,
+    /// How many times as fast, round by round.
+    pub(crate) ratio: Figure,
+    /// Bytes or operations a second, without and with.
+    pub(crate) work: [f64; 2],
+    /// The same of the copy or the product, beside it.
+    pub(crate) ceiling: Figure,
+}
+
+/// A text in windows, without the optimisation and with it.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+pub(crate) struct Quality {
+    pub(crate) window: usize,
+    /// Bits per byte.
+    pub(crate) without: f64,
+    pub(crate) with: f64,
+    /// In percent.
+    pub(crate) change: f64,
+    pub(crate) change_error: Option<f64>,
+}
+
+/// Prompts, with a form of the state update.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+pub(crate) struct Form {
+    pub(crate) form: String,
+    /// `prompt` of the whole engine, or `state update` alone.
+    pub(crate) of: String,
+    pub(crate) tokens: usize,
+    /// Tokens a second.
+    pub(crate) rate: Figure,
+}
+
+/// Layers that are left out at every token, those first that cost least.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+pub(crate) struct Share {
+    /// `layer` or `ffn`.
+    pub(crate) part: String,
+    pub(crate) layers: usize,
+    /// Of all layers.
+    pub(crate) share: f64,
+    pub(crate) bits_per_byte: f64,
+}
+
+/// A case of the peer.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+pub(crate) struct PeerCase {
+    pub(crate) engine: String,
+    pub(crate) case: String,
+    /// Tokens a second, the peer's and ours.
+    pub(crate) peer: f64,
+    pub(crate) ours: f64,
+}
+
+impl Case {
+    /// Percent more tokens a second.
+    pub(crate) fn gain(&self) -> f64 {
+        100.0 * (self.ratio.median - 1.0)
+    }
+
+    /// The ratio's quarters, in percent to both sides.
+    pub(crate) fn gain_spread(&self) -> f64 {
+        100.0 * (self.ratio.high - self.ratio.low) / 2.0
+    }
+
+    /// Of the ceiling, without and with, in percent.
+    pub(crate) fn shares(&self) -> [f64; 2] {
+        self.work.map(|work| 100.0 * work / self.ceiling.median)
+    }
+
+    /// Whether it reads and writes rather than computes.
+    pub(crate) fn is_memory(&self) -> bool {
+        !self.name.starts_with("prefill")
+    }
+
+    /// Its work a second, with the unit, and the share of the ceiling.
+    pub(crate) fn work_text(&self) -> String {
+        let [_, with] = self.work;
+        let [_, share] = self.shares();
+        let unit = if self.is_memory() { "GB/s" } else { "GFLOP/s" };
+        format!("{:.1} {unit}, {share:.0} %", with / 1e9)
+    }
+}
+
+impl Row {
+    /// The gain under each load, as text.
+    fn gains(&self) -> String {
+        let gain = |of: &Case| format!("{}: {:+.1} ({:.1}) %", of.name, of.gain(), of.gain_spread());
+        self.cases.iter().map(gain).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl Quality {
+    /// The change, as text.
+    pub(crate) fn text(&self) -> String {
+        let error = self.change_error.map_or_else(String::new, |error| format!(" ({error:.4})"));
+        format!("{:+.4}{error} %", self.change)
+    }
+}
+
+impl Report {
+    /// What the machine is and what it gave.
+    pub(crate) fn heading(&self) -> Vec<String> {
+        vec![
+            format!("{}, on {}", self.model, self.device),
+            self.machine.clone(),
+            format!("commit {}, {}, `{}`", self.commit, self.date, self.command),
+            format!(
+                "ceilings: copy {:.1} GB/s (spread {:.0} %), matmul {:.1} GFLOP/s (spread {:.0} %)",
+                self.copy.median / 1e9,
+                100.0 * self.copy.spread(),
+                self.matmul.median / 1e9,
+                100.0 * self.matmul.spread()
+            ),
+        ]
+    }
+
+    /// The tables, with their captions.
+    pub(crate) fn tables(&self) -> Vec<(String, Table)> {
+        let mut head = vec!["optimisation", "promised", "measured speed", "promised"];
+        let windows: Vec<String> = self.rows.first().map_or_else(Vec::new, |row| {
+            row.quality.iter().map(|of| format!("bits/byte, windows of {}", of.window)).collect()
+        });
+        head.extend(windows.iter().map(String::as_str));
+        let mut main = Table::new(&head);
+        for row in &self.rows {
+            let mut cells = vec![
+                row.title.clone(),
+                row.promised_speed.clone(),
+                row.gains(),
+                row.promised_quality.clone(),
+            ];
+            cells.extend(row.quality.iter().map(Quality::text));
+            main.push(cells);
+        }
+        let mut details = Table::new(&[
+            "optimisation",
+            "load",
+            "without, /s",
+            "with, /s",
+            "spread",
+            "gain",
+            "work, share of the ceiling",
+            "ceiling's spread",
+        ]);
+        for (row, case) in self.rows.iter().flat_map(|row| row.cases.iter().map(move |case| (row, case))) {
+            details.push(vec![
+                row.name.clone(),
+                case.name.clone(),
+                format!("{:.1}", case.without.median),
+                format!("{:.1}", case.with.median),
+                format!("{:.1} %", 100.0 * case.with.spread()),
+                format!("{:+.1} ({:.1}) %", case.gain(), case.gain_spread()),
+                if case.name.starts_with("at rest") { String::new() } else { case.work_text() },
+                format!("{:.1} %", 100.0 * case.ceiling.spread()),
+            ]);
+        }
+        let mut said = Table::new(&["optimisation", "off from the reference", ""]);
+        for row in &self.rows {
+            said.push(vec![row.name.clone(), format!("{:.1e}", row.error), row.said.clone()]);
+        }
+        let mut tables = vec![
+            (
+                format!(
+                    "Gains in tokens a second (half the distance between quarters), and changes of bits per byte on {} bytes (standard error)",
+                    self.text_bytes
+                ),
+                main,
+            ),
+            ("Under each load".to_owned(), details),
+            ("What is to be said".to_owned(), said),
+        ];
+        if !self.forms.is_empty() {
+            let mut forms = Table::new(&["state update", "of", "tokens", "tokens/s", "spread"]);
+            for of in &self.forms {
+                forms.push(vec![
+                    of.form.clone(),
+                    of.of.clone(),
+                    of.tokens.to_string(),
+                    format!("{:.0}", of.rate.median),
+                    format!("{:.1} %", 100.0 * of.rate.spread()),
+                ]);
+            }
+            tables.push(("Forms of the state update over prompts".to_owned(), forms));
+        }
+        if !self.shares.is_empty() {
+            let mut shares = Table::new(&["left out", "layers", "share", "bits/byte"]);
+            for of in &self.shares {
+                shares.push(vec![
+                    of.part.clone(),
+                    of.layers.to_string(),
+                    format!("{:.0} %", 100.0 * of.share),
+                    format!("{:.4}", of.bits_per_byte),
+                ]);
+            }
+            tables.push(("Layers left out at every token, the least missed first".to_owned(), shares));
+        }
+        if !self.peer.is_empty() {
+            let mut peer = Table::new(&["peer", "load", "its tokens/s", "ours", "ratio"]);
+            for of in &self.peer {
+                peer.push(vec![
+                    of.engine.clone(),
+                    of.case.clone(),
+                    format!("{:.1}", of.peer),
+                    format!("{:.1}", of.ours),
+                    format!("{:.2}", of.ours / of.peer),
+                ]);
+            }
+            tables.push(("Beside the peer".to_owned(), peer));
+        }
+        if !self.left_out.is_empty() {
+            let mut left = Table::new(&["left out", "why"]);
+            self.left_out.iter().for_each(|(row, why)| left.push(vec![row.clone(), why.clone()]));
+            tables.push(("Not measured".to_owned(), left));
+        }
+        tables
+    }
+}
+
+/// A case that is faster or slower than it was, beyond what its spread, that of the earlier run and the change of the
+/// machine itself account for.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Moved {
+    pub(crate) row: String,
+    pub(crate) case: String,
+    /// `without` or `with`.
+    pub(crate) way: &'static str,
+    /// Tokens a second, how many times as many.
+    pub(crate) ratio: f64,
+    /// What is put down to noise: a ratio of one plus or less so much.
+    pub(crate) noise: f64,
+}
+
+/// What no run tells apart from noise, whatever its spread.
+const LEAST_NOISE: f64 = 0.03;
+
+/// The cases of both reports that moved.
+pub(crate) fn moved(old: &Report, new: &Report) -> Vec<Moved> {
+    let mut all = Vec::new();
+    for (row, case) in new.rows.iter().flat_map(|row| row.cases.iter().map(move |case| (row, case))) {
+        let of_row = old.rows.iter().find(|of| of.name == row.name);
+        let Some(before) = of_row.and_then(|of| of.cases.iter().find(|of| of.name == case.name)) else {
+            continue;
+        };
+        // A control that moved says that the machine did.
+        let control = (case.ceiling.median / before.ceiling.median).ln().abs();
+        for (way, old, new) in
+            [("without", &before.without, &case.without), ("with", &before.with, &case.with)]
+        {
+            let noise = LEAST_NOISE.max(old.spread() + new.spread()) + control;
+            let ratio = new.median / old.median;
+            if ratio.ln().abs() > noise {
+                let (row, case) = (row.name.clone(), case.name.clone());
+                all.push(Moved { row, case, way, ratio, noise });
+            }
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Case, Figure, Moved, Report, Row, moved};
+
+    fn figure(median: f64, spread: f64) -> Figure {
+        Figure { median, low: median * (1.0 - spread / 2.0), high: median * (1.0 + spread / 2.0), count: 9 }
+    }
+
+    fn report(without: f64, with: f64, spread: f64, ceiling: f64) -> Report {
+        let case = Case {
+            name: "decode, batch 1".to_owned(),
+            without: figure(without, spread),
+            with: figure(with, spread),
+            ratio: figure(with / without, spread),
+            ceiling: figure(ceiling, 0.01),
+            ..Case::default()
+        };
+        let row = Row { name: "skip".to_owned(), cases: vec![case], ..Row::default() };
+        Report { rows: vec![row], ..Report::default() }
+    }
+
+    #[test]
+    fn figures_are_medians_and_quarters() {
+        let of = Figure::new(vec![9.0, 1.0, 5.0, 3.0, 7.0]);
+        assert_eq!((of.low, of.median, of.high, of.count), (3.0, 5.0, 7.0, 5), "five");
+        let one = Figure::new(vec![2.0]);
+        assert_eq!((one.low, one.median, one.high, one.spread()), (2.0, 2.0, 2.0, 0.0), "one");
+    }
+
+    #[test]
+    fn a_run_is_what_it_is() {
+        let of = report(100.0, 120.0, 0.02, 10.0);
+        assert_eq!(moved(&of, &of), [], "itself");
+        assert_eq!(moved(&of, &report(102.0, 119.0, 0.02, 10.0)), [], "within its spread");
+    }
+
+    #[test]
+    fn what_was_slowed_is_reported() {
+        let of = report(100.0, 120.0, 0.02, 10.0);
+        let slowed = moved(&of, &report(100.0, 90.0, 0.02, 10.0));
+        let [Moved { row, case, way, ratio, .. }] = &slowed[..] else { panic!("{slowed:?}") };
+        assert_eq!(
+            (row.as_str(), case.as_str(), *way, *ratio),
+            ("skip", "decode, batch 1", "with", 0.75),
+            "it"
+        );
+        assert_eq!(moved(&of, &report(100.0, 90.0, 0.3, 10.0)), [], "not told from noise");
+        assert_eq!(moved(&of, &report(75.0, 90.0, 0.02, 7.5)), [], "the machine was slower by as much");
+        assert_eq!(moved(&of, &report(50.0, 60.0, 0.02, 10.0)).len(), 2, "both ways");
+        assert_eq!(moved(&Report::default(), &of), [], "a row that is new");
+    }
+}
