@@ -1,5 +1,8 @@
 //! Tables, for a terminal and for a document.
 
+/// What is longer is no number.
+const SENTENCE: usize = 32;
+
 /// Texts in columns; the first is a name.
 pub(crate) struct Table {
     rows: Vec<Vec<String>>,
@@ -31,6 +34,8 @@ impl Table {
                 .unwrap_or(0)
         };
         let widths: Vec<usize> = (0..columns).map(width).collect();
+        // Names and sentences begin alike, numbers end alike.
+        let left = |column: usize| column == 0 || widths[column] > SENTENCE;
         let mut text = String::new();
         for (index, row) in self.rows.iter().enumerate() {
             if markdown {
@@ -41,7 +46,7 @@ impl Table {
                 continue;
             }
             let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, &width))| {
-                if column == 0 { format!("  {cell:<width$}") } else { format!("  {cell:>width$}") }
+                if left(column) { format!("  {cell:<width$}") } else { format!("  {cell:>width$}") }
             });
             text += cells.collect::<String>().trim_end();
             text.push('\n');

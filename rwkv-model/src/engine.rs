@@ -223,10 +223,9 @@ pub struct EngineOptions {
     pub sessions: usize,
     /// CPU: whether the channel mix skips the weights of hidden units that are zero. The results are the same.
     pub skip_zeros: bool,
-    /// The form of the state update over prompts; by default the device's fastest for their length. Sums of another order
-    /// agree but for rounding: with chunks, a sequence's results depend on how its tokens are split over calls.
-    ///
-    /// On the CPU that is one token after another, at every length; chunks are there to be measured.
+    /// CPU: the form of the state update over prompts; by default the fastest for their length, which is one token after
+    /// another at every length: chunks, in plain loops, are there to be measured. Their sums are of another order: with
+    /// them a sequence's results depend on how its tokens are split over calls, but for rounding.
     pub wkv: Option<Wkv>,
     /// Layers that are left out, if any.
     pub skip: Option<Skipping>,

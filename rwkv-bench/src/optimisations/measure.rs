@@ -14,9 +14,6 @@ use rwkv_model::{Checkpoint, Engine, EngineOptions, Sampler, Session, StateForma
 use super::ceiling::Control;
 use super::report::{Case, Figure};
 
-/// How long a device is kept busy before it is timed: an idle one is clocked down.
-const BUSY: Duration = Duration::from_millis(500);
-
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Load {
@@ -121,11 +118,15 @@ pub(crate) struct Effort {
     pub(crate) rounds: usize,
     /// How long each time, at least.
     pub(crate) window: Duration,
+    /// How long the device is kept busy before: an idle one is clocked down.
+    pub(crate) busy: Duration,
 }
 
 impl Effort {
-    pub(crate) const FULL: Self = Self { rounds: 11, window: Duration::from_millis(60) };
-    pub(crate) const QUICK: Self = Self { rounds: 5, window: Duration::from_millis(15) };
+    pub(crate) const FULL: Self =
+        Self { rounds: 11, window: Duration::from_millis(60), busy: Duration::from_millis(500) };
+    pub(crate) const QUICK: Self =
+        Self { rounds: 5, window: Duration::from_millis(15), busy: Duration::from_millis(100) };
 
     /// As many runs of so many seconds as take a window.
     #[expect(
@@ -153,7 +154,7 @@ pub(crate) fn case(
     for run in &mut runs {
         run.time(1)?;
     }
-    while begun.elapsed() < BUSY {
+    while begun.elapsed() < effort.busy {
         for (run, times) in runs.iter_mut().zip(&mut times) {
             let seconds = run.time(*times)?;
             *times = effort.runs(seconds);

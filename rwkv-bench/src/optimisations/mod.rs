@@ -58,7 +58,7 @@ pub(crate) struct OptimisationArgs {
     #[arg(long, value_delimiter = ',', default_value = "1024,8192")]
     windows: Vec<usize>,
     /// Measure quality on so much of the text.
-    #[arg(long, value_name = "N", default_value_t = 65_536)]
+    #[arg(long, value_name = "N", default_value_t = 16_384)]
     bytes: usize,
     /// Fewer rounds and little text, to see that all works.
     #[arg(long)]
@@ -85,7 +85,7 @@ const QUICK: (usize, [usize; 2]) = (4096, [256, 1024]);
 const BATCH: [usize; 2] = [8, 128];
 
 /// Bytes at the beginning of the text that layers are ranked on, and of its end that shares of them are measured on.
-const RANKED: usize = 16_384;
+const RANKED: usize = 4096;
 
 /// Sequences side by side where quality is measured.
 const SESSIONS: usize = 16;
@@ -299,6 +299,10 @@ impl Bench<'_> {
         if rows.iter().any(|row| row.name.starts_with("chunked")) {
             self.say("forms of the state update");
             report.forms = self.forms()?;
+            if let Some(said) = bound(&report.forms) {
+                let chunked = report.rows.iter_mut().filter(|row| row.name.starts_with("chunked"));
+                chunked.for_each(|row| row.said = format!("{} {said}", row.said));
+            }
         }
         let figure = |control: &mut ceiling::Control| {
             let rates = (0..self.effort.rounds).map(|_| control.rate());
@@ -539,6 +543,19 @@ impl Bench<'_> {
     }
 }
 
+/// How much faster prompts could be at most, if the state update took no time, of the longest that were timed both ways.
+fn bound(forms: &[Form]) -> Option<String> {
+    let of = |part: &str| {
+        let alone = forms.iter().filter(|of| of.of == part && of.form == "sequential");
+        alone.max_by_key(|of| of.tokens).map(|of| of.rate.median)
+    };
+    let share = of("prompt")? / of("state update")?;
+    let (percent, most) = (100.0 * share, 100.0 * share / (1.0 - share));
+    Some(format!(
+        "Token by token the update takes {percent:.0} % of a prompt's time: no form could gain more than {most:.0} %."
+    ))
+}
+
 /// What a run under a load reads and writes at most, in bytes, or computes, in operations.
 fn work(load: Load, side: &Side) -> f64 {
     let config = side.engine.config();
@@ -614,7 +631,7 @@ fn state_updates(config: &ModelConfig, tokens: usize, forms: &[Wkv], effort: Eff
 mod tests {
     use clap::Parser;
 
-    use super::{OptimisationArgs, chosen, compared, date, html, measure, read, write};
+    use super::{Figure, Form, OptimisationArgs, bound, chosen, compared, date, html, measure, read, write};
 
     #[derive(Parser)]
     struct Program {
@@ -648,6 +665,20 @@ mod tests {
         assert_eq!(names(&["fused"], true), (vec!["fused"], 0), "on a GPU");
         let error = chosen(&["slow".to_owned()], true).map(|_| ()).unwrap_err().to_string();
         assert!(error.starts_with("no row slow; there are fused,"), "{error}");
+    }
+
+    #[test]
+    fn no_form_gains_more_than_all_the_time_there_is() {
+        let form = |of: &str, tokens, rate| Form {
+            form: "sequential".to_owned(),
+            of: of.to_owned(),
+            tokens,
+            rate: Figure::new(vec![rate]),
+        };
+        let forms = [form("prompt", 16, 1.0), form("prompt", 64, 2.0), form("state update", 64, 10.0)];
+        let said = bound(&forms).unwrap();
+        assert!(said.contains("20 % of a prompt's time") && said.ends_with("more than 25 %."), "{said}");
+        assert_eq!(bound(&forms[..2]), None, "only where both were timed");
     }
 
     /// Rows of every kind are checked, timed and priced, and the report says so: as a file, as a page, and beside itself.

@@ -195,7 +195,7 @@ fn chunked(name: &'static str, title: &'static str, with: fn(&mut EngineOptions)
         without: Way::Options(|options| options.wkv = Some(Wkv::Sequential)),
         with: Way::Options(with),
         limit: EXACT,
-        said: "Chunks save no arithmetic, they bring parallelism, of which heads and sequences give the CPU enough; the engine goes token by token there.",
+        said: "Chunks save no arithmetic, they bring parallelism, of which heads and sequences give the CPU enough; plain loops, beside the vectors of the form token by token, which the engine takes at every length.",
     }
 }
 

@@ -398,9 +398,14 @@ impl Compute<f32> for Packed {
     fn wkv7(form: Wkv, segments: &mut [WkvSegment<'_, f32>]) {
         match form {
             Wkv::Sequential => super::wkv7::wkv7(segments),
-            Wkv::Chunked(chunk) => segments
-                .par_iter_mut()
-                .for_each(|s| wkv7_chunked::wkv7_chunked(s.dims, chunk, s.inputs, s.state, s.y)),
+            Wkv::Chunked(chunk) => segments.par_iter_mut().for_each(|s| {
+                // A token alone is no chunk: it is decoded as fast as without them.
+                if s.dims.tokens == 1 {
+                    super::wkv7::wkv7(std::slice::from_mut(s));
+                } else {
+                    wkv7_chunked::wkv7_chunked(s.dims, chunk, s.inputs, s.state, s.y);
+                }
+            }),
         }
     }
 }
