@@ -43,6 +43,11 @@ impl ModelArgs {
         })
     }
 
+    /// The same on another checkpoint.
+    pub(crate) fn on(&self, path: PathBuf) -> Self {
+        Self { model: Some(path), ..self.clone() }
+    }
+
     /// The file, if it is one.
     pub(crate) fn path(&self) -> Option<&Path> {
         self.model.as_deref()

@@ -123,7 +123,7 @@ pub(crate) fn report(args: &GpuArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn shape_of(name: &str) -> anyhow::Result<&'static Shape> {
+pub(crate) fn shape_of(name: &str) -> anyhow::Result<&'static Shape> {
     let shape = SHAPES.iter().find(|shape| shape.name == name);
     shape.with_context(|| format!("no shape {name}, there are 0.4B, 1.5B, 2.9B, 7.2B"))
 }

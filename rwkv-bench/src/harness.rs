@@ -4,6 +4,7 @@
 //! |---|---|
 //! | bits per byte | of a text in windows, each from an empty state; the change against the plain engine, with its standard error over windows |
 //! | last words | of texts in JSON lines, `{"text": ..}` each: how many last words were the most probable, and how improbable they were |
+//! | layers | what the absence of each costs: [`skip::contributions`] |
 //! | gain | how much better a passage is predicted the second time, so many tokens later: [`retention`](crate::retention) |
 
 use std::path::{Path, PathBuf};
@@ -12,7 +13,8 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use rwkv_model::engine::Device;
 use rwkv_model::quality::{self, LastWord, Score, SideBySide};
-use rwkv_model::{Engine, EngineOptions};
+use rwkv_model::skip;
+use rwkv_model::{Engine, EngineOptions, SkipPart};
 use serde::{Deserialize, Serialize};
 
 use crate::assets::ModelArgs;
@@ -51,6 +53,9 @@ pub(crate) struct QualityArgs {
     /// Passages that are repeated; 0 for none.
     #[arg(long, default_value_t = 16)]
     passages: usize,
+    /// Measure what the absence of each layer costs too, on the plain engine, in windows of the first length.
+    #[arg(long)]
+    layers: bool,
     /// Sequences side by side.
     #[arg(long, default_value_t = 32)]
     sessions: usize,
@@ -123,6 +128,9 @@ pub(crate) fn report(args: &QualityArgs) -> anyhow::Result<()> {
     let device = all.first().map_or("", |of| &of.device);
     println!("model   {}, on {device}\n", args.model.name());
     tables(&all, args.markdown, |text| println!("{text}"));
+    if args.layers {
+        println!("{}", layers(args)?.text(args.markdown));
+    }
     if let Some(path) = &args.json {
         std::fs::write(path, serde_json::to_vec_pretty(&all)?).with_context(|| path.display().to_string())?;
         println!("figures {}", path.display());
@@ -199,6 +207,34 @@ fn one(
     Ok(figures)
 }
 
+/// What the absence of each layer costs, of its channel mix and of all of it, the least missed first.
+fn layers(args: &QualityArgs) -> anyhow::Result<Table> {
+    let mut text = args.model.text()?;
+    text.truncate(args.bytes);
+    let options = EngineOptions { device: args.device.clone(), ..args.model.options()? };
+    let engine = Engine::new(&args.model.checkpoint()?, options, &|_| {})?;
+    let window = args.windows.first().copied().unwrap_or(1024);
+    let windows = SideBySide { window, sessions: args.sessions, rest: None };
+    let bar = progress::bar("{bar:40} {pos}/{len} layers", 2 * engine.config().n_layers as u64);
+    let [mut whole, ffn] = [SkipPart::Layer, SkipPart::ChannelMix]
+        .map(|part| skip::contributions(&engine, &text, part, windows, |_| bar.inc(1)));
+    bar.finish_and_clear();
+    if let Ok(costs) = &mut whole {
+        costs.sort_by(|a, b| a.bits_per_byte.total_cmp(&b.bits_per_byte));
+    }
+    let (whole, ffn) = (whole?, ffn?);
+    let mut table = Table::new(&["layer", "bits/byte more without it", "without its channel mix"]);
+    for of in &whole {
+        let of_ffn = ffn.iter().find(|ffn| ffn.layer == of.layer);
+        table.push(vec![
+            of.layer.to_string(),
+            format!("{:+.4}", of.bits_per_byte),
+            of_ffn.map_or_else(String::new, |of| format!("{:+.4}", of.bits_per_byte)),
+        ]);
+    }
+    Ok(table)
+}
+
 fn tables(all: &[Figures], markdown: bool, mut show: impl FnMut(&str)) {
     let Some(plain) = all.first() else { return };
     let mut head = vec!["".to_owned()];
@@ -229,7 +265,7 @@ fn tables(all: &[Figures], markdown: bool, mut show: impl FnMut(&str)) {
 mod tests {
     use clap::Parser;
 
-    use super::{QualityArgs, measure, tables, texts};
+    use super::{QualityArgs, layers, measure, tables, texts};
 
     #[derive(Parser)]
     struct Program {
@@ -275,6 +311,8 @@ mod tests {
         assert_eq!(words.texts, 1, "a word alone has nothing before it");
         assert!(words.perplexity.is_finite() && words.right <= 1, "{words:?}");
         assert!(plain.gains[0].bits_per_byte.is_finite() && plain.gains.len() == 1, "{plain:?}");
+        let shown = layers(&args.args).unwrap().text(true);
+        assert_eq!(shown.lines().count(), 12, "a head, a rule and ten layers: {shown}");
         let mut shown = String::new();
         tables(&all, true, |text| shown += text);
         assert!(shown.contains("skip=middle") && shown.contains("gain after 64"), "{shown}");

@@ -33,15 +33,19 @@ use self::measure::{Effort, Load, Reference, Side, case};
 use self::report::{Figure, Form, PeerCase, Quality, Report, Share, moved};
 use self::rows::{On, Row, Way};
 use crate::assets::{self, ModelArgs};
-use crate::gpu::{LIMIT, LIMIT_OF_HALVES};
+use crate::gpu::{LIMIT, LIMIT_OF_HALVES, shape_of};
 use crate::states::changes;
-use crate::{machine, progress};
+use crate::{machine, progress, random_model};
 
 /// Measures what each optimisation brings and costs.
 #[derive(Args)]
 pub(crate) struct OptimisationArgs {
     #[command(flatten)]
     model: ModelArgs,
+    /// Random weights of a released shape instead of a model: 0.4B, 1.5B, 2.9B, 7.2B. Written to the folder of the report,
+    /// and deleted again. Of its speed alone.
+    #[arg(long, conflicts_with_all = ["model", "tokenizer"])]
+    shape: Option<String>,
     /// What it runs on: auto, cpu, gpu or gpu:NAME.
     #[arg(long, default_value = "auto")]
     device: Device,
@@ -94,8 +98,17 @@ const SESSIONS: usize = 16;
 pub(crate) fn run(args: &OptimisationArgs) -> anyhow::Result<()> {
     // What cannot be is told before anything takes time.
     let old: Option<Report> = args.compare.as_deref().map(read).transpose()?;
-    let report = measure(args)?;
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
+    let report = match &args.shape {
+        None => measure(args, &args.model)?,
+        Some(name) => {
+            let path = args.out.join(format!("random-{name}.safetensors"));
+            random_model::write(shape_of(name)?, &path)?;
+            let report = measure(args, &args.model.on(path.clone()));
+            std::fs::remove_file(&path)?;
+            report?
+        }
+    };
     for line in report.heading() {
         println!("{line}");
     }
@@ -150,6 +163,7 @@ fn write(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
 /// All that a run shares.
 struct Bench<'a> {
     args: &'a OptimisationArgs,
+    model: &'a ModelArgs,
     checkpoint: Checkpoint,
     options: EngineOptions,
     text: Vec<u8>,
@@ -167,9 +181,9 @@ struct Bench<'a> {
     bar: ProgressBar,
 }
 
-fn measure(args: &OptimisationArgs) -> anyhow::Result<Report> {
-    let (checkpoint, mut text) = (args.model.checkpoint()?, args.model.text()?);
-    let (bytes, windows) = match args.quick {
+fn measure(args: &OptimisationArgs, model: &ModelArgs) -> anyhow::Result<Report> {
+    let (checkpoint, mut text) = (model.checkpoint()?, model.text()?);
+    let (bytes, mut windows) = match args.quick {
         true => (QUICK.0.min(args.bytes), QUICK.1.to_vec()),
         false => (args.bytes, args.windows.clone()),
     };
@@ -179,7 +193,7 @@ fn measure(args: &OptimisationArgs) -> anyhow::Result<Report> {
         // As prompts are by default, and so many sequences as there are.
         pass_tokens: EngineOptions::default().pass_tokens.max(args.batch.unwrap_or(0)),
         sessions: args.batch.unwrap_or(SESSIONS),
-        ..args.model.options()?
+        ..model.options()?
     };
     let plain = Engine::new(&checkpoint, options.clone(), &|_| {})?;
     let found = plain.report()?;
@@ -190,12 +204,20 @@ fn measure(args: &OptimisationArgs) -> anyhow::Result<Report> {
     let adapter = if let Device::Gpu(adapter) = &args.device { adapter.clone() } else { None };
     let controls =
         if gpu { Controls::gpu(adapter)? } else { Controls::cpu(2 * plain.config().streamed_params())? };
-    let (rows, left_out) = chosen(&args.rows, gpu)?;
+    let (mut rows, mut left_out) = chosen(&args.rows, gpu)?;
+    if let Err(why) = plain.tokenizer() {
+        windows.clear();
+        left_out.push(("quality".to_owned(), why.to_string()));
+        let ranks = |row: &Row| row.needs_costs().then(|| (row.name.to_owned(), why.to_string()));
+        left_out.extend(rows.iter().filter_map(ranks));
+        rows.retain(|row| !row.needs_costs());
+    }
     let bar = progress::bar("{bar:40} {pos}/{len} {msg} ({elapsed})", rows.len() as u64 + 3);
     bar.set_message("the reference");
     let mut bench = Bench {
         reference: Reference::new(&checkpoint, &options, None)?,
         args,
+        model,
         checkpoint,
         options,
         text,
@@ -211,7 +233,7 @@ fn measure(args: &OptimisationArgs) -> anyhow::Result<Report> {
     let mut report = Report {
         machine: machine::describe(),
         device: found.device,
-        model: args.model.name(),
+        model: model.name(),
         commit: option_env!("RWKV_COMMIT").unwrap_or("unknown").to_owned(),
         date: today(),
         command: std::env::args().skip(1).fold("rwkv-bench".to_owned(), |line, word| line + " " + &word),
@@ -456,14 +478,15 @@ impl Bench<'_> {
             Wkv::Sequential => "sequential".to_owned(),
             Wkv::Chunked(chunk) => format!("chunks of {chunk}"),
         };
-        let (lengths, mut all) = ([16, 64, 256, 1024], Vec::new());
+        let lengths: &[usize] = if self.args.quick { &[16, 64] } else { &[16, 64, 256, 1024] };
+        let mut all = Vec::new();
         let sides = forms.map(|form| {
             let options = EngineOptions { wkv: Some(form), ..self.options.clone() };
             let engine = Engine::new(&self.checkpoint, options, &|_| {})?;
             anyhow::Ok(Side { engine, rest: StateFormat::F32 })
         });
         let sides: Vec<Side> = sides.into_iter().collect::<Result<_, _>>()?;
-        for tokens in lengths {
+        for &tokens in lengths {
             for (form, side) in forms.into_iter().zip(&sides) {
                 let load = Load::Prefill(tokens);
                 let work = [work(load, side); 2];
@@ -472,14 +495,16 @@ impl Bench<'_> {
             }
         }
         if !self.gpu {
-            for tokens in lengths {
-                let rates = state_updates(self.plain.config(), tokens, &forms, self.effort);
-                all.extend(forms.into_iter().zip(rates).map(|(form, rate)| Form {
-                    form: named(form),
-                    of: "state update".to_owned(),
-                    tokens,
-                    rate,
-                }));
+            for (batch, of) in [(1, "state update"), (BATCH[0], "state update of 8")] {
+                for &tokens in lengths {
+                    let rates = state_updates(self.plain.config(), [batch, tokens], &forms, self.effort);
+                    all.extend(forms.into_iter().zip(rates).map(|(form, rate)| Form {
+                        form: named(form),
+                        of: of.to_owned(),
+                        tokens,
+                        rate,
+                    }));
+                }
             }
         }
         Ok(all)
@@ -498,9 +523,8 @@ impl Bench<'_> {
             tokens_per_second: Option<f64>,
         }
         let program = if name == "web-rwkv" { "web-rwkv-bench" } else { name };
-        std::fs::create_dir_all(&self.args.out)?;
         let own = self.args.out.join("model.safetensors");
-        let model = match self.args.model.path() {
+        let model = match self.model.path() {
             Some(path) => path,
             None => {
                 std::fs::write(&own, assets::MODEL)?;
@@ -516,7 +540,7 @@ impl Bench<'_> {
         let mut command = Command::new(program);
         command.arg(&converted).args(["--json", "--decode", "64", "--batch", "1", &batch.to_string()]);
         command.args(["--prefill", &self.args.length.to_string()]);
-        if self.args.model.path().is_none() {
+        if self.model.path().is_none() {
             // Activations of books-10m are beyond halves.
             command.args(["--precision", "f32"]);
         }
@@ -597,8 +621,14 @@ fn state_bytes(config: &ModelConfig, resident: Resident) -> usize {
     }
 }
 
-/// Tokens a second of the CPU's state update alone, in the heads of all layers, by form.
-fn state_updates(config: &ModelConfig, tokens: usize, forms: &[Wkv], effort: Effort) -> Vec<Figure> {
+/// Tokens a second of the CPU's state update alone, in the heads of all layers, of so many sequences of so many tokens, by
+/// form.
+fn state_updates(
+    config: &ModelConfig,
+    [batch, tokens]: [usize; 2],
+    forms: &[Wkv],
+    effort: Effort,
+) -> Vec<Figure> {
     let dims = Dims { tokens, heads: config.n_heads, head_size: config.head_size };
     let mut rng = SplitMix64::new(7);
     let mut draw = |low: f32, high: f32| -> Vec<f32> {
@@ -607,12 +637,13 @@ fn state_updates(config: &ModelConfig, tokens: usize, forms: &[Wkv], effort: Eff
     let scale = (config.head_size as f32).sqrt().recip();
     let (r, k, v) = (draw(-1.0, 1.0), draw(-scale, scale), draw(-1.0, 1.0));
     let (lw, a, b) = (draw(-0.6, 0.0), draw(-scale, scale), draw(-scale, scale));
-    let (mut state, mut y) = (vec![0.0; dims.state_len()], vec![0.0; dims.vector_len()]);
+    let inputs = Inputs { r: &r, lw: &lw, k: &k, v: &v, a: &a, b: &b };
+    let (mut states, mut y) = (vec![0.0; batch * dims.state_len()], vec![0.0; batch * dims.vector_len()]);
     let mut update = |form: Wkv| {
-        let inputs = Inputs { r: &r, lw: &lw, k: &k, v: &v, a: &a, b: &b };
-        let segment = WkvSegment { dims, inputs, state: &mut state[..], y: &mut y };
+        let each = states.chunks_exact_mut(dims.state_len()).zip(y.chunks_exact_mut(dims.vector_len()));
+        let mut segments: Vec<_> = each.map(|(state, y)| WkvSegment { dims, inputs, state, y }).collect();
         let begun = Instant::now();
-        Packed::wkv7(form, &mut [segment]);
+        Packed::wkv7(form, &mut segments);
         begun.elapsed().as_secs_f64()
     };
     let mut rates = vec![Vec::new(); forms.len()];
@@ -620,7 +651,7 @@ fn state_updates(config: &ModelConfig, tokens: usize, forms: &[Wkv], effort: Eff
         for (&form, rates) in forms.iter().zip(&mut rates) {
             let seconds = update(form);
             if round > 0 {
-                rates.push(tokens as f64 / seconds / config.n_layers as f64);
+                rates.push((batch * tokens) as f64 / seconds / config.n_layers as f64);
             }
         }
     }
@@ -637,6 +668,10 @@ mod tests {
     struct Program {
         #[command(flatten)]
         args: OptimisationArgs,
+    }
+
+    fn measured(args: &OptimisationArgs) -> anyhow::Result<super::Report> {
+        measure(args, &args.model)
     }
 
     fn quick(more: &[&str]) -> OptimisationArgs {
@@ -685,7 +720,7 @@ mod tests {
     #[test]
     fn a_report() {
         let rows = "lazy,skip-middle,skip-least,chunked-16,sparse-rest,ffn-sparsity";
-        let report = measure(&quick(&["--device", "cpu", "--rows", rows])).unwrap();
+        let report = measured(&quick(&["--device", "cpu", "--rows", rows])).unwrap();
         assert_eq!(report.rows.len(), 6, "rows");
         for row in &report.rows {
             assert!(row.error.is_finite() && row.error < 0.01, "{row:?}");
@@ -706,7 +741,7 @@ mod tests {
             "skipping costs, being lazy does not"
         );
         assert!(change("ffn-sparsity").abs() < 1e-9, "exact");
-        assert!(report.shares.len() > 10 && report.forms.len() == 32, "plots");
+        assert!(report.shares.len() > 10 && report.forms.len() == 24, "plots");
 
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("report.json");
@@ -721,7 +756,7 @@ mod tests {
 
     #[test]
     fn a_peer_needs_a_gpu() {
-        let error = measure(&quick(&["--device", "cpu", "--peer", "web-rwkv"])).unwrap_err().to_string();
+        let error = measured(&quick(&["--device", "cpu", "--peer", "web-rwkv"])).unwrap_err().to_string();
         assert!(error.contains("runs on GPUs") && error.contains("on the CPU"), "{error}");
     }
 }
