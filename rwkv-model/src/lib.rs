@@ -35,7 +35,8 @@
 //!
 //! Invariant: the same call on the same device gives the same bits. On the CPU, and on a GPU with
 //! [`EngineOptions::batch_invariant`], a session's results do not depend on the sessions beside it, on how its tokens were
-//! split over calls, nor on the number of threads; on a GPU without, they agree but for rounding.
+//! split over calls, nor on the number of threads; on a GPU without, they agree but for rounding. Where layers are left out
+//! at decoded tokens alone, [`skip`] says which those are, and chunks ([`EngineOptions::wkv`]) sum in their own order.
 //!
 //! Invariant: what a caller or a file gets wrong is a typed error, and leaves every session as it was.
 
