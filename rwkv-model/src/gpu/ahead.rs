@@ -18,8 +18,9 @@ use crate::skip::{Mask, Skipping};
 /// Steps under way at most: those of a submission that runs, and of one that waits.
 const DEPTH: usize = 2 * TOGETHER;
 
-/// Steps of a submission, at most: between two the device waits for some microseconds.
-pub(super) const TOGETHER: usize = 2;
+/// Steps of a submission, at most: between two the device waits for some microseconds. Measured on an H100, 0.4B: 943 tokens/s
+/// with one, 950 with two, 967 with three.
+pub(super) const TOGETHER: usize = 3;
 
 /// One token of one sequence.
 const ONE: Shape = Shape { rows: 1, segments: 1, logits: 1 };

@@ -192,7 +192,7 @@ pub(super) struct Records {
 }
 
 /// As many as there are at first: a sequence, and what a few steps ahead of it write.
-const FIRST: u32 = 8;
+const FIRST: u32 = 10;
 
 const WORD: u64 = size_of::<u32>() as u64;
 
