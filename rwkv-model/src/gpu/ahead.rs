@@ -152,7 +152,7 @@ impl Executor {
             }
             let mask = mask(position);
             let skip = mask.skip(skipping.as_ref());
-            self.encode(&mut work, &mut encoder, ONE, skip, Some(&ahead.step))?;
+            self.encode(&mut work, &mut encoder, ONE, skip, [Some(&ahead.step), None])?;
             let into = work.records.logits_offset(to);
             encoder.copy_buffer_to_buffer(&self.scratch.logits, 0, &work.records.logits, into, bytes);
             holds = Some(to.index());

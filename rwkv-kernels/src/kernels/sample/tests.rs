@@ -158,12 +158,13 @@ impl Case {
         let vocab = self.rows[0].logits.len();
         let (places, counts) = self.places();
         let (params, groups) = lower(Dims { rows: self.rows.len(), vocab, counts }).unwrap();
-        let sampler = |(row, place): (&Row, &Option<u32>)| SamplerRow::new(&row.sampler, row.position, *place);
+        let sampler =
+            |(row, place): (&Row, &Option<u32>)| SamplerRow::new(&row.sampler, row.position, *place);
         let samplers: Vec<_> = self.rows.iter().zip(&places).map(|of| sampler(of).unwrap()).collect();
         let mut before = vec![POISON; counts * vocab];
         let at = |place: u32| place as usize * vocab..(place as usize + 1) * vocab;
         for (row, place) in self.rows.iter().zip(&places) {
-            place.into_iter().for_each(|&place| before[at(place)].copy_from_slice(&row.counts));
+            place.iter().for_each(|&place| before[at(place)].copy_from_slice(&row.counts));
         }
         let bits = |row: &Row| row.logits.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         let buffers = [
