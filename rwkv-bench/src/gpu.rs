@@ -273,7 +273,11 @@ pub(crate) fn busy(engine: &Engine, mut run: impl FnMut() -> anyhow::Result<()>)
 }
 
 /// Runs a case for [`WARM`], and then times it.
-fn windows(engine: &Engine, n: usize, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<Times> {
+pub(crate) fn windows(
+    engine: &Engine,
+    n: usize,
+    mut run: impl FnMut() -> anyhow::Result<()>,
+) -> anyhow::Result<Times> {
     busy(engine, &mut run)?;
     let time = |_| {
         let begun = Instant::now();

@@ -6,6 +6,7 @@
 
 mod assets;
 mod gpu;
+mod growth;
 mod harness;
 mod machine;
 mod optimisations;
@@ -44,6 +45,8 @@ enum Part {
     Quality(Box<harness::QualityArgs>),
     /// The GPU, at the shapes of released models.
     Gpu(gpu::GpuArgs),
+    /// How time grows with sequences side by side, and with the length of a prompt.
+    Growth(growth::GrowthArgs),
     /// Where the time of a model's passes goes on the GPU.
     Profile(gpu::ProfileArgs),
     /// What ways to hold states bring, with many sequences side by side on the GPU.
@@ -75,6 +78,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         None => optimisations::run(&args.optimisations),
         Some(Part::Quality(args)) => harness::report(args),
         Some(Part::Gpu(args)) => gpu::report(args),
+        Some(Part::Growth(args)) => growth::report(args),
         Some(Part::Profile(args)) => gpu::profile(args),
         Some(Part::StateSpeed(args)) => state_speed::report(args),
         Some(Part::States(args)) => states::report(args),

@@ -414,7 +414,7 @@ impl Executor {
                     let mine = job.logits.rows(job.tokens.len()) * cpu.model.config.vocab;
                     let (own, others) = rest.split_at(mine);
                     let last = own.chunks_exact(cpu.model.config.vocab).last();
-                    job.sequence.shown = last.map_or_else(Shown::default, Shown::of);
+                    job.sequence.read(job.tokens, last.map_or_else(Shown::default, Shown::of));
                     rest = others;
                 }
                 rows
@@ -426,12 +426,11 @@ impl Executor {
                 });
                 let rows = gpu.pass(&mut records.collect::<Result<Vec<_>, Error>>()?, skip)?;
                 for job in &mut *jobs {
-                    job.sequence.shown = Shown::on_device(job.logits != Logits::None);
+                    job.sequence.read(job.tokens, Shown::on_device(job.logits != Logits::None));
                 }
                 rows
             }
         };
-        jobs.iter_mut().for_each(|job| job.sequence.read(job.tokens.len()));
         Ok(rows)
     }
 }
@@ -742,8 +741,13 @@ impl Engine {
         }
     }
 
+    /// Tokens in a pass, at most.
+    pub(crate) fn pass_tokens(&self) -> usize {
+        self.0.pass_tokens
+    }
+
     /// Sequences in a pass, at most.
-    fn segments(&self) -> usize {
+    pub(crate) fn segments(&self) -> usize {
         match &*self.0.executor {
             Executor::Cpu(_) => usize::MAX,
             Executor::Gpu(gpu) => gpu.segments(),

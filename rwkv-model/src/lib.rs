@@ -26,6 +26,7 @@
 //! | [`text`] | a session's tokens as text, up to a stop sequence |
 //! | [`sample`] | [`Sampler`]: from logits to the next token |
 //! | [`store`] | where sessions are kept to move between machines: [`Session::save_to`], [`Engine::load_from`] |
+//! | [`scheduler`] | many requests side by side, packed into passes |
 //! | [`tokenizer`] | text to tokens and back |
 //! | [`quality`] | how well a model predicts a text |
 //! | [`skip`] | layers that are left out at some tokens |
@@ -44,6 +45,7 @@ pub mod checkpoint;
 pub mod engine;
 pub mod gpu;
 pub mod quality;
+pub mod scheduler;
 pub mod session;
 pub mod skip;
 pub mod text;

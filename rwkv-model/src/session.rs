@@ -34,8 +34,17 @@ pub(crate) struct Sequence {
     pub(crate) position: u64,
     /// How often each token was generated.
     pub(crate) counts: Counts,
-    /// Of the tokens that can be undone, oldest first, those that were generated.
-    recent: VecDeque<Option<u32>>,
+    /// The tokens that can be undone, oldest first.
+    recent: VecDeque<Recent>,
+    /// The logits of the token before those, if it had any.
+    floor: Shown,
+}
+
+/// A token that can be undone.
+#[derive(Clone, Copy, Debug)]
+struct Recent {
+    token: u32,
+    generated: bool,
 }
 
 /// The logits of a token.
@@ -51,6 +60,11 @@ impl Shown {
     /// Logits on the host.
     pub(crate) fn of(logits: &[f32]) -> Self {
         Self { logits: OnceLock::from(Arc::from(logits)), on_device: false }
+    }
+
+    /// Those that are on the host.
+    pub(crate) fn on_host(&self) -> Option<&[f32]> {
+        self.logits.get().map(|logits| &**logits)
     }
 
     /// Whether there are any.
@@ -106,22 +120,29 @@ pub struct Snapshot {
 
 impl Sequence {
     fn new(memory: Memory) -> Self {
-        Self { memory, shown: Shown::default(), position: 0, counts: Counts::new(), recent: VecDeque::new() }
+        let (shown, floor) = (Shown::default(), Shown::default());
+        Self { memory, shown, position: 0, counts: Counts::new(), recent: VecDeque::new(), floor }
     }
 
-    /// Notes that tokens were read.
-    pub(crate) fn read(&mut self, tokens: usize) {
-        self.position += tokens as u64;
-        let pending = self.memory.pending();
-        self.recent.extend(std::iter::repeat_n(None, tokens.min(pending)));
+    /// Notes that tokens were read, and what they show.
+    pub(crate) fn read(&mut self, tokens: &[u32], shown: Shown) {
+        let before = std::mem::replace(&mut self.shown, shown);
+        self.position += tokens.len() as u64;
+        let (undone_before, pending) = (self.recent.len(), self.memory.pending());
+        let recent = |&token| Recent { token, generated: false };
+        self.recent.extend(tokens[tokens.len().saturating_sub(pending)..].iter().map(recent));
         self.recent.drain(..self.recent.len().saturating_sub(pending));
+        if undone_before == 0 || undone_before + tokens.len() > pending {
+            // Of what is pending now, the first is of these tokens.
+            self.floor = if tokens.len() == pending { before } else { Shown::default() };
+        }
     }
 
-    /// Notes that the last token was generated.
-    fn generated(&mut self, token: u32) {
+    /// Notes that the last token was generated, and which it is.
+    pub(crate) fn generated(&mut self, token: u32) {
         self.counts.add(token);
         if let Some(last) = self.recent.back_mut() {
-            *last = Some(token);
+            *last = Recent { token, generated: true };
         }
     }
 }
@@ -167,16 +188,30 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// If no token was read yet, or the GPU failed.
+    /// If no token was read yet, it is not known which was read last (see [`Self::rollback`]), or the GPU failed.
     pub fn logits(&self) -> Result<&[f32], Error> {
-        let Sequence { memory, shown: Shown { logits, on_device }, .. } = &self.sequence;
-        if let (None, true, Memory::Device(record), Some(gpu)) =
-            (logits.get(), *on_device, memory, self.engine.gpu())
-        {
+        let Sequence { memory, shown: Shown { logits, on_device }, recent, .. } = &self.sequence;
+        if logits.get().is_none() {
+            let found: Arc<[f32]> = match (memory, self.engine.gpu(), recent.back()) {
+                (Memory::Device(record), Some(gpu), _) if *on_device => gpu.logits(record)?.into(),
+                // Those after the token were undone: it is read once more.
+                (.., Some(last)) if self.engine.skips().is_none() => {
+                    let mut before = self.fork();
+                    before.rollback(1)?;
+                    before.step(last.token)?.into()
+                }
+                _ => return Err(Error::NoLogits),
+            };
             // If another thread was faster, its copy is as good.
-            let _ = logits.set(gpu.logits(record)?.into());
+            let _ = logits.set(found);
         }
         logits.get().map(|logits| &**logits).ok_or(Error::NoLogits)
+    }
+
+    /// Whether there are logits, or can be.
+    pub(crate) fn has_logits(&self) -> bool {
+        let again = self.engine.skips().is_none() && !self.sequence.recent.is_empty();
+        self.sequence.shown.is_some() || again
     }
 
     /// As [`Self::logits`], if there are any.
@@ -308,8 +343,11 @@ impl Session {
     }
 
     /// Undoes the last `tokens` tokens, exactly and without recomputing: the state, the position and the penalties'
-    /// counts are what they were before them. The logits are not kept: there are none until a token is read. For longer
-    /// ways back there is [`Self::snapshot`], which keeps them too.
+    /// counts are what they were before them. So are the logits, but they are computed anew when they are asked for, by
+    /// reading the token before once more: most who go back read another token first. If all that is pending is undone,
+    /// there are those that were there, or none where the first of these tokens came in the same call as tokens before it.
+    /// An engine that leaves layers out does not know which it left out then, and has none either way.
+    /// For longer ways back there is [`Self::snapshot`].
     ///
     /// To be able to undo the next [`Resident::capacity`](rwkv_state::Resident::capacity) tokens, [`Self::fold`] first.
     ///
@@ -317,15 +355,15 @@ impl Session {
     ///
     /// If fewer tokens are [pending](Self::pending); the session is as it was.
     pub fn rollback(&mut self, tokens: usize) -> Result<(), Error> {
-        let Sequence { memory, shown, position, counts, recent } = &mut self.sequence;
+        let Sequence { memory, shown, position, counts, recent, floor } = &mut self.sequence;
         match memory {
             Memory::Host(state) => state.rollback(tokens)?,
             Memory::Device(record) => record.rollback(tokens)?,
         }
         let undone = recent.split_off(recent.len().saturating_sub(tokens));
-        undone.into_iter().flatten().for_each(|token| counts.remove(token));
+        undone.into_iter().filter(|of| of.generated).for_each(|of| counts.remove(of.token));
         if tokens > 0 {
-            *shown = Shown::default();
+            *shown = if recent.is_empty() { floor.clone() } else { Shown::default() };
         }
         *position -= tokens as u64;
         Ok(())
@@ -464,8 +502,7 @@ impl Stream {
             Some(record) => {
                 let sequence = &mut session.sequence;
                 sequence.memory = Memory::Device(record);
-                sequence.shown = Shown::on_device(true);
-                sequence.read(1);
+                sequence.read(&[token], Shown::on_device(true));
                 sequence.generated(token);
                 Ok(())
             }

@@ -3,7 +3,7 @@
 use crate::engine::Error;
 use crate::sample::Sampler;
 use crate::session::{Session, Stream};
-use crate::tokenizer::{LossyUtf8, StopMatcher};
+use crate::tokenizer::{LossyUtf8, StopMatcher, Tokenizer};
 
 /// How text is generated.
 #[derive(Clone, Debug)]
@@ -54,12 +54,8 @@ pub enum FinishReason {
 pub struct Text<'a> {
     session: &'a mut Session,
     stream: Stream,
-    tokens_left: usize,
-    stop: StopMatcher,
-    characters: LossyUtf8,
-    finished: Option<FinishReason>,
+    writer: Writer,
     drained: bool,
-    tokens: usize,
 }
 
 impl Session {
@@ -72,19 +68,15 @@ impl Session {
     /// stop sequence is empty.
     pub fn text(&mut self, options: TextOptions) -> Result<Text<'_>, Error> {
         self.engine().tokenizer()?;
-        if !self.sequence.shown.is_some() {
+        if !self.has_logits() {
             return Err(Error::NoLogits);
         }
         options.sampler.validate()?;
         Ok(Text {
             stream: Stream::new(options.sampler, self.engine().mute().to_vec()),
             session: self,
-            tokens_left: options.max_tokens,
-            stop: StopMatcher::new(options.stop)?,
-            characters: LossyUtf8::default(),
-            finished: None,
+            writer: Writer::new(options.max_tokens, options.stop)?,
             drained: false,
-            tokens: 0,
         })
     }
 }
@@ -93,42 +85,23 @@ impl Text<'_> {
     /// Why the text ended, once it has.
     #[must_use]
     pub const fn finish_reason(&self) -> Option<FinishReason> {
-        self.finished
+        self.writer.finished
     }
 
     /// Tokens generated so far.
     #[must_use]
     pub const fn tokens(&self) -> usize {
-        self.tokens
+        self.writer.tokens
     }
 
     /// One token on; what it adds to the text may be nothing.
     fn advance(&mut self) -> Result<String, Error> {
-        if self.tokens_left == 0 {
-            self.finished = Some(FinishReason::Length);
-            return Ok(String::new());
+        let token = self.stream.choose(self.session, self.writer.tokens_left)?;
+        let piece = self.writer.push(Some(self.session.engine().tokenizer()?), token)?;
+        if self.writer.finished != Some(FinishReason::EndOfText) {
+            self.stream.accept(self.session, token)?;
         }
-        let token = self.stream.choose(self.session, self.tokens_left)?;
-        let tokenizer = self.session.engine().tokenizer()?;
-        if tokenizer.end_of_text() == Some(token) {
-            self.finished = Some(FinishReason::EndOfText);
-            return Ok(String::new());
-        }
-        let piece = self.characters.push(self.stop.push(tokenizer.token_bytes(token)?)).to_owned();
-        self.finished = self.stop.stopped().map(FinishReason::Stop);
-        self.stream.accept(self.session, token)?;
-        (self.tokens_left, self.tokens) = (self.tokens_left - 1, self.tokens + 1);
         Ok(piece)
-    }
-
-    /// What was held back, once.
-    fn drain(&mut self) -> Option<String> {
-        if std::mem::replace(&mut self.drained, true) {
-            return None;
-        }
-        let mut piece = self.characters.push(self.stop.finish()).to_owned();
-        piece.push_str(self.characters.finish());
-        (!piece.is_empty()).then_some(piece)
     }
 }
 
@@ -136,16 +109,64 @@ impl Iterator for Text<'_> {
     type Item = Result<String, Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        while self.finished.is_none() {
+        while self.writer.finished.is_none() {
             match self.advance() {
                 Ok(piece) if piece.is_empty() => {}
                 Ok(piece) => return Some(Ok(piece)),
                 Err(error) => {
-                    (self.finished, self.drained) = (Some(FinishReason::Error), true);
+                    (self.writer.finished, self.drained) = (Some(FinishReason::Error), true);
                     return Some(Err(error));
                 }
             }
         }
-        self.drain().map(Ok)
+        if std::mem::replace(&mut self.drained, true) {
+            return None;
+        }
+        Some(self.writer.finish()).filter(|piece| !piece.is_empty()).map(Ok)
+    }
+}
+
+/// What tokens come to as text, and where it ends.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    tokens_left: usize,
+    /// Those of the text, an end of text not among them.
+    pub(crate) tokens: usize,
+    stop: StopMatcher,
+    characters: LossyUtf8,
+    pub(crate) finished: Option<FinishReason>,
+}
+
+impl Writer {
+    /// Of `max_tokens` at most, which end before any of `stop`.
+    pub(crate) fn new(max_tokens: usize, stop: Vec<String>) -> Result<Self, Error> {
+        Ok(Self {
+            tokens_left: max_tokens,
+            tokens: 0,
+            stop: StopMatcher::new(stop)?,
+            characters: LossyUtf8::default(),
+            finished: (max_tokens == 0).then_some(FinishReason::Length),
+        })
+    }
+
+    /// Takes the next token, and gives what it certainly adds to the text: nothing, without a tokenizer.
+    pub(crate) fn push(&mut self, tokenizer: Option<&Tokenizer>, token: u32) -> Result<String, Error> {
+        if tokenizer.and_then(Tokenizer::end_of_text) == Some(token) {
+            self.finished = Some(FinishReason::EndOfText);
+            return Ok(String::new());
+        }
+        let bytes = tokenizer.map_or(Ok(&[][..]), |tokenizer| tokenizer.token_bytes(token))?;
+        let piece = self.characters.push(self.stop.push(bytes)).to_owned();
+        (self.tokens_left, self.tokens) = (self.tokens_left - 1, self.tokens + 1);
+        let through = (self.tokens_left == 0).then_some(FinishReason::Length);
+        self.finished = self.stop.stopped().map(FinishReason::Stop).or(through);
+        Ok(piece)
+    }
+
+    /// What was held back, once the text has ended.
+    pub(crate) fn finish(&mut self) -> String {
+        let mut piece = self.characters.push(self.stop.finish()).to_owned();
+        piece.push_str(self.characters.finish());
+        piece
     }
 }

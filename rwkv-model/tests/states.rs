@@ -139,13 +139,19 @@ struct Told {
     session: Session,
     tokens: Vec<(u32, bool)>,
     pending: usize,
-    past: Vec<(Vec<f32>, u64)>,
+    /// Whether there are logits, and whether there are again once all that is pending is undone.
+    logits: bool,
+    floor: bool,
+    past: Vec<(Vec<f32>, Vec<f32>, u64)>,
 }
 
 impl Told {
     fn read(&mut self, resident: Resident, tokens: &[u32], generated: bool) {
-        let Advance { pending, .. } = resident.advance(self.pending, tokens.len());
-        self.pending = pending;
+        let Advance { pending, folds } = resident.advance(self.pending, tokens.len());
+        if folds || self.pending == 0 {
+            self.floor = self.logits && pending == tokens.len();
+        }
+        (self.pending, self.logits) = (pending, true);
         self.tokens.extend(tokens.iter().map(|&token| (token, generated)));
     }
 
@@ -155,6 +161,7 @@ impl Told {
         prop_assert_eq!(self.session.position(), tokens.len() as u64, "position");
         prop_assert_eq!(self.session.pending(), self.pending, "pending");
         let want = exact(&tokens);
+        prop_assert_eq!(self.session.logits().is_ok(), self.logits, "logits");
         if let Ok(got) = self.session.logits() {
             let near = nmse(got, &want.logits, limit + want.off[0]);
             prop_assert!(near.is_ok(), "logits after {} tokens: {near:?}", tokens.len());
@@ -171,7 +178,8 @@ fn histories(index: usize) {
     for engine in engines {
         proptest!(config.clone(), |(acts in acts(), seed: u64)| {
             let mut rng = SplitMix64::new(seed);
-            let start = Told { session: engine.session(), tokens: Vec::new(), pending: 0, past: Vec::new() };
+            let (session, tokens, past) = (engine.session(), Vec::new(), Vec::new());
+            let start = Told { session, tokens, pending: 0, logits: false, floor: false, past };
             let (mut all, mut snapshots, mut current) = (vec![start], Vec::new(), 0);
             for act in acts {
                 let others: Vec<_> = all.iter().map(|told| told.session.state().unwrap()).collect();
@@ -195,7 +203,7 @@ fn histories(index: usize) {
                         }
                         let tokens: Vec<u32> =
                             told.session.generate(Sampler::greedy()).take(n).map(Result::unwrap).collect();
-                        told.read(*resident, &tokens, true);
+                        tokens.iter().for_each(|&token| told.read(*resident, &[token], true));
                     }
                     Act::Fold => {
                         told.session.fold().unwrap();
@@ -212,14 +220,18 @@ fn histories(index: usize) {
                     }
                     Act::Rollback(n) => {
                         told.session.rollback(n).unwrap();
-                        prop_assert_eq!(n > 0 && told.session.logits().is_ok(), false, "no logits");
                         told.tokens.truncate(told.tokens.len() - n);
                         told.pending -= n;
+                        if n > 0 {
+                            told.logits = told.pending > 0 || told.floor;
+                        }
                         // As it was, bit for bit, at that position since the last fold.
-                        let now = (told.session.state().unwrap(), told.session.position());
-                        told.past.retain(|past| past.1 <= now.1);
-                        for past in told.past.iter().filter(|past| n > 0 && past.1 == now.1) {
-                            prop_assert!(past.0 == now.0, "rolled back to {}", now.1);
+                        let now = shown(&told.session);
+                        told.past.retain(|past| past.2 <= now.2);
+                        for past in told.past.iter().filter(|past| n > 0 && past.2 == now.2) {
+                            // A fold has rounded what nothing is pending after.
+                            prop_assert!(past.0 == now.0 || told.pending == 0, "rolled back to {}", now.2);
+                            prop_assert!(past.1 == now.1 || !told.logits || past.1.is_empty(), "logits at {}", now.2);
                         }
                     }
                     Act::Fork => {
@@ -241,8 +253,8 @@ fn histories(index: usize) {
                 }
                 let told = &mut all[current.min(others.len() - 1)];
                 told.check(*limit)?;
-                told.past.retain(|past| past.1 + told.pending as u64 > told.session.position());
-                told.past.push((told.session.state().unwrap(), told.session.position()));
+                told.past.retain(|past| past.2 + told.pending as u64 >= told.session.position());
+                told.past.push(shown(&told.session));
             }
             // What is remembered of generated tokens is what was generated and not undone.
             for told in &all {

@@ -722,9 +722,25 @@ fn widen(head_size: usize, values: &[f16], exponents: &[i8]) -> Vec<f32> {
 /// The WKV state of one layer as a base that never changes, its decay, and what was added since:
 /// `S = base * diag(gamma) + delta` ([`step_delta`] has the formulas).
 ///
-/// For a long prefix that many sequences begin with: they share its state for good, and each holds a delta. It takes as
-/// much traffic as a state that is written out. Where the update is purely additive (`a` or `b` is zero) the delta does
-/// not depend on the base at all. A clone is a fork: it shares the base and copies the delta.
+/// Many sequences that begin alike share its base for good, and each holds a delta. Where the update is purely additive (`a`
+/// or `b` is zero) the delta does not depend on the base at all. A clone is a fork: it shares the base and copies the delta.
+///
+/// It is for engines whose update is additive. Sessions of RWKV-7 fork a [`LazyState`] instead, also from a prefix that lives
+/// long, since this form is better in nothing there. Bytes of a head of 64, from the formulas above:
+///
+/// | | a fork holds | a token reads and writes |
+/// |---|---|---|
+/// | [`LazyState`], F32, `C = 8`, until its first fold | 1280 for each pending token | 16384 of the shared base, and the entries |
+/// | the same, after it | 16384 and the entries | 26240 |
+/// | [`LazyState`], F16, `C = 8` | 8192 and the entries | 16000 |
+/// | this, delta in F32 | 16384 | 49152, of which 16384 are the shared base |
+/// | this, delta in F16 | 8192 | 32768, of which 16384 are the shared base |
+///
+/// The delta is as large as a state, and is read and written at every token: even with the base read once for all forks,
+/// which takes a kernel of its own, that is no less than halves with eight tokens pending move, each fork with a base of its
+/// own. Nor is it less memory than halves. It is less exact: what the update removes of the base, the delta holds negated, so
+/// that in the long run it is a state in halves which is rounded at every token, and not at folds. And what is shared fades:
+/// after `T` tokens a channel of decay `w` has `w^T` of the base.
 #[derive(Clone, Debug)]
 pub struct Additive {
     extents: Extents,

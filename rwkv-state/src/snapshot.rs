@@ -26,11 +26,12 @@
 //! ```
 //!
 //! Invariant: a file is written under another name, synced, and then renamed: a crash leaves the old file or the new one.
-//! It may leave the other name as well, `.tmp` and some letters, which nothing reads and anyone may delete. Only its owner
-//! may read it, since a state tells of what was read.
+//! It may leave the other name as well, `.rwkv-state-`, some letters and `.tmp`, which nothing reads and anyone may delete who
+//! knows that no save is under way: a save cannot tell those of others from its own kind. Only its owner may read it, since a
+//! state tells of what was read.
 //!
-//! Invariant: reading a file takes memory by the file's length, never by what it claims of itself; whatever the bytes, the
-//! outcome is a typed error or a snapshot whose state decodes to finite values. No name is in a header twice: all readers
+//! Invariant: reading a file takes memory by the file's length, of which there is a [limit](FILE_LIMIT), never by what it
+//! claims of itself; whatever the bytes, the outcome is a typed error or a snapshot whose state decodes to finite values. No name is in a header twice: all readers
 //! see the same.
 
 use std::cmp::Reverse;
@@ -54,6 +55,10 @@ pub const VERSION: u32 = 1;
 
 /// The longest header, in bytes: ten times what one takes but for the fingerprints.
 pub const HEADER_LIMIT: u64 = 1 << 16;
+
+/// The longest file that is written or read, in bytes: four times a state in F32 of 61 layers of 64 heads of 64, which takes
+/// 66 MB.
+pub const FILE_LIMIT: u64 = 1 << 28;
 
 /// What tells a snapshot from other safetensors files.
 const FORMAT: &str = "rwkv-state";
@@ -86,6 +91,12 @@ pub enum Fault {
     #[error("{bytes} bytes follow the last tensor")]
     Trailing {
         /// How many.
+        bytes: u64,
+    },
+    /// The file is longer than is written or read.
+    #[error("a file of {bytes} bytes is above the limit of {FILE_LIMIT}")]
+    FileTooLong {
+        /// Its length.
         bytes: u64,
     },
     /// The header is longer than is written or read.
@@ -237,12 +248,17 @@ pub struct Snapshot {
     pub logits: Option<Vec<f32>>,
 }
 
+/// A file's length, if it is within the limit.
+const fn within(bytes: u64) -> Result<u64, Fault> {
+    if bytes > FILE_LIMIT { Err(Fault::FileTooLong { bytes }) } else { Ok(bytes) }
+}
+
 impl Snapshot {
     /// Writes it to the file at `path`, in the place of any that is there.
     ///
     /// # Errors
     ///
-    /// If the file cannot be written, the layout is empty, or the fingerprints are too long for a header. What was at
+    /// If the file cannot be written or is too long, the layout is empty, or the fingerprints are too long for a header. What was at
     /// `path` is there still, unless it was the folder's sync that failed.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
@@ -253,12 +269,12 @@ impl Snapshot {
     ///
     /// # Errors
     ///
-    /// If the file cannot be read, is not a snapshot, or is damaged.
+    /// If the file cannot be read, is too long, is not a snapshot, or is damaged.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         let open = || {
             let mut file = File::open(path)?;
-            let len = file.metadata()?.len();
+            let len = within(file.metadata()?.len())?;
             Self::read(&mut file, len)
         };
         open().map_err(|fault| Error { file: path.display().to_string(), fault })
@@ -336,12 +352,13 @@ impl Snapshot {
 
     fn write(&self, path: &Path) -> Result<(), Fault> {
         let bytes = self.to_bytes()?;
+        within(bytes.len() as u64)?;
         let folder = match path.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
         // Removed when dropped, unless it was renamed.
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        let mut file = tempfile::Builder::new().prefix(".rwkv-state-").suffix(".tmp").tempfile_in(folder)?;
         file.write_all(&bytes)?;
         file.as_file().sync_all()?;
         file.persist(path).map_err(|error| error.error)?;

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use proptest::prelude::*;
-use rwkv_state::snapshot::{Digest, Fault, HEADER_LIMIT};
+use rwkv_state::snapshot::{Digest, FILE_LIMIT, Fault, HEADER_LIMIT};
 use rwkv_state::{EncodedState, Part, Snapshot, StateFormat};
 use serde_json::{Value, json};
 use support::{FORMATS, draw, header_len, layout, snapshot, with_header};
@@ -416,4 +416,20 @@ fn the_old_file_is_not_touched() {
     let saved = old.save(&path).is_ok();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
     assert_eq!(Snapshot::load(&path).unwrap(), if saved { old } else { new }, "one or the other");
+}
+
+/// A file that is too long is refused by its length, before any of it is read.
+#[test]
+fn a_file_that_is_too_long() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.state");
+    snapshot(&layout(1, 1, 2), StateFormat::F32, 1).save(&path).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    for (bytes, too_long) in [(FILE_LIMIT, false), (FILE_LIMIT + 1, true), (1 << 40, true)] {
+        // It takes no room on a disk: what was never written is a hole.
+        file.set_len(bytes).unwrap();
+        let fault = Snapshot::load(&path).unwrap_err().fault;
+        let found = matches!(fault, Fault::FileTooLong { bytes: found } if found == bytes);
+        assert_eq!(found, too_long, "{bytes} bytes: {fault}");
+    }
 }

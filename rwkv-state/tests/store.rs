@@ -324,7 +324,7 @@ mod objects {
         ObjectStore as Objects, ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult,
         Result,
     };
-    use rwkv_state::store::{OBJECT_LIMIT, ObjectStore};
+    use rwkv_state::store::{OBJECT_LIMIT, ObjectStore, STALE};
 
     use super::*;
 
@@ -338,6 +338,34 @@ mod objects {
         contract(&local(&folder));
         // The same directory, opened anew, as on another day.
         assert_eq!(local(&folder).get("a").unwrap(), nth(4), "still there");
+    }
+
+    /// What puts left that were killed long ago goes, and nothing else.
+    #[test]
+    fn a_directory_is_swept() {
+        let folder = tempfile::tempdir().unwrap();
+        local(&folder).put("a", &nth(1)).unwrap();
+        let states = folder.path().join("states");
+        let (now, hour) = (std::time::SystemTime::now(), STALE);
+        let left = |name: &str, at: std::time::SystemTime| {
+            let file = fs::File::create(states.join(name)).unwrap();
+            file.set_modified(at).unwrap();
+        };
+        let old = now - 2 * hour;
+        ["a.state#1", "a.state#27", "b.c.state#2"].into_iter().for_each(|name| left(name, old));
+        let kept = ["A.state#1", "a.state#", "a.state#x", "a.state", "a#1", ".state#1", "notes"];
+        kept[..3].iter().chain(&kept[4..]).for_each(|name| left(name, old));
+        left("fresh.state#1", now - hour / 2);
+        left("later.state#1", now + 2 * hour);
+        fs::create_dir(states.join("d.state#1")).unwrap();
+        assert_eq!(local(&folder).get("a").unwrap(), nth(1), "still there");
+        let entries = fs::read_dir(&states).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let mut want: Vec<_> = kept.iter().chain(&["fresh.state#1", "later.state#1", "d.state#1"]).collect();
+        names.sort();
+        want.sort();
+        assert_eq!(names.iter().collect::<Vec<_>>(), want, "what is left");
     }
 
     #[test]

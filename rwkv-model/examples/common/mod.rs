@@ -28,10 +28,16 @@ pub(crate) struct ModelArgs {
 
 impl ModelArgs {
     /// Opens it, with a bar where there is a terminal.
+    #[allow(clippy::allow_attributes, dead_code, reason = "not every example sets options of its own")]
     pub(crate) fn open(&self) -> Result<Engine, rwkv_model::Error> {
+        self.open_with(EngineOptions::default())
+    }
+
+    /// As [`Self::open`], with other options than those of the command line.
+    pub(crate) fn open_with(&self, options: EngineOptions) -> Result<Engine, rwkv_model::Error> {
         let world = |path: &PathBuf| World::open(path).map(Tokenizer::World);
         let tokenizer = self.tokenizer.as_ref().map(world).transpose()?;
-        let options = EngineOptions { tokenizer, device: self.device.clone(), ..EngineOptions::default() };
+        let options = EngineOptions { tokenizer, device: self.device.clone(), ..options };
         let bar = bar("loading {bar:40} {bytes}/{total_bytes}");
         let engine = Engine::open_with(Path::new(&self.model), options, &|progress| {
             bar.set_length(progress.total);

@@ -71,7 +71,7 @@ impl Executor {
         self.sound()?;
         let vocab = self.config.vocab;
         let planner = Planner { device: &self.device };
-        let (params, groups) = sample::lower(sample::Dims { rows: 1, vocab })
+        let (params, groups) = sample::lower(sample::Dims { rows: 1, vocab, counts: 1 })
             .map_err(|why| Error::Extents { part: "sample", why: why.to_string() })?;
         let mask = planner.table(&sample::mask(masked, vocab));
         let mut counted = vec![0u32; vocab];
@@ -125,7 +125,7 @@ impl Executor {
             let before = moves.last().map_or(&ahead.tip, |of| &of.after);
             let of = self.take(&mut work, &[(before, 1, true)])?.remove(0);
             // The sampler's settings were checked when it was handed over.
-            let row = sample::SamplerRow::new(&ahead.sampler, position)
+            let row = sample::SamplerRow::new(&ahead.sampler, position, Some(0))
                 .map_err(|why| Error::Extents { part: "sample", why: why.to_string() })?;
             tables.push(self.scratch.table_of_one(&of, Some(row)));
             moves.push(of);
@@ -153,7 +153,7 @@ impl Executor {
             }
             let mask = mask(position);
             let skip = mask.skip(skipping.as_ref());
-            self.encode(&mut work, &mut encoder, ONE, skip, Some(&ahead.step))?;
+            self.encode(&mut work, &mut encoder, ONE, skip, [Some(&ahead.step), None])?;
             let into = work.records.logits_offset(to);
             encoder.copy_buffer_to_buffer(&self.scratch.logits, 0, &work.records.logits, into, bytes);
             holds = Some(to.index());

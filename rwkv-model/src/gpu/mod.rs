@@ -8,12 +8,14 @@
 //! | `unfused` | the dispatches of a layer, one for each operation: what fusion is measured against |
 //! | `plan` | a pass, laid down once |
 //! | `ahead` | tokens generated ahead of the host |
+//! | `chosen` | the same of many sequences side by side |
 //! | `profile` | how long each dispatch took |
 //!
 //! Passes are encoded and submitted under a lock, in order, and the host does not wait for them: only for logits or
 //! tokens that it asks for. Whatever goes wrong on the device in between shows at the next call.
 
 mod ahead;
+mod chosen;
 mod layer;
 mod plan;
 mod profile;
@@ -39,6 +41,7 @@ use rwkv_state::layout::{DeviceLayout, DeviceState};
 use rwkv_state::{Resident, ResidentRounding};
 
 pub(crate) use self::ahead::Ahead;
+pub(crate) use self::chosen::{Chooser, Chosen, Input, Part};
 use self::layer::{Kernels, Scratch};
 use self::plan::{Mixes, Plan, Shape};
 pub use self::profile::{Dispatch, Profile};
@@ -355,7 +358,7 @@ impl Executor {
             self.tell(&work, &moves, &wanted, skip)?;
         }
         let mut encoder = self.encoder();
-        self.encode(&mut work, &mut encoder, shape, skip, None)?;
+        self.encode(&mut work, &mut encoder, shape, skip, [None; 2])?;
         // The rows of logits, in the order of jobs: kept in the records, or read.
         let row = (self.config.vocab * size_of::<f32>()) as u64;
         let (mut at, mut all) = (0, Vec::new());
@@ -574,14 +577,14 @@ impl Executor {
         }
     }
 
-    /// Encodes a pass; `first` is a dispatch to go before it.
+    /// Encodes a pass, and dispatches to go before it and after it.
     fn encode(
         &self,
         work: &mut Work,
         encoder: &mut wgpu::CommandEncoder,
         shape: Shape,
         skip: Skip<'_>,
-        first: Option<&plan::Step>,
+        [first, last]: [Option<&plan::Step>; 2],
     ) -> Result<(), Error> {
         let key = [shape.rows == 1 && self.in_one_step(), skip.shifts == SkipShifts::Frozen];
         let passed_by = match work.passed_by.remove(&key) {
@@ -597,7 +600,7 @@ impl Executor {
         let plan = self.plan(work, shape)?;
         let head: &[plan::Step] = if shape.logits > 0 { &plan.head } else { &[] };
         let body = plan.until_head(skip, passed_by.as_deref());
-        let steps: Vec<_> = first.into_iter().chain(body).chain(head).collect();
+        let steps: Vec<_> = first.into_iter().chain(body).chain(head).chain(last).collect();
         {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
             match &mut profile {

@@ -55,6 +55,8 @@ pub(crate) struct Record {
     pending: Vec<Place>,
     /// The logits of the last token, if it has any.
     logits: Option<Place>,
+    /// Those of the token before those that are pending.
+    floor_logits: Option<Place>,
     /// Tokens read since its state was made.
     tokens: u64,
 }
@@ -65,13 +67,13 @@ impl Record {
         self.pending.len()
     }
 
-    /// Undoes tokens; there are no logits then.
+    /// Undoes tokens; there are no logits then, but those before all that was pending.
     pub(crate) fn rollback(&mut self, tokens: usize) -> Result<(), lazy::Error> {
         let pending = self.pending();
         let left = pending.checked_sub(tokens).ok_or(lazy::Error::Rollback { asked: tokens, pending })?;
         if tokens > 0 {
             self.pending.truncate(left);
-            self.logits = None;
+            self.logits = if left == 0 { self.floor_logits.clone() } else { None };
             self.tokens -= tokens as u64;
         }
         Ok(())
@@ -211,7 +213,7 @@ impl Records {
             allocate_layers(device, layout, config.n_layers, bases.capacity.into(), slots.capacity.into())?;
         let logits = allocate_logits(device, config.vocab, of_logits.capacity.into())?;
         let (base, floor) = (bases.place(0), slots.place(0));
-        let empty = Record { base, floor, pending: Vec::new(), logits: None, tokens: 0 };
+        let empty = Record { base, floor, pending: Vec::new(), logits: None, floor_logits: None, tokens: 0 };
         Ok(Self { layout, resident, layers, logits, vocab: config.vocab, bases, slots, of_logits, empty })
     }
 
@@ -249,6 +251,9 @@ impl Records {
                 after.floor = if kept > pending { slot(rows - kept) } else { before.slot().clone() };
                 after.pending.clear();
             }
+            if folds || before.pending.is_empty() {
+                after.floor_logits = if rows == pending { before.logits.clone() } else { None };
+            }
             after.pending.extend((rows - pending.min(rows)..rows).filter(|_| pending > 0).map(slot));
             after.tokens += rows as u64;
             after.logits = if logits { of_logits.next() } else { None };
@@ -268,7 +273,8 @@ impl Records {
         let grown = self.reserve(device, Wanted { bases: 1, ..Wanted::default() })?;
         let base = self.bases.take(1).pop().unwrap_or_else(|| of.base.clone());
         let (floor, logits) = (of.slot().clone(), of.logits.clone());
-        Ok((Record { base, floor, pending: Vec::new(), logits, tokens: of.tokens }, grown))
+        let tokens = of.tokens;
+        Ok((Record { base, floor, pending: Vec::new(), logits, floor_logits: None, tokens }, grown))
     }
 
     /// Takes a base and a slot for a state.

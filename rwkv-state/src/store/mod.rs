@@ -21,7 +21,7 @@ mod object;
 
 pub use memory::{ENTRY_OVERHEAD, MemoryStore};
 #[cfg(feature = "object-store")]
-pub use object::{OBJECT_LIMIT, ObjectStore, object_store};
+pub use object::{OBJECT_LIMIT, ObjectStore, STALE, object_store};
 
 use std::fmt;
 

@@ -5,8 +5,8 @@
 //!
 //! In a directory, an object is written as `KEY.state#1`, or with the next number that is free, synced and renamed, and
 //! its directory is synced: when a put has returned, a loss of power does not undo it. It may undo a removal. What a
-//! process that is killed leaves of a put stays until someone removes it: nothing reads it, no key names it, and later
-//! puts take another number. Who may read the directory may read the sessions.
+//! process that is killed leaves of a put is read by nothing, named by no key, and in the way of no later put; a store that is
+//! opened on the directory removes what is [older](STALE) than a put can be. Who may read the directory may read the sessions.
 //!
 //! Calls block. They wait for a thread of the store's own, on which the requests run, so that they work outside of any
 //! runtime and inside of one, where they belong with other calls that block. How long a service is tried, its builder says.
@@ -21,6 +21,7 @@ use std::io;
 use std::path::Path as FilePath;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
+use std::time::Duration;
 
 use futures_util::TryStreamExt;
 pub use object_store;
@@ -30,11 +31,13 @@ use object_store::{GetOptions, ObjectStore as Objects, ObjectStoreExt};
 use tokio::runtime::{Builder, Runtime};
 
 use super::{Error, StateStore, check_key, decode, encode};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{FILE_LIMIT, Snapshot};
 
-/// The largest object, in bytes, unless [`ObjectStore::with_limit`] says another: four times a state in F32 of 61 layers
-/// of 64 heads of 64, which takes 66 MB.
-pub const OBJECT_LIMIT: u64 = 1 << 28;
+/// The largest object, in bytes, unless [`ObjectStore::with_limit`] says another.
+pub const OBJECT_LIMIT: u64 = FILE_LIMIT;
+
+/// A put that was not over after so long never will be.
+pub const STALE: Duration = Duration::from_secs(3600);
 
 /// Snapshots as objects of a directory or a service.
 pub struct ObjectStore {
@@ -46,7 +49,8 @@ pub struct ObjectStore {
 }
 
 impl ObjectStore {
-    /// A directory, which is made for its owner alone if it is missing and its parent is there.
+    /// A directory, which is made for its owner alone if it is missing and its parent is there. What puts that were killed
+    /// left there longer than [`STALE`] ago is removed, as far as that goes.
     ///
     /// # Errors
     ///
@@ -55,6 +59,8 @@ impl ObjectStore {
         let folder = folder.as_ref();
         let place = || folder.display().to_string();
         make(folder).map_err(|source| Error::Open { place: place(), source: source.into() })?;
+        // What cannot be removed is in no one's way.
+        let _ = sweep(folder);
         let files = LocalFileSystem::new_with_prefix(folder)
             .map_err(|source| Error::Open { place: place(), source: source.into() })?;
         Self::new(Arc::new(files.with_fsync(true)), Path::ROOT)
@@ -133,6 +139,24 @@ async fn fetch(objects: &dyn Objects, path: &Path, key: &str, limit: u64) -> Res
         bytes.extend_from_slice(&chunk);
     }
     Ok(bytes)
+}
+
+/// Removes what puts left that were killed long ago.
+fn sweep(folder: &FilePath) -> io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let parts = name.to_str().and_then(|name| name.split_once(".state#"));
+        let number = |text: &str| !text.is_empty() && text.bytes().all(|digit| digit.is_ascii_digit());
+        if parts.is_some_and(|(key, n)| check_key(key).is_ok() && number(n)) {
+            let of = entry.metadata()?;
+            // One of the future is of a clock that is wrong, or of no put.
+            if of.is_file() && of.modified()?.elapsed().is_ok_and(|age| age > STALE) {
+                std::fs::remove_file(entry.path())?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Makes a directory that is missing, and syncs its name.

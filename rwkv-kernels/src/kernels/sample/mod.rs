@@ -2,7 +2,7 @@
 //!
 //! A row gives the token that [`Sampler::sample_except`] gives, but where rounding decides: where two tokens come as
 //! near to being drawn, or to being cut off, as the errors of a device's `exp` and division. It counts what it
-//! chose. Where there is no token to choose, it gives [`ALL_MASKED`] or [`NOT_FINITE`] and counts none.
+//! chose, where it has a row of counts. Where there is no token to choose, it gives [`ALL_MASKED`] or [`NOT_FINITE`] and counts none.
 
 use rwkv_core::ops::sample::{Error as SamplerError, Sampler};
 
@@ -23,7 +23,10 @@ pub const NOT_FINITE: u32 = 0xFFFF_FFFE;
 /// A vocabulary is smaller: so many weights of at most `2^40` units add up in 64 bits.
 const MAX_VOCAB: u32 = 1 << 24;
 
-/// One row of `samplers`: a [`Sampler`] and the position it is to sample at.
+/// What the word for a row of counts says of a row that has none.
+const UNCOUNTED: u32 = 0xFFFF_FFFF;
+
+/// One row of `samplers`: a [`Sampler`], the position it is to sample at, and where it counts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct SamplerRow {
@@ -41,15 +44,18 @@ pub struct SamplerRow {
     pub seed: [u32; 2],
     /// The position in the sequence, the low word first.
     pub position: [u32; 2],
+    /// Its row of `counts`, below [`Dims::counts`] and no other row's; or `0xFFFF_FFFF` for none.
+    pub counts: u32,
 }
 
 impl SamplerRow {
-    /// Of `sampler` at `position`. A temperature beyond the divisors that WGSL knows is taken to the nearest.
+    /// Of `sampler` at `position`, with a row of `counts`; without one no token counts as generated, now or later. A
+    /// temperature beyond the divisors that WGSL knows is taken to the nearest.
     ///
     /// # Errors
     ///
     /// If a setting is out of its range.
-    pub fn new(sampler: &Sampler, position: u64) -> Result<Self, SamplerError> {
+    pub fn new(sampler: &Sampler, position: u64, counts: Option<u32>) -> Result<Self, SamplerError> {
         sampler.validate()?;
         let greedy = sampler.temperature == 0.0;
         let divisor = sampler.temperature.clamp(f32::MIN_POSITIVE, f32::MIN_POSITIVE.recip());
@@ -61,6 +67,7 @@ impl SamplerRow {
             frequency_penalty: sampler.frequency_penalty,
             seed: words(sampler.seed),
             position: words(position),
+            counts: counts.unwrap_or(UNCOUNTED),
         })
     }
 }
@@ -90,6 +97,8 @@ pub struct Dims {
     pub rows: usize,
     /// Logits of a row, `V`.
     pub vocab: usize,
+    /// Rows of counts.
+    pub counts: usize,
 }
 
 /// Why a call cannot be encoded.
@@ -109,8 +118,8 @@ pub enum Error {
     /// The weights of so many tokens may not add up in 64 bits, or `[rows, V]` is longer than a `u32` can index.
     #[error("sample: {rows} rows of {vocab} logits are beyond 2^24 - 1 a row or 32-bit indices")]
     Vocab {
-        /// The rows asked for.
-        rows: u32,
+        /// The rows asked for, of logits or of counts.
+        rows: usize,
         /// The logits asked for.
         vocab: usize,
     },
@@ -126,9 +135,11 @@ pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
     if dims.vocab == 0 {
         return Err(Error::Empty);
     }
+    let most = dims.rows.max(dims.counts);
+    let indexed = |vocab: u32| u32::try_from(most).ok().and_then(|rows| rows.checked_mul(vocab)).is_some();
     let vocab = u32::try_from(dims.vocab)
         .ok()
-        .filter(|&vocab| vocab < MAX_VOCAB && vocab.checked_mul(rows).is_some())
-        .ok_or(Error::Vocab { rows, vocab: dims.vocab })?;
+        .filter(|&vocab| vocab < MAX_VOCAB && indexed(vocab))
+        .ok_or(Error::Vocab { rows: most, vocab: dims.vocab })?;
     Ok((Params { vocab }, [rows, 1, 1]))
 }

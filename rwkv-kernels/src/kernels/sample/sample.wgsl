@@ -21,7 +21,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read> samplers: array<u32>;     // [rows, SAMPLER]
 @group(0) @binding(2) var<storage, read> logits: array<f32>;       // [rows, V]
 @group(0) @binding(3) var<storage, read> mask: array<u32>;         // [V / 32, rounded up], bit 1: never chosen
-@group(0) @binding(4) var<storage, read_write> counts: array<u32>; // [rows, V], one more of the token chosen
+@group(0) @binding(4) var<storage, read_write> counts: array<u32>; // [any, V], one more of the token chosen
 @group(0) @binding(5) var<storage, read_write> tokens: array<u32>; // [rows]
 
 // Where the words of a sampler are, and how many.
@@ -32,7 +32,11 @@ const PRESENCE_PENALTY: u32 = 3u;
 const FREQUENCY_PENALTY: u32 = 4u;
 const SEED: u32 = 5u;
 const POSITION: u32 = 7u;
-const SAMPLER: u32 = 9u;
+const COUNTS: u32 = 9u;
+const SAMPLER: u32 = 10u;
+
+// The row of counts of a row that has none.
+const UNCOUNTED: u32 = 0xffffffffu;
 
 // What a row gives for which there is no token.
 const ALL_MASKED: u32 = 0xffffffffu;
@@ -45,9 +49,10 @@ const MASKED: u32 = 0u;                     // below the keys of all numbers
 const INFINITE: u32 = 0xff800000u;          // the key of infinity
 const NO_NUMBER: u32 = 0xffffffffu;         // above it
 
-// A row's place in [rows, V] and its penalties.
+// A row's place in [rows, V], that of its counts, and its penalties, which are none without counts.
 struct Row {
     start: u32,
+    counts: u32,
     presence: f32,
     frequency: f32,
 }
@@ -77,7 +82,7 @@ fn key_with(token: u32, logit: f32, word: u32, row: Row) -> u32 {
         return NO_NUMBER;
     }
     if row.presence != 0.0 || row.frequency != 0.0 {
-        let count = counts[row.start + token];
+        let count = counts[row.counts + token];
         if count > 0u {
             // Finite less infinite at worst: infinite.
             let penalised = logit - (row.presence + row.frequency * f32(count));
@@ -439,10 +444,12 @@ fn draw(kept: Cut, top: vec2<u32>, at: u32, row: Row, lane: u32) -> u32 {
 @compute @workgroup_size(LANES)
 fn sample(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let at = group.x * SAMPLER;
+    let counted = samplers[at + COUNTS] != UNCOUNTED;
     let row = Row(
         group.x * params.vocab,
-        bitcast<f32>(samplers[at + PRESENCE_PENALTY]),
-        bitcast<f32>(samplers[at + FREQUENCY_PENALTY]),
+        select(0u, samplers[at + COUNTS] * params.vocab, counted),
+        select(0.0, bitcast<f32>(samplers[at + PRESENCE_PENALTY]), counted),
+        select(0.0, bitcast<f32>(samplers[at + FREQUENCY_PENALTY]), counted),
     );
     open_search(MASKED, lane);
     var best = MASKED;
@@ -483,7 +490,9 @@ fn sample(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_ind
     storageBarrier(); // all have read the counts
     if lane == 0u {
         tokens[group.x] = chosen;
-        let count = row.start + chosen;
-        counts[count] = max(counts[count], counts[count] + 1u); // or as it is, at its largest
+        if counted {
+            let count = row.counts + chosen;
+            counts[count] = max(counts[count], counts[count] + 1u); // or as it is, at its largest
+        }
     }
 }

@@ -8,7 +8,9 @@ use rwkv_core::Real as _;
 use rwkv_core::ops::sample::{Counts, Error as SamplerError, Sampler};
 use rwkv_core::rng::{SplitMix64, philox4x32};
 
-use super::{ALL_MASKED, Dims, Error, MAX_GROUPS, NOT_FINITE, SamplerRow, VARIANTS, lower, mask, words};
+use super::{
+    ALL_MASKED, Dims, Error, MAX_GROUPS, NOT_FINITE, SamplerRow, UNCOUNTED, VARIANTS, lower, mask, words,
+};
 use crate::Kernel;
 use crate::gpu::{Device, device_for_tests, variants_for_tests};
 use crate::pipeline::Pipeline;
@@ -71,7 +73,7 @@ impl Row {
         let peak = [0.0, 0.0, 8.0, 16.0][below(4, rng)];
         (0..3).for_each(|_| logits[below(vocab, rng)] += peak);
         let mut counts = vec![0; vocab];
-        (0..60).for_each(|_| counts[below(vocab.min(40), rng)] += 1);
+        (0..[0, 60, 60][below(3, rng)]).for_each(|_| counts[below(vocab.min(40), rng)] += 1);
         let penalties = match rng.next_u64() % 5 {
             0..=1 => [0.0; 2],
             2 => [0.25, -0.5],
@@ -137,26 +139,47 @@ impl Case {
         self.rows.iter().map(|row| row.twin(&self.masked)).collect()
     }
 
-    /// The tokens. Asserts that they were counted, and that nothing else changed.
+    /// Where each row counts, the last first, and how many there are: the first is no row's. Of those that have counted
+    /// nothing, every other has none.
+    fn places(&self) -> (Vec<Option<u32>>, usize) {
+        let mut n = 1;
+        let mut place = |(index, row): (usize, &Row)| {
+            let counted = index.is_multiple_of(2) || row.counts.iter().any(|&count| count > 0);
+            n += u32::from(counted);
+            counted.then_some(n - 1)
+        };
+        let mut places: Vec<_> = self.rows.iter().enumerate().rev().map(&mut place).collect();
+        places.reverse();
+        (places, n as usize)
+    }
+
+    /// The tokens. Asserts that they were counted where they are to be, and that nothing else changed.
     fn run(&self, device: &Device, kernel: &Pipeline) -> Vec<u32> {
         let vocab = self.rows[0].logits.len();
-        let (params, groups) = lower(Dims { rows: self.rows.len(), vocab }).unwrap();
-        let samplers: Vec<_> =
-            self.rows.iter().map(|row| SamplerRow::new(&row.sampler, row.position).unwrap()).collect();
+        let (places, counts) = self.places();
+        let (params, groups) = lower(Dims { rows: self.rows.len(), vocab, counts }).unwrap();
+        let sampler =
+            |(row, place): (&Row, &Option<u32>)| SamplerRow::new(&row.sampler, row.position, *place);
+        let samplers: Vec<_> = self.rows.iter().zip(&places).map(|of| sampler(of).unwrap()).collect();
+        let mut before = vec![POISON; counts * vocab];
+        let at = |place: u32| place as usize * vocab..(place as usize + 1) * vocab;
+        for (row, place) in self.rows.iter().zip(&places) {
+            place.iter().for_each(|&place| before[at(place)].copy_from_slice(&row.counts));
+        }
         let bits = |row: &Row| row.logits.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         let buffers = [
             bytemuck::cast_slice(&samplers).to_vec(),
             self.rows.iter().flat_map(bits).collect(),
             mask(&self.masked, vocab),
-            self.rows.iter().flat_map(|row| row.counts.clone()).collect(),
+            before,
             vec![POISON; self.rows.len()],
         ];
         let mut after = device.run(kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
         let (tokens, counts) = (after.pop().unwrap(), after.pop().unwrap());
         assert_eq!(after, buffers[..3], "the operands are untouched");
         let mut counted = buffers[3].clone();
-        for (row, &token) in counted.chunks_exact_mut(vocab).zip(&tokens) {
-            if let Some(count) = row.get_mut(token as usize) {
+        for (place, &token) in places.iter().zip(&tokens) {
+            if let Some(count) = place.and_then(|place| counted[at(place)].get_mut(token as usize)) {
                 *count = count.saturating_add(1);
             }
         }
@@ -522,7 +545,7 @@ fn the_noise_is_that_of_the_twin() {
         })
         .collect();
     for (device, kernel) in &variants_for_tests(&[probe], &[]) {
-        let row = SamplerRow::new(&Sampler { seed, ..ALL }, position).unwrap();
+        let row = SamplerRow::new(&Sampler { seed, ..ALL }, position, None).unwrap();
         let x_bits = x.iter().map(|x| x.to_bits()).collect();
         let out = vec![POISON; WORDS * n];
         let buffers = [bytemuck::cast_slice(&[row]).to_vec(), x_bits, bits.clone(), vec![0], out];
@@ -566,6 +589,7 @@ fn constants_are_those_of_the_wgsl() {
         }
     };
     assert_eq!((constant("ALL_MASKED"), constant("NOT_FINITE")), (ALL_MASKED, NOT_FINITE), "errors");
+    assert_eq!(constant("UNCOUNTED"), UNCOUNTED, "no counts");
     let fields = [
         ("TEMPERATURE", offset_of!(SamplerRow, temperature)),
         ("TOP_K", offset_of!(SamplerRow, top_k)),
@@ -574,6 +598,7 @@ fn constants_are_those_of_the_wgsl() {
         ("FREQUENCY_PENALTY", offset_of!(SamplerRow, frequency_penalty)),
         ("SEED", offset_of!(SamplerRow, seed)),
         ("POSITION", offset_of!(SamplerRow, position)),
+        ("COUNTS", offset_of!(SamplerRow, counts)),
         ("SAMPLER", size_of::<SamplerRow>()),
     ];
     for (name, bytes) in fields {
@@ -584,12 +609,13 @@ fn constants_are_those_of_the_wgsl() {
 #[test]
 fn a_row_of_samplers_is_its_sampler() {
     let sampler = Sampler { seed: 1 << 32 | 2, presence_penalty: 0.5, top_k: 9, ..Sampler::default() };
-    let row = SamplerRow::new(&sampler, 3 << 32 | 4).unwrap();
+    let row = SamplerRow::new(&sampler, 3 << 32 | 4, Some(5)).unwrap();
     assert_eq!((row.temperature, row.top_k, row.top_p), (1.0, 9, 0.7), "settings");
     assert_eq!((row.presence_penalty, row.frequency_penalty), (0.5, 0.0), "penalties");
     assert_eq!((row.seed, row.position), ([2, 1], [4, 3]), "low words first");
+    assert_eq!(row.counts, 5, "its counts");
     let tempered =
-        |temperature| SamplerRow::new(&Sampler { temperature, ..ALL }, 0).map(|row| row.temperature);
+        |temperature| SamplerRow::new(&Sampler { temperature, ..ALL }, 0, None).map(|row| row.temperature);
     assert_eq!(tempered(0.0), Ok(0.0), "greedy");
     assert_eq!(tempered(1e-45), Ok(0.5_f32.powi(126)), "a divisor");
     assert_eq!(tempered(f32::MAX), Ok(2_f32.powi(126)), "a divisor");
@@ -605,13 +631,16 @@ fn a_mask_has_a_bit_of_each_token() {
 
 #[test]
 fn refuses_what_it_cannot_run() {
-    let lowered = |rows, vocab| lower(Dims { rows, vocab }).map(|(params, groups)| (params.vocab, groups));
+    let counted = |rows, vocab, counts| lower(Dims { rows, vocab, counts });
+    let lowered = |rows, vocab| counted(rows, vocab, 1).map(|(params, groups)| (params.vocab, groups));
     assert_eq!(lowered(3, 65_536), Ok((65_536, [3, 1, 1])), "plain");
     assert_eq!(lowered(0, 7), Ok((7, [0, 1, 1])), "nothing to do");
     assert_eq!(lowered(1, 0), Err(Error::Empty), "no tokens");
     assert_eq!(lowered(65_536, 1), Err(Error::Rows { got: 65_536, max: MAX_GROUPS }), "rows");
     assert_eq!(lowered(65_535, 65_536), Ok((65_536, [65_535, 1, 1])), "2^32 - 2^16 logits");
     assert_eq!(lowered(65_535, 65_538), Err(Error::Vocab { rows: 65_535, vocab: 65_538 }), "beyond 2^32");
+    let beyond = Error::Vocab { rows: 65_536, vocab: 65_536 };
+    assert_eq!(counted(1, 65_536, 65_536).map(|_| ()), Err(beyond), "counts beyond 2^32");
     assert!(lowered(1, (1 << 24) - 1).is_ok(), "the largest");
     assert_eq!(lowered(1, 1 << 24), Err(Error::Vocab { rows: 1, vocab: 1 << 24 }), "one more");
     assert_eq!(lowered(1, usize::MAX), Err(Error::Vocab { rows: 1, vocab: usize::MAX }), "no overflow");
