@@ -60,6 +60,9 @@ struct CpuArgs {
     /// Times each case so often.
     #[arg(long, default_value_t = 15)]
     repeats: usize,
+    /// What the random model's matrices are quantised to: f16, int8 or int4, then perhaps others for some of them.
+    #[arg(long, default_value_t)]
+    weights: rwkv_model::Recipe,
     /// The bundled model and its held-out text.
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../rwkv-model/assets/books-10m"))]
     assets: PathBuf,
@@ -84,7 +87,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
 
 #[expect(clippy::print_stdout, reason = "the report")]
 fn cpu(args: &CpuArgs) -> anyhow::Result<()> {
-    let fast = speed::report(&args.scratch, args.repeats.max(1))?;
+    let fast = speed::report(&args.scratch, args.repeats.max(1), &args.weights)?;
     println!();
     let exact = quality::report(&args.assets, args.quick)?;
     ensure!(fast && exact, "not everything was reached: see above");

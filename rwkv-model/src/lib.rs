@@ -27,6 +27,7 @@
 //! | [`sample`] | [`Sampler`]: from logits to the next token |
 //! | [`store`] | where sessions are kept to move between machines: [`Session::save_to`], [`Engine::load_from`] |
 //! | [`tokenizer`] | text to tokens and back |
+//! | [`recipe`] | which matrices are quantised, and how |
 //! | [`quality`] | how well a model predicts a text |
 //! | [`skip`] | layers that are left out at some tokens |
 //!
@@ -44,6 +45,7 @@ pub mod checkpoint;
 pub mod engine;
 pub mod gpu;
 pub mod quality;
+pub mod recipe;
 pub mod session;
 pub mod skip;
 pub mod text;
@@ -51,6 +53,7 @@ pub mod tokenizer;
 
 pub use checkpoint::Checkpoint;
 pub use engine::{Engine, EngineOptions, Error};
+pub use recipe::{Recipe, WeightFormat};
 pub use session::{Session, Snapshot};
 pub use text::{FinishReason, TextOptions};
 pub use tokenizer::Tokenizer;

@@ -67,7 +67,9 @@ fn quantised(weights: &[f32; BLOCK], scale: f32) -> (f32, [f32; BLOCK]) {
     if scale == 0.0 {
         return (f32::INFINITY, q);
     }
-    for (weights, q) in weights.as_chunks::<{ BLOCK / 2 }>().0.iter().zip(q.as_chunks_mut::<{ BLOCK / 2 }>().0) {
+    for (weights, q) in
+        weights.as_chunks::<{ BLOCK / 2 }>().0.iter().zip(q.as_chunks_mut::<{ BLOCK / 2 }>().0)
+    {
         for i in 0..BLOCK / 2 {
             q[i] = (weights[i] / scale).round_ties_even().clamp(-8.0, 7.0);
             let off = scale * q[i] - weights[i];

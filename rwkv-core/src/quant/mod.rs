@@ -150,8 +150,13 @@ impl Blocks {
     ) -> Option<Self> {
         let blocks = rows.checked_mul(columns.div_ceil(BLOCK))?;
         let whole = scales.len() == blocks && Some(weights.len()) == blocks.checked_mul(format.block_bytes());
-        (whole && scales.iter().all(|scale| scale.is_finite()))
-            .then_some(Self { format, rows, columns, weights, scales })
+        (whole && scales.iter().all(|scale| scale.is_finite())).then_some(Self {
+            format,
+            rows,
+            columns,
+            weights,
+            scales,
+        })
     }
 
     /// Its parts of `rows` rows each, in order, the last perhaps of fewer.
@@ -205,6 +210,20 @@ impl Blocks {
         self.weights.len() + size_of_val(self.scales.as_slice())
     }
 
+    /// A weight in steps of its scale.
+    pub(crate) fn unit(&self, row: usize, column: usize) -> i8 {
+        let bytes = self.format.block_bytes();
+        let block = row * self.row_blocks() + column / BLOCK;
+        self.unit_of(&self.weights[block * bytes..][..bytes], column % BLOCK)
+    }
+
+    fn unit_of(&self, block: &[u8], i: usize) -> i8 {
+        match self.format {
+            Format::Int8 => int8::unit(block, i),
+            Format::Int4 => int4::unit(block, i),
+        }
+    }
+
     /// Decodes a row.
     ///
     /// # Panics
@@ -218,11 +237,7 @@ impl Blocks {
         for ((out, weights), scale) in out.chunks_mut(BLOCK).zip(weights).zip(scales) {
             let scale = scale.to_f32();
             for (i, out) in out.iter_mut().enumerate() {
-                let q = match self.format {
-                    Format::Int8 => int8::unit(weights, i),
-                    Format::Int4 => int4::unit(weights, i),
-                };
-                *out = R::of(f64::from(scale * f32::from(q)));
+                *out = R::of(f64::from(scale * f32::from(self.unit_of(weights, i))));
             }
         }
     }
@@ -315,7 +330,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{BLOCK, Blocks, Error, Format};
-    use crate::compare::max_abs;
     use crate::ops::linear::Linear;
     use crate::rng::SplitMix64;
 

@@ -45,9 +45,9 @@ pub use self::profile::{Dispatch, Profile};
 pub(crate) use self::records::Record;
 use self::records::{Move, Place, Records};
 use self::unfused::Unfused;
-pub use self::weights::WeightFormat;
 use self::weights::Weights;
 use crate::checkpoint::{self, Checkpoint, Progress};
+use crate::recipe::Recipe;
 
 /// Why the GPU executor cannot do something.
 #[derive(Debug, thiserror::Error)]
@@ -152,7 +152,7 @@ pub(crate) fn suits(config: &ModelConfig) -> bool {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Setup {
     pub(crate) adapter: Option<String>,
-    pub(crate) weights: WeightFormat,
+    pub(crate) weights: Recipe,
     pub(crate) state: Resident,
     pub(crate) sessions: usize,
     pub(crate) pass_tokens: usize,
@@ -243,7 +243,7 @@ impl Executor {
         let unfused = (!setup.fused).then(|| Unfused::new(&device, &config, scratch.rows)).transpose()?;
         device.save_cache()?;
         let records = Records::new(&device, &config, setup.state, setup.sessions)?;
-        let weights = Weights::upload(&device, checkpoint, setup.weights, progress)?;
+        let weights = Weights::upload(&device, checkpoint, &setup.weights, progress)?;
         let profile = setup.timestamps.then(|| profile::Recorder::new(&device)).flatten();
         let work = Work {
             records,
@@ -474,6 +474,11 @@ impl Executor {
         }
         self.device.queue().submit([encoder.finish()]);
         Ok(of.after)
+    }
+
+    /// Bytes of the matrices.
+    pub(crate) fn weight_bytes(&self) -> u64 {
+        self.weights.bytes()
     }
 
     /// How long the dispatches of all passes since the last call took; empty without timestamps.

@@ -23,24 +23,7 @@ use wgpu::WriteOnly;
 
 use super::Error;
 use crate::checkpoint::{Checkpoint, Fault, Progress, Reader};
-
-/// How the weights of matrices are stored on the device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum WeightFormat {
-    /// Half precision.
-    #[default]
-    F16,
-}
-
-impl WeightFormat {
-    /// Bytes of `n` weights.
-    #[must_use]
-    pub const fn bytes(self, n: usize) -> usize {
-        match self {
-            Self::F16 => n * size_of::<f16>(),
-        }
-    }
-}
+use crate::recipe::Recipe;
 
 /// Weights read at a time by one thread.
 const BLOCK: usize = 1 << 18;
@@ -83,15 +66,22 @@ impl Layer {
 }
 
 impl Weights {
+    /// Bytes of the matrices, but for the embedding.
+    pub(super) fn bytes(&self) -> u64 {
+        let of_layer =
+            |of: &Layer| [&of.stack, &of.up, &of.output, &of.key, &of.value].map(wgpu::Buffer::size);
+        self.layers.iter().flat_map(of_layer).sum::<u64>() + self.head.size()
+    }
+
     /// Uploads the weights; `progress` is told of every stretch read, from several threads.
     pub(super) fn upload(
         device: &Device,
         checkpoint: &Checkpoint,
-        format: WeightFormat,
+        recipe: &Recipe,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Self, Error> {
         let upload =
-            Upload { device, format, reader: checkpoint.reader(progress), config: *checkpoint.config() };
+            Upload { device, recipe, reader: checkpoint.reader(progress), config: *checkpoint.config() };
         upload.model().map_err(|error| match error {
             Failed::Fault(fault) => Error::Checkpoint(checkpoint.error(fault)),
             Failed::Device(error) => error,
@@ -121,7 +111,7 @@ impl From<Error> for Failed {
 
 struct Upload<'a> {
     device: &'a Device,
-    format: WeightFormat,
+    recipe: &'a Recipe,
     reader: Reader<'a>,
     config: ModelConfig,
 }
@@ -221,7 +211,7 @@ impl Upload<'_> {
 
     /// Matrices, one after the other.
     fn matrix(&self, label: &str, pieces: &[Piece]) -> Result<wgpu::Buffer, Failed> {
-        let bytes = |piece: &Piece| self.format.bytes(piece.rows * piece.columns);
+        let bytes = |piece: &Piece| piece.rows * piece.columns * size_of::<f16>();
         self.buffer(label, pieces.iter().map(bytes).sum(), |mut to| {
             for piece in pieces {
                 let part = to.split_off(..bytes(piece)).unwrap_or_default();
