@@ -160,10 +160,25 @@ impl Recipe {
         self.layers.get(&(layer, matrix)).copied().unwrap_or(self.formats[matrix as usize])
     }
 
-    /// The formats that occur in so many layers.
-    pub(crate) fn formats(&self, layers: usize) -> impl Iterator<Item = WeightFormat> {
-        let of = |layer| Matrix::ALL.into_iter().map(move |matrix| (layer, matrix));
-        (0..layers).flat_map(of).map(|(layer, matrix)| self.format(layer, matrix))
+    /// The blocks that some matrices are in, over so many layers.
+    pub(crate) fn blocks<'a>(
+        &'a self,
+        layers: usize,
+        of: &'a [Matrix],
+    ) -> impl Iterator<Item = Option<quant::Format>> + 'a {
+        (0..layers).flat_map(move |layer| of.iter().map(move |&of| self.format(layer, of).blocks()))
+    }
+
+    /// What matrices are in of a file of so many layers that has some quantised, if the others are by this recipe.
+    pub(crate) fn over(mut self, stored: &Self, layers: usize) -> Self {
+        for (layer, of) in (0..layers).flat_map(|layer| Matrix::ALL.map(|of| (layer, of))) {
+            self = match (stored.format(layer, of), of) {
+                (WeightFormat::F16, _) => self,
+                (format, Matrix::Head) => self.with(of, format),
+                (format, _) => self.with_layer(layer, of, format),
+            };
+        }
+        self
     }
 
     /// The first of its layers that a model of so many has not.

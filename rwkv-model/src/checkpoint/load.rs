@@ -108,6 +108,7 @@ impl Checkpoint {
         recipe: &Recipe,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Model<R, M>, Error> {
+        self.check(recipe)?;
         self.reader(progress).model(recipe).map_err(|fault| self.error(fault))
     }
 
@@ -123,8 +124,16 @@ impl Checkpoint {
         layer: usize,
         matrix: recipe::Matrix,
     ) -> Result<Option<Blocks>, Error> {
+        self.check(recipe)?;
         let reader = self.reader(&|_| {});
         reader.blocks(recipe, layer, matrix).map_err(|fault| self.error(fault))
+    }
+
+    /// Checks that the model has the layers of a recipe.
+    pub(crate) fn check(&self, recipe: &Recipe) -> Result<(), Error> {
+        let layers = self.config.n_layers;
+        let beyond = |layer| Err(self.error(Fault::RecipeLayer { layer, layers }));
+        recipe.layer_beyond(layers).map_or(Ok(()), beyond)
     }
 
     /// Reads one of its [tensors](Self::tensors), for structures other than [`Model`].
@@ -153,7 +162,6 @@ pub(crate) struct Reader<'a> {
 impl Reader<'_> {
     fn model<R: Real, M: LoadMatrix>(&self, recipe: &Recipe) -> Result<Model<R, M>, Fault> {
         let config = self.checkpoint.config;
-        self.check(recipe)?;
         Ok(Model {
             config,
             embedding: self.whole("emb.weight")?,
@@ -162,12 +170,6 @@ impl Reader<'_> {
             ln_out: self.norm("ln_out")?,
             head: self.quantisable(recipe, 0, recipe::Matrix::Head)?,
         })
-    }
-
-    /// Checks that the model has the layers of a recipe.
-    pub(crate) fn check(&self, recipe: &Recipe) -> Result<(), Fault> {
-        let layers = self.checkpoint.config.n_layers;
-        recipe.layer_beyond(layers).map_or(Ok(()), |layer| Err(Fault::RecipeLayer { layer, layers }))
     }
 
     fn block<R: Real, M: LoadMatrix>(&self, recipe: &Recipe, layer: usize) -> Result<Block<R, M>, Fault> {
@@ -277,7 +279,7 @@ impl Reader<'_> {
         let [outputs, inputs] = self.checkpoint.extents(matrix);
         let [rows, columns] = if hidden_major { [inputs, outputs] } else { [outputs, inputs] };
         if let Some(format) = self.checkpoint.recipe.format(layer, matrix).blocks() {
-            return self.stored_blocks(&name, format, [rows, columns]).map(Some);
+            return self.stored_blocks(&name, format, [rows, columns]).map(Some); // whatever the recipe says
         }
         let Some(format) = recipe.format(layer, matrix).blocks() else { return Ok(None) };
         let mut blocks = Blocks::zeros(format, rows, columns);

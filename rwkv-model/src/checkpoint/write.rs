@@ -52,7 +52,7 @@ impl Checkpoint {
         let path = path.as_ref();
         let io = |error| WriteError::Io { file: path.display().to_string(), error };
         let reader = self.reader(progress);
-        reader.check(recipe).map_err(|fault| self.error(fault))?;
+        self.check(recipe)?;
         let (whole, tensors) = self.planned(recipe);
 
         // The name is not empty, so that the folder is: the current one is.

@@ -47,7 +47,7 @@ use self::records::{Move, Place, Records};
 use self::unfused::Unfused;
 use self::weights::Weights;
 use crate::checkpoint::{self, Checkpoint, Progress};
-use crate::recipe::Recipe;
+use crate::recipe::{Matrix, Recipe};
 
 /// Why the GPU executor cannot do something.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +81,9 @@ pub enum Error {
         /// Of the kernels.
         want: usize,
     },
+    /// Weights in blocks, without fusion.
+    #[error("weights cannot be {0}: without fusion they are halves")]
+    Weights(Recipe),
     /// Extents that a kernel cannot do.
     #[error("{part}: {why}")]
     Extents {
@@ -221,12 +224,17 @@ impl Executor {
     /// Opens a device and uploads the model; `progress` is told how loading goes, from several threads.
     pub(crate) fn open(
         checkpoint: &Checkpoint,
-        setup: Setup,
+        mut setup: Setup,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Self, Error> {
         let config = *checkpoint.config();
         if config.head_size != HEAD_SIZE {
             return Err(Error::HeadSize { got: config.head_size, want: HEAD_SIZE });
+        }
+        checkpoint.check(&setup.weights).map_err(Error::Checkpoint)?;
+        setup.weights = setup.weights.over(checkpoint.recipe(), config.n_layers);
+        if !setup.fused && setup.weights.blocks(config.n_layers, &Matrix::ALL).any(|of| of.is_some()) {
+            return Err(Error::Weights(setup.weights));
         }
         let all = !setup.portable;
         let features = rwkv_kernels::Features { f16: all, subgroup: all, coop: all };
@@ -568,12 +576,13 @@ impl Executor {
         })
     }
 
-    const fn layers<'a>(&'a self, records: &'a Records) -> layer::Layers<'a> {
+    fn layers<'a>(&'a self, records: &'a Records) -> layer::Layers<'a> {
         layer::Layers {
             device: &self.device,
             config: &self.config,
             kernels: &self.kernels,
             weights: &self.weights,
+            head_format: self.setup.weights.format(0, Matrix::Head).blocks(),
             scratch: &self.scratch,
             records,
         }
