@@ -424,6 +424,15 @@ trait Panel: Copy {
     fn row<'a>(self, prepared: &'a Self::Prepared, input: usize) -> Self::Row<'a>
     where
         Self: 'a;
+
+    /// The rows of some.
+    fn rows<'a>(
+        self,
+        prepared: &'a Self::Prepared,
+        inputs: Range<usize>,
+    ) -> impl Iterator<Item = Self::Row<'a>> + Clone
+    where
+        Self: 'a;
 }
 
 impl<W: Stored> Panel for &[[W; PANEL]] {
@@ -445,6 +454,14 @@ impl<W: Stored> Panel for &[[W; PANEL]] {
         Self: 'a,
     {
         &self[input]
+    }
+
+    #[inline(always)]
+    fn rows<'a>(self, (): &'a (), inputs: Range<usize>) -> impl Iterator<Item = &'a [W; PANEL]> + Clone
+    where
+        Self: 'a,
+    {
+        self[inputs].iter()
     }
 }
 
@@ -474,6 +491,18 @@ impl<W: Units> Panel for ByInput<'_, W> {
         Self: 'a,
     {
         InputRow(&self.units[input], &self.scales[input])
+    }
+
+    #[inline(always)]
+    fn rows<'a>(
+        self,
+        prepared: &'a Self::Prepared,
+        inputs: Range<usize>,
+    ) -> impl Iterator<Item = InputRow<'a, W>> + Clone
+    where
+        Self: 'a,
+    {
+        inputs.map(move |input| self.row(prepared, input))
     }
 }
 
@@ -518,6 +547,18 @@ impl<W: Units> Panel for ByOutput<'_, W> {
     {
         OutputRow(&self.units[input], &prepared[input % BLOCK / quant::BLOCK])
     }
+
+    #[inline(always)]
+    fn rows<'a>(
+        self,
+        prepared: &'a Self::Prepared,
+        inputs: Range<usize>,
+    ) -> impl Iterator<Item = OutputRow<'a, W>> + Clone
+    where
+        Self: 'a,
+    {
+        inputs.map(move |input| self.row(prepared, input))
+    }
 }
 
 fn panel_of<P: Panel>(panel: P, x: &[f32], active: Option<&[Vec<usize>]>, y: &mut [&mut [f32]]) {
@@ -528,17 +569,19 @@ fn panel_of<P: Panel>(panel: P, x: &[f32], active: Option<&[Vec<usize>]>, y: &mu
         let inputs = done..done + active.map_or(all.len(), |active| active[i].len());
         done = inputs.end;
         let prepared = panel.prepare(i);
-        let row = |input| panel.row(&prepared, input);
         match active {
             // few rows: widened in registers, so that reading the weights never pauses
-            None if P::Row::WIDE || y.len() <= TILE => multiply(all.map(row), x, inputs, y),
+            None if P::Row::WIDE || y.len() <= TILE => multiply(panel.rows(&prepared, all), x, inputs, y),
             None => {
                 buffer.resize(BLOCK, [0.0; PANEL]);
                 let block = &mut buffer[..all.len()];
-                widen(all.map(row), block);
+                widen(panel.rows(&prepared, all), block);
                 multiply(block.iter(), x, inputs, y);
             }
-            Some(active) => multiply(active[i].iter().map(|&input| row(input)), x, inputs, y),
+            Some(active) => {
+                let rows = active[i].iter().map(|&input| panel.row(&prepared, input));
+                multiply(rows, x, inputs, y);
+            }
         }
     }
 }
