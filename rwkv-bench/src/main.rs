@@ -18,6 +18,7 @@ mod state_speed;
 mod states;
 mod table;
 mod variant;
+mod weights;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -50,6 +51,8 @@ enum Part {
     StateSpeed(state_speed::StateSpeedArgs),
     /// What every way to hold a state costs in quality, on the bundled model.
     States(states::StatesArgs),
+    /// What quantised weights cost in quality and take in memory, on the bundled model.
+    Weights(weights::WeightsArgs),
 }
 
 #[derive(clap::Args)]
@@ -81,6 +84,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         Some(Part::Profile(args)) => gpu::profile(args),
         Some(Part::StateSpeed(args)) => state_speed::report(args),
         Some(Part::States(args)) => states::report(args),
+        Some(Part::Weights(args)) => weights::report(args),
         Some(Part::Cpu(args)) => cpu(args),
     }
 }
