@@ -556,7 +556,7 @@ impl Engine {
     /// Bytes of its matrices, as they are held: of the layers, their adapters and the head.
     #[must_use]
     pub fn weight_bytes(&self) -> u64 {
-        match &self.0.executor {
+        match &*self.0.executor {
             Executor::Cpu(cpu) => cpu.model.matrices().map(|of| of.bytes() as u64).sum(),
             Executor::Gpu(gpu) => gpu.weight_bytes(),
         }
