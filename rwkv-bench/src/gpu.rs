@@ -14,7 +14,7 @@ use clap::Args;
 use rwkv_core::compare::nmse;
 use rwkv_model::engine::Device;
 use rwkv_model::gpu::Profile;
-use rwkv_model::{Checkpoint, Engine, EngineOptions, Sampler, Session};
+use rwkv_model::{Checkpoint, Engine, EngineOptions, Recipe, Sampler, Session};
 use serde_json::json;
 
 use crate::random_model::{self, SHAPES, Shape};
@@ -26,6 +26,9 @@ pub(crate) struct GpuArgs {
     /// The shapes, by name.
     #[arg(long, value_delimiter = ',', default_value = "0.4B,1.5B,2.9B,7.2B")]
     shapes: Vec<String>,
+    /// What the matrices are quantised to: f16, int8 or int4, then perhaps others for some of them.
+    #[arg(long, default_value_t)]
+    weights: Recipe,
     /// The GPU: part of its name, or its number.
     #[arg(long)]
     adapter: Option<String>,
@@ -67,6 +70,9 @@ pub(crate) struct ProfileArgs {
     /// The GPU: part of its name, or its number.
     #[arg(long)]
     adapter: Option<String>,
+    /// What the matrices are quantised to.
+    #[arg(long, default_value_t)]
+    weights: Recipe,
     /// Tokens generated one after the other.
     #[arg(long, default_value_t = 16)]
     tokens: usize,
@@ -134,7 +140,8 @@ fn measure(args: &GpuArgs, shape: &Shape) -> anyhow::Result<()> {
     random_model::write(shape, &path)?;
     let checkpoint = Checkpoint::open(&path)?;
     let device = Device::Gpu(args.adapter.clone());
-    let options = EngineOptions { device, timestamps: true, ..EngineOptions::default() };
+    let weights = args.weights.clone();
+    let options = EngineOptions { device, weights, timestamps: true, ..EngineOptions::default() };
 
     let begun = Instant::now();
     let engine = Engine::new(&checkpoint, options.clone(), &|_| {})?;
@@ -145,11 +152,12 @@ fn measure(args: &GpuArgs, shape: &Shape) -> anyhow::Result<()> {
     println!("  kernels           {}", report.kernels.join(" "));
     println!("  dispatches        {} a token, {} a pass", report.step_dispatches, report.batch_dispatches);
     println!("  load              {load:8.2} s, {:.1} GB/s", checkpoint.bytes() as f64 / load / 1e9);
-    let reference = Reference::new(&checkpoint)?;
+    println!("  weights           {:8.2} GB, {}", engine.weight_bytes() as f64 / 1e9, args.weights);
+    let reference = Reference::new(&checkpoint, &args.weights)?;
     let error = reference.verify(&engine)?;
     println!("  logits            {error:.1e} from the CPU executor's");
 
-    let bytes = 2.0 * engine.config().streamed_params() as f64;
+    let bytes = engine.weight_bytes() as f64;
     let fused = decode(&engine)?;
     let rate = WINDOW as f64 / fused.median;
     println!(
@@ -188,7 +196,8 @@ fn measure(args: &GpuArgs, shape: &Shape) -> anyhow::Result<()> {
     }
     drop((session, engine));
 
-    if !args.no_unfused {
+    // One dispatch for each operation multiplies halves.
+    if !args.no_unfused && args.weights == Recipe::default() {
         let engine = Engine::new(&checkpoint, EngineOptions { fused: false, ..options }, &|_| {})?;
         reference.verify(&engine)?;
         let unfused = decode(&engine)?;
@@ -210,8 +219,8 @@ fn measure(args: &GpuArgs, shape: &Shape) -> anyhow::Result<()> {
 struct Reference(Vec<(Vec<u32>, Vec<f64>)>);
 
 impl Reference {
-    fn new(checkpoint: &Checkpoint) -> anyhow::Result<Self> {
-        let cpu = EngineOptions { device: Device::Cpu, ..EngineOptions::default() };
+    fn new(checkpoint: &Checkpoint, weights: &Recipe) -> anyhow::Result<Self> {
+        let cpu = EngineOptions { device: Device::Cpu, weights: weights.clone(), ..EngineOptions::default() };
         let cpu = Engine::new(checkpoint, cpu, &|_| {})?;
         let (mut session, mut at) = (cpu.session(), 0);
         let logits = [3, 1, 1].map(|part| {
@@ -333,6 +342,7 @@ pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
     let options = EngineOptions {
         device: Device::Gpu(args.adapter.clone()),
         fused: !args.unfused,
+        weights: args.weights.clone(),
         timestamps: true,
         ..EngineOptions::default()
     };

@@ -19,6 +19,7 @@ mod state_speed;
 mod states;
 mod table;
 mod variant;
+mod weights;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -53,6 +54,8 @@ enum Part {
     StateSpeed(state_speed::StateSpeedArgs),
     /// What every way to hold a state costs in quality, on the bundled model.
     States(states::StatesArgs),
+    /// What quantised weights cost in quality and take in memory, on the bundled model.
+    Weights(weights::WeightsArgs),
 }
 
 #[derive(clap::Args)]
@@ -63,6 +66,9 @@ struct CpuArgs {
     /// Times each case so often.
     #[arg(long, default_value_t = 15)]
     repeats: usize,
+    /// What the random model's matrices are quantised to: f16, int8 or int4, then perhaps others for some of them.
+    #[arg(long, default_value_t)]
+    weights: rwkv_model::Recipe,
     /// The bundled model and its held-out text.
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../rwkv-model/assets/books-10m"))]
     assets: PathBuf,
@@ -82,13 +88,14 @@ fn run(args: &Args) -> anyhow::Result<()> {
         Some(Part::Profile(args)) => gpu::profile(args),
         Some(Part::StateSpeed(args)) => state_speed::report(args),
         Some(Part::States(args)) => states::report(args),
+        Some(Part::Weights(args)) => weights::report(args),
         Some(Part::Cpu(args)) => cpu(args),
     }
 }
 
 #[expect(clippy::print_stdout, reason = "the report")]
 fn cpu(args: &CpuArgs) -> anyhow::Result<()> {
-    let fast = speed::report(&args.scratch, args.repeats.max(1))?;
+    let fast = speed::report(&args.scratch, args.repeats.max(1), &args.weights)?;
     println!();
     let exact = quality::report(&args.assets, args.quick)?;
     ensure!(fast && exact, "not everything was reached: see above");

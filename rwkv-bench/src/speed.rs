@@ -9,7 +9,7 @@ use rwkv_core::compare::nmse;
 use rwkv_core::model::{Logits, Model, Options, Segment, State};
 use rwkv_core::ops::linear::Matrix;
 use rwkv_model::engine::Device;
-use rwkv_model::{Checkpoint, Engine, EngineOptions};
+use rwkv_model::{Checkpoint, Engine, EngineOptions, Recipe};
 
 use crate::machine::{Reading, peak_memory};
 use crate::random_model::{self, SHAPES};
@@ -34,11 +34,11 @@ fn token(index: usize) -> u32 {
 }
 
 #[expect(clippy::print_stdout, reason = "the report")]
-pub(crate) fn report(scratch: &Path, repeats: usize) -> anyhow::Result<bool> {
+pub(crate) fn report(scratch: &Path, repeats: usize, weights: &Recipe) -> anyhow::Result<bool> {
     std::fs::create_dir_all(scratch).with_context(|| scratch.display().to_string())?;
     let path = scratch.join("random-0.4b.safetensors");
     random_model::write(&SHAPES[0], &path)?;
-    let cases = Cases::new(&path, repeats);
+    let cases = Cases::new(&path, repeats, weights);
     std::fs::remove_file(&path)?;
     let cases = cases?;
 
@@ -49,7 +49,7 @@ pub(crate) fn report(scratch: &Path, repeats: usize) -> anyhow::Result<bool> {
     };
     let [fast, plain] = cases.errors;
     println!(
-        "0.4B shape, random F16 weights: {fast:.1e} from the reference in f64, plain loops in f32 {plain:.1e}"
+        "0.4B shape, random weights, {weights}: {fast:.1e} from the reference in f64, plain loops in f32 {plain:.1e}"
     );
     println!("  load              {:8.2} s    from the page cache", cases.load);
     let gb = cases.streamed as f64 / 1e9;
@@ -132,9 +132,10 @@ struct Cases {
 }
 
 impl Cases {
-    fn new(path: &Path, repeats: usize) -> anyhow::Result<Self> {
+    fn new(path: &Path, repeats: usize, weights: &Recipe) -> anyhow::Result<Self> {
         let begun = Instant::now();
-        let on_cpu = EngineOptions { device: Device::Cpu, ..EngineOptions::default() };
+        let on_cpu =
+            EngineOptions { device: Device::Cpu, weights: weights.clone(), ..EngineOptions::default() };
         let dense_only = EngineOptions { skip_zeros: false, ..on_cpu.clone() };
         let checkpoint = Checkpoint::open(path)?;
         let engine = Engine::new(&checkpoint, dense_only, &|_| {})?;
@@ -145,10 +146,10 @@ impl Cases {
         engine.session().prefill(&prompt)?;
         engine.session().step(1)?;
         let peak = peak_memory();
-        let errors = verify(&checkpoint, &engine)?;
+        let errors = verify(&checkpoint, weights, &engine)?;
 
         let config = *checkpoint.config();
-        let streamed = 2 * config.streamed_params();
+        let streamed = usize::try_from(engine.weight_bytes())?;
         let sum = Reading::new(streamed);
         let skipping = Engine::new(&checkpoint, on_cpu, &|_| {})?;
         same_bits(&engine, &skipping, &prompt)?;
@@ -185,7 +186,7 @@ impl Cases {
             load,
             streamed,
             prefill_params: config.streamed_params() - config.vocab * config.width,
-            weights: checkpoint.bytes(),
+            weights: engine.weight_bytes() + embedding_bytes(&checkpoint),
             peak,
             reading: Times::new(reading),
             decode: Times::new(decode),
@@ -196,12 +197,17 @@ impl Cases {
     }
 }
 
+/// What a decode step does not read.
+fn embedding_bytes(checkpoint: &Checkpoint) -> u64 {
+    checkpoint.tensors().find(|(name, _)| *name == "emb.weight").map_or(0, |(_, entry)| entry.bytes())
+}
+
 /// Compares a few tokens, one by one and in one call, with the reference in plain loops and f64. Returns how far the
 /// executor and plain f32 are from it, as root mean square errors relative to the logits.
-fn verify(checkpoint: &Checkpoint, engine: &Engine) -> anyhow::Result<[f64; 2]> {
+fn verify(checkpoint: &Checkpoint, weights: &Recipe, engine: &Engine) -> anyhow::Result<[f64; 2]> {
     let tokens = [1, 65535, 77];
-    let exact: Vec<f64> = reference(checkpoint, &tokens)?;
-    let plain: Vec<f32> = reference(checkpoint, &tokens)?;
+    let exact: Vec<f64> = reference(checkpoint, weights, &tokens)?;
+    let plain: Vec<f32> = reference(checkpoint, weights, &tokens)?;
     let whole = engine.session().logits_of(&tokens)?;
     let mut session = engine.session();
     let mut steps = Vec::new();
@@ -237,8 +243,8 @@ fn same_bits(engine: &Engine, skipping: &Engine, prompt: &[u32]) -> anyhow::Resu
     Ok(())
 }
 
-fn reference<R: Real>(checkpoint: &Checkpoint, tokens: &[u32]) -> anyhow::Result<Vec<R>> {
-    let model: Model<R, Matrix<f32>> = checkpoint.load(&|_| {})?;
+fn reference<R: Real>(checkpoint: &Checkpoint, weights: &Recipe, tokens: &[u32]) -> anyhow::Result<Vec<R>> {
+    let model: Model<R, Matrix<f32>> = checkpoint.load_with(weights, &|_| {})?;
     let mut state = State::new(checkpoint.config());
     let segment = Segment { tokens, state: &mut state, logits: Logits::All };
     Ok(model.forward(&mut [segment], Options::default()))

@@ -7,6 +7,7 @@
 //! | [`ops`] | one file per operation: the formula, then plain loops, in `f32` or `f64` |
 //! | [`fast`] | those that take most of the time, vectorised and threaded, tested against [`ops`] |
 //! | [`model`] | the v7 forward pass over them: packed segments, sequential or by chunks, from any state |
+//! | [`quant`] | weights of matrices in blocks of a byte or half a byte each |
 //! | [`compare`] | how two float buffers are compared |
 //! | [`rng`] | counter-based randomness: `SplitMix64` for drawing tests, Philox for sampling |
 //!
@@ -25,6 +26,7 @@ pub mod config;
 pub mod fast;
 pub mod model;
 pub mod ops;
+pub mod quant;
 pub mod real;
 pub mod rng;
 

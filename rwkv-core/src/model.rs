@@ -201,6 +201,21 @@ pub struct Model<R, M> {
     pub head: M,
 }
 
+impl<R, M> Model<R, M> {
+    /// Its matrices: those of the layers with their adapters, and the head.
+    pub fn matrices(&self) -> impl Iterator<Item = &M> {
+        let of_block = |block| {
+            let Block { time_mix, channel_mix, .. }: &Block<R, M> = block;
+            let TimeMix { receptance, key, value, output, w, a, v, g, .. } = time_mix;
+            let adapters = [Some(w), Some(a), v.as_ref(), Some(g)].into_iter().flatten();
+            [receptance, key, value, output, &channel_mix.key, &channel_mix.value]
+                .into_iter()
+                .chain(adapters.flat_map(|of| [&of.down, &of.up]))
+        };
+        self.blocks.iter().flat_map(of_block).chain([&self.head])
+    }
+}
+
 /// What a sequence leaves behind: all that later tokens can see of it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct State<R> {

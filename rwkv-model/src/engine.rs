@@ -14,7 +14,8 @@ use rwkv_state::snapshot::{self, Digest};
 use rwkv_state::{Resident, ResidentState, StateLayout, StateStore, format, lazy, resident, store};
 
 use crate::checkpoint::{self, Checkpoint, LoraLayout, Progress};
-use crate::gpu::{self, WeightFormat};
+use crate::gpu;
+use crate::recipe::Recipe;
 use crate::session::{LOGITS_AT_ONCE, Memory, Sequence, Session, Shown};
 use crate::skip::{Mask, Skipping};
 use crate::tokenizer::Tokenizer;
@@ -231,8 +232,8 @@ pub struct EngineOptions {
     pub skip: Option<Skipping>,
     /// CPU: threads, for loading and running; by default as many as the machine has.
     pub threads: Option<NonZeroUsize>,
-    /// GPU: how the weights of matrices are stored there.
-    pub weights: WeightFormat,
+    /// What the weights of matrices are quantised to as they are read. Those that the file has quantised stay as they are.
+    pub weights: Recipe,
     /// GPU: whether a sequence's results are the same bits whatever runs beside it and however its tokens are split over
     /// passes, at the cost of speed for single sequences. Otherwise they agree but for rounding. On the CPU they are
     /// always the same bits.
@@ -261,7 +262,7 @@ impl Default for EngineOptions {
             wkv: None,
             skip: None,
             threads: None,
-            weights: WeightFormat::F16,
+            weights: Recipe::default(),
             batch_invariant: false,
             fused: true,
             portable: false,
@@ -342,7 +343,7 @@ impl Cpu {
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Self, Error> {
         let threads = options.threads.map(|threads| pool(threads.get())).transpose()?;
-        let load = || checkpoint.load(progress);
+        let load = || checkpoint.load_with(&options.weights, progress);
         let model = match &threads {
             Some(pool) => pool.install(load),
             None => load(),
@@ -371,7 +372,7 @@ impl Executor {
     ) -> Result<Self, Error> {
         let named = |adapter: Option<String>| gpu::Setup {
             adapter,
-            weights: options.weights,
+            weights: options.weights.clone(),
             state: options.state,
             sessions: options.sessions,
             pass_tokens: options.pass_tokens.max(1),
@@ -548,6 +549,15 @@ impl Engine {
                 let (device, kernels) = (gpu.device().name(), gpu.variants());
                 Ok(Report { device, kernels, step_dispatches, batch_dispatches })
             }
+        }
+    }
+
+    /// Bytes of its matrices, as they are held: of the layers, their adapters and the head.
+    #[must_use]
+    pub fn weight_bytes(&self) -> u64 {
+        match &*self.0.executor {
+            Executor::Cpu(cpu) => cpu.model.matrices().map(|of| of.bytes() as u64).sum(),
+            Executor::Gpu(gpu) => gpu.weight_bytes(),
         }
     }
 
@@ -913,8 +923,12 @@ fn fingerprint(checkpoint: &Checkpoint) -> Result<String, checkpoint::Error> {
             Some(&row) => row,
             None => 1,
         };
-        let values = reader.elements(name, 0..len).map_err(|fault| checkpoint.error(fault))?;
-        add(name, values.widen());
+        let values = if checkpoint.is_quantised(name) {
+            reader.bytes(name, len).map(|bytes| bytes.into_iter().map(f32::from).collect())
+        } else {
+            reader.elements(name, 0..len).map(|values| values.widen())
+        };
+        add(name, values.map_err(|fault| checkpoint.error(fault))?);
     }
     for layer in 0..n_layers {
         let prefix = format!("blocks.{layer}.att.");

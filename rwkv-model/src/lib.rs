@@ -28,6 +28,7 @@
 //! | [`store`] | where sessions are kept to move between machines: [`Session::save_to`], [`Engine::load_from`] |
 //! | [`scheduler`] | many requests side by side, packed into passes |
 //! | [`tokenizer`] | text to tokens and back |
+//! | [`recipe`] | which matrices are quantised, and how |
 //! | [`quality`] | how well a model predicts a text |
 //! | [`skip`] | layers that are left out at some tokens |
 //!
@@ -45,6 +46,7 @@ pub mod checkpoint;
 pub mod engine;
 pub mod gpu;
 pub mod quality;
+pub mod recipe;
 pub mod scheduler;
 pub mod session;
 pub mod skip;
@@ -53,6 +55,7 @@ pub mod tokenizer;
 
 pub use checkpoint::Checkpoint;
 pub use engine::{Engine, EngineOptions, Error};
+pub use recipe::{Recipe, WeightFormat};
 pub use session::{Session, Snapshot};
 pub use text::{FinishReason, TextOptions};
 pub use tokenizer::Tokenizer;

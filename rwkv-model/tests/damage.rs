@@ -17,11 +17,20 @@ const LIMIT: usize = 256 << 20;
 #[global_allocator]
 static ALLOCATOR: Cap<System> = Cap::new(System, LIMIT);
 
-/// Corrupted files tried for each of the four kinds.
+/// Corrupted files tried for each of the kinds.
 const FILES: usize = 4_000;
 
 fn model() -> Vec<Tensor> {
     random_model([2, 1, 4, 6, 5, 2], 1).iter().map(|t| t.to("F16")).collect()
+}
+
+/// The model in a file with quantised matrices.
+fn quantised(recipe: &str) -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let checkpoint = open(safetensors(&model()), None).unwrap();
+    checkpoint.write_quantised(&path, &recipe.parse().unwrap(), &|_| {}).unwrap();
+    std::fs::read(path).unwrap()
 }
 
 /// Opens, loads and runs a file that may hold anything.
@@ -72,6 +81,7 @@ fn damage(file: &[u8], rng: &mut SplitMix64) -> Vec<u8> {
 #[test]
 fn corrupted_files() {
     let files = [
+        quantised("int4,ffn.key=int8,head=int8"),
         safetensors(&model()),
         pth(&model()),
         safetensors(&as_fla(&model())),
@@ -95,7 +105,7 @@ fn corrupted_files() {
 /// A whole file, cut at every length.
 #[test]
 fn files_cut_anywhere() {
-    for file in [safetensors(&model()), pth(&model())] {
+    for file in [safetensors(&model()), pth(&model()), quantised("int4")] {
         for length in 0..file.len() {
             assert!(survive(file[..length].to_vec()).is_err(), "cut to {length} of {}", file.len());
         }

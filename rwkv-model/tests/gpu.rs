@@ -18,6 +18,7 @@ use half::f16;
 use rwkv_core::compare::{magnitude, max_abs};
 use rwkv_core::model::{Compute, Logits, Model, Options, Segment, State, Wkv, WkvSegment};
 use rwkv_core::ops::linear::{Linear, Matrix};
+use rwkv_core::quant::Blocks;
 use rwkv_core::rng::SplitMix64;
 use rwkv_core::{ElementType, Elements, ModelConfig, Real};
 use rwkv_model::checkpoint::LoadMatrix;
@@ -119,6 +120,10 @@ impl LoadMatrix for Halved {
         read: impl Fn(Range<usize>) -> Result<Elements, E> + Sync,
     ) -> Result<Self, E> {
         Matrix::load(inputs, outputs, kind, read).map(Self)
+    }
+
+    fn of_blocks(blocks: &Blocks, hidden_major: bool) -> Self {
+        Self(Matrix::of_blocks(blocks, hidden_major))
     }
 }
 

@@ -128,6 +128,7 @@ fn products(device: &'static Device, n: usize) -> anyhow::Result<Control> {
     let pipeline = Pipeline::new(device.device(), kernel, &tile.overrides(false))?;
     let rows = Rows { offset: 0, stride: n };
     let job = matmul::Job {
+        format: None,
         inputs: n,
         outputs: n,
         weights: 0,

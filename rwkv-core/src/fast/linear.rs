@@ -9,7 +9,8 @@
 //! y[o] = sum over blocks ( sum over the block's inputs, in order, fused multiply-add, from zero )
 //! ```
 //!
-//! This order is the same for one row and for many, on every instruction set that has a fused multiply-add.
+//! This order is the same for one row and for many, on every instruction set that has a fused multiply-add. Weights in
+//! [blocks](crate::quant) are decoded as they are read, and so give the bits that their decoded values give.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -21,6 +22,7 @@ use rayon::prelude::*;
 use crate::model::{Compute, Wkv, WkvSegment};
 use crate::ops::linear::{Job, Linear, rows};
 use crate::ops::wkv7_chunked;
+use crate::quant::{self, Blocks, Format};
 use crate::real::{ElementType, Elements};
 
 /// Outputs in a panel.
@@ -46,9 +48,32 @@ const SPARSE_SHARE: usize = 8;
 pub struct Packed {
     inputs: usize,
     outputs: usize,
-    /// `[panels, inputs, PANEL]`; outputs beyond the last are zero.
-    panels: Elements,
+    panels: Panels,
 }
+
+/// Weights, `[panels, inputs, PANEL]`; outputs beyond the last are zero.
+#[derive(Clone, Debug)]
+enum Panels {
+    Plain(Elements),
+    /// A row is PANEL bytes.
+    Int8(Vec<i8>, Scales),
+    /// A row is PANEL / 2 bytes: the first half of the outputs in the low halves of the bytes.
+    Int4(Vec<i8>, Scales),
+}
+
+/// The scales of blocks.
+#[derive(Clone, Debug)]
+enum Scales {
+    /// Blocks lie along the inputs: `[panels, inputs / BLOCK, PANEL]`.
+    OfOutputs(Vec<f16>),
+    /// Along the outputs, as the matrix lies hidden-major: `[panels, inputs, PANEL / BLOCK]`.
+    OfInputs(Vec<f16>),
+}
+
+/// Outputs of a panel that share a scale, where blocks lie along the outputs.
+const SHARED: usize = PANEL / quant::BLOCK;
+const _: () =
+    assert!(PANEL.is_multiple_of(quant::BLOCK) && BLOCK.is_multiple_of(quant::BLOCK), "whole blocks");
 
 impl Packed {
     /// Packs a matrix of `outputs` rows of `inputs` weights. `read` is asked for ranges of rows, several at a time
@@ -89,13 +114,82 @@ impl Packed {
                 other => panic!("read gives {other:?}"),
             })?),
         };
-        Ok(Self { inputs, outputs, panels })
+        Ok(Self { inputs, outputs, panels: Panels::Plain(panels) })
+    }
+
+    /// Packs a matrix in blocks. Its rows are the outputs, or the inputs if it is `hidden_major`.
+    ///
+    /// # Panics
+    ///
+    /// If there are no inputs or outputs.
+    #[must_use]
+    pub fn of_blocks(blocks: &Blocks, hidden_major: bool) -> Self {
+        let [outputs, inputs] = match hidden_major {
+            false => [blocks.rows(), blocks.columns()],
+            true => [blocks.columns(), blocks.rows()],
+        };
+        assert!(inputs > 0 && outputs > 0, "a matrix of no weights");
+        let panels = outputs.div_ceil(PANEL);
+        let unit = |output: usize, input: usize| match (output < outputs, hidden_major) {
+            (false, _) => 0,
+            (true, false) => blocks.unit(output, input),
+            (true, true) => blocks.unit(input, output),
+        };
+        let row_bytes = match blocks.format() {
+            Format::Int8 => PANEL,
+            Format::Int4 => PANEL / 2,
+        };
+        let mut weights = vec![0i8; panels * inputs * row_bytes];
+        weights.par_chunks_exact_mut(inputs * row_bytes).enumerate().for_each(|(panel, out)| {
+            // sixteen inputs at a time, so that what is written stays in the cache between rows
+            for first in (0..inputs).step_by(16) {
+                for lane in 0..row_bytes {
+                    for input in first..(first + 16).min(inputs) {
+                        let of = |lane| unit(panel * PANEL + lane, input);
+                        out[input * row_bytes + lane] = match blocks.format() {
+                            Format::Int8 => of(lane),
+                            Format::Int4 => of(lane) & 15 | of(lane + PANEL / 2) << 4,
+                        };
+                    }
+                }
+            }
+        });
+        let stored = blocks.scales().chunks_exact(blocks.row_blocks());
+        let scales = if hidden_major {
+            let mut scales = vec![f16::ZERO; panels * inputs * SHARED];
+            for (input, row) in stored.enumerate() {
+                for (panel, own) in row.chunks(SHARED).enumerate() {
+                    scales[(panel * inputs + input) * SHARED..][..own.len()].copy_from_slice(own);
+                }
+            }
+            Scales::OfInputs(scales)
+        } else {
+            let row_blocks = blocks.row_blocks();
+            let mut scales = vec![f16::ZERO; panels * row_blocks * PANEL];
+            for (output, row) in stored.enumerate() {
+                for (block, &scale) in row.iter().enumerate() {
+                    scales[(output / PANEL * row_blocks + block) * PANEL + output % PANEL] = scale;
+                }
+            }
+            Scales::OfOutputs(scales)
+        };
+        let panels = match blocks.format() {
+            Format::Int8 => Panels::Int8(weights, scales),
+            Format::Int4 => Panels::Int4(weights, scales),
+        };
+        Self { inputs, outputs, panels }
     }
 
     /// Bytes of the weights.
     #[must_use]
     pub const fn bytes(&self) -> usize {
-        self.panels.bytes()
+        match &self.panels {
+            Panels::Plain(weights) => weights.bytes(),
+            Panels::Int8(weights, scales) | Panels::Int4(weights, scales) => {
+                let (Scales::OfOutputs(scales) | Scales::OfInputs(scales)) = scales;
+                weights.len() + scales.len() * size_of::<f16>()
+            }
+        }
     }
 
     /// Multiplies `x` by one panel. `active` lists the inputs to sum over, or is `None` for all of them; `x` then holds
@@ -103,9 +197,39 @@ impl Packed {
     fn panel(&self, panel: usize, x: &[f32], active: Option<&[Vec<usize>]>, y: &mut [&mut [f32]]) {
         let at = panel * self.inputs * PANEL..(panel + 1) * self.inputs * PANEL;
         match &self.panels {
-            Elements::F32(v) => panel_of(&v[at], x, active, y),
-            Elements::F16(v) => panel_of(&v[at], x, active, y),
-            Elements::BF16(v) => panel_of(&v[at], x, active, y),
+            Panels::Plain(Elements::F32(v)) => panel_of(v[at].as_chunks().0, x, active, y),
+            Panels::Plain(Elements::F16(v)) => panel_of(v[at].as_chunks().0, x, active, y),
+            Panels::Plain(Elements::BF16(v)) => panel_of(v[at].as_chunks().0, x, active, y),
+            Panels::Int8(v, scales) => {
+                let v = v[at].as_chunks::<PANEL>().0;
+                self.panel_of_blocks(panel, v, scales, x, active, y);
+            }
+            Panels::Int4(v, scales) => {
+                let v = v[at.start / 2..at.end / 2].as_chunks::<{ PANEL / 2 }>().0;
+                self.panel_of_blocks(panel, v, scales, x, active, y);
+            }
+        }
+    }
+
+    fn panel_of_blocks<W: Units>(
+        &self,
+        panel: usize,
+        units: &[W],
+        scales: &Scales,
+        x: &[f32],
+        active: Option<&[Vec<usize>]>,
+        y: &mut [&mut [f32]],
+    ) {
+        match scales {
+            Scales::OfInputs(scales) => {
+                let scales = &scales[panel * self.inputs * SHARED..][..self.inputs * SHARED];
+                panel_of(ByInput { units, scales: scales.as_chunks().0 }, x, active, y);
+            }
+            Scales::OfOutputs(scales) => {
+                let blocks = self.inputs.div_ceil(quant::BLOCK);
+                let scales = &scales[panel * blocks * PANEL..][..blocks * PANEL];
+                panel_of(ByOutput { units, scales: scales.as_chunks().0 }, x, active, y);
+            }
         }
     }
 }
@@ -185,32 +309,289 @@ impl Stored for f16 {
     }
 }
 
-fn panel_of<W: Stored>(weights: &[W], x: &[f32], active: Option<&[Vec<usize>]>, y: &mut [&mut [f32]]) {
-    let (weights, _) = weights.as_chunks::<PANEL>();
-    let mut block = Vec::new(); // only many rows need it
-    let mut done = 0;
-    for (i, stored) in weights.chunks(BLOCK).enumerate() {
-        let inputs = done..done + active.map_or(stored.len(), |active| active[i].len());
-        done = inputs.end;
-        match active {
-            // few rows: widened in registers, so that reading the weights never pauses
-            None if W::WIDE || y.len() <= TILE => multiply(stored.iter(), x, inputs, y),
-            None => {
-                block.resize(BLOCK, [0.0; PANEL]);
-                widen(stored, &mut block);
-                multiply(block[..stored.len()].iter(), x, inputs, y);
-            }
-            Some(active) => multiply(active[i].iter().map(|&input| &weights[input]), x, inputs, y),
+/// A row of a panel, and how to decode it in code that vectorises.
+trait Row: Copy {
+    /// Whether there is nothing to decode.
+    const WIDE: bool = false;
+
+    /// The row, decoded into `buffer` unless it is wide already.
+    fn widen<'b>(self, buffer: &'b mut [f32; PANEL]) -> &'b [f32; PANEL]
+    where
+        Self: 'b;
+}
+
+impl<W: Stored> Row for &[W; PANEL] {
+    const WIDE: bool = W::WIDE;
+
+    #[inline(always)]
+    fn widen<'b>(self, buffer: &'b mut [f32; PANEL]) -> &'b [f32; PANEL]
+    where
+        Self: 'b,
+    {
+        W::widen_row(self, buffer)
+    }
+}
+
+/// A row of weights in steps of their scales.
+trait Units: Copy + Send + Sync {
+    /// How many times too large the units are as they are read: by as much the scales are divided, which is exact.
+    const UNIT: f32;
+
+    /// Every weight, from scales that were divided.
+    fn times(&self, scales: impl Fn(usize) -> f32, out: &mut [f32; PANEL]);
+}
+
+impl Units for [i8; PANEL] {
+    const UNIT: f32 = 1.0;
+
+    #[inline(always)]
+    fn times(&self, scales: impl Fn(usize) -> f32, out: &mut [f32; PANEL]) {
+        for i in 0..PANEL {
+            out[i] = f32::from(self[i]) * scales(i);
         }
     }
 }
 
-fn widen<W: Stored>(stored: &[[W; PANEL]], block: &mut [[f32; PANEL]]) {
+/// A half byte stays where it is, which makes it sixteen times as large.
+impl Units for [i8; PANEL / 2] {
+    const UNIT: f32 = 16.0;
+
+    #[inline(always)]
+    fn times(&self, scales: impl Fn(usize) -> f32, out: &mut [f32; PANEL]) {
+        for i in 0..PANEL / 2 {
+            out[i] = f32::from(self[i] << 4) * scales(i);
+            out[i + PANEL / 2] = f32::from(self[i] & -16) * scales(i + PANEL / 2);
+        }
+    }
+}
+
+/// A row whose blocks lie along the inputs, with the scale of each output.
+#[derive(Clone, Copy)]
+struct OutputRow<'a, W>(&'a W, &'a [f32; PANEL]);
+
+impl<W: Units> Row for OutputRow<'_, W> {
+    #[inline(always)]
+    fn widen<'b>(self, buffer: &'b mut [f32; PANEL]) -> &'b [f32; PANEL]
+    where
+        Self: 'b,
+    {
+        self.0.times(
+            #[inline(always)]
+            |i| self.1[i],
+            buffer,
+        );
+        buffer
+    }
+}
+
+/// A row whose blocks lie along the outputs.
+#[derive(Clone, Copy)]
+struct InputRow<'a, W>(&'a W, &'a [f16; SHARED]);
+
+impl<W: Units> Row for InputRow<'_, W> {
+    #[inline(always)]
+    fn widen<'b>(self, buffer: &'b mut [f32; PANEL]) -> &'b [f32; PANEL]
+    where
+        Self: 'b,
+    {
+        let scales = self.1.map(|scale| scale.widen() / W::UNIT);
+        self.0.times(
+            #[inline(always)]
+            |i| scales[i / quant::BLOCK],
+            buffer,
+        );
+        buffer
+    }
+}
+
+/// A panel, by [`BLOCK`]s of inputs.
+trait Panel: Copy {
+    /// A row.
+    type Row<'a>: Row
+    where
+        Self: 'a;
+
+    /// What a block needs beside its rows.
+    type Prepared;
+
+    /// Its inputs.
+    fn inputs(self) -> usize;
+
+    /// Prepares for a block.
+    fn prepare(self, block: usize) -> Self::Prepared;
+
+    /// The row of an input of the block that was prepared for.
+    fn row<'a>(self, prepared: &'a Self::Prepared, input: usize) -> Self::Row<'a>
+    where
+        Self: 'a;
+
+    /// The rows of some.
+    fn rows<'a>(
+        self,
+        prepared: &'a Self::Prepared,
+        inputs: Range<usize>,
+    ) -> impl Iterator<Item = Self::Row<'a>> + Clone
+    where
+        Self: 'a;
+}
+
+impl<W: Stored> Panel for &[[W; PANEL]] {
+    type Row<'a>
+        = &'a [W; PANEL]
+    where
+        Self: 'a;
+    type Prepared = ();
+
+    fn inputs(self) -> usize {
+        self.len()
+    }
+
+    fn prepare(self, _: usize) {}
+
+    #[inline(always)]
+    fn row<'a>(self, (): &'a (), input: usize) -> &'a [W; PANEL]
+    where
+        Self: 'a,
+    {
+        &self[input]
+    }
+
+    #[inline(always)]
+    fn rows<'a>(self, (): &'a (), inputs: Range<usize>) -> impl Iterator<Item = &'a [W; PANEL]> + Clone
+    where
+        Self: 'a,
+    {
+        self[inputs].iter()
+    }
+}
+
+/// Blocks along the outputs.
+#[derive(Clone, Copy)]
+struct ByInput<'p, W> {
+    units: &'p [W],
+    scales: &'p [[f16; SHARED]],
+}
+
+impl<W: Units> Panel for ByInput<'_, W> {
+    type Row<'a>
+        = InputRow<'a, W>
+    where
+        Self: 'a;
+    type Prepared = ();
+
+    fn inputs(self) -> usize {
+        self.units.len()
+    }
+
+    fn prepare(self, _: usize) {}
+
+    #[inline(always)]
+    fn row<'a>(self, (): &'a (), input: usize) -> InputRow<'a, W>
+    where
+        Self: 'a,
+    {
+        InputRow(&self.units[input], &self.scales[input])
+    }
+
+    #[inline(always)]
+    fn rows<'a>(
+        self,
+        prepared: &'a Self::Prepared,
+        inputs: Range<usize>,
+    ) -> impl Iterator<Item = InputRow<'a, W>> + Clone
+    where
+        Self: 'a,
+    {
+        inputs.map(move |input| self.row(prepared, input))
+    }
+}
+
+/// Blocks along the inputs, whose scales are widened once.
+#[derive(Clone, Copy)]
+struct ByOutput<'p, W> {
+    units: &'p [W],
+    scales: &'p [[f16; PANEL]],
+}
+
+impl<W: Units> Panel for ByOutput<'_, W> {
+    type Row<'a>
+        = OutputRow<'a, W>
+    where
+        Self: 'a;
+    type Prepared = [[f32; PANEL]; BLOCK / quant::BLOCK];
+
+    fn inputs(self) -> usize {
+        self.units.len()
+    }
+
+    fn prepare(self, block: usize) -> Self::Prepared {
+        let mut scales = [[0.0; PANEL]; BLOCK / quant::BLOCK];
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                let stored = &self.scales[block * (BLOCK / quant::BLOCK)..];
+                for (stored, scales) in stored.iter().zip(&mut scales) {
+                    for i in 0..PANEL {
+                        scales[i] = stored[i].widen() / W::UNIT;
+                    }
+                }
+            },
+        );
+        scales
+    }
+
+    #[inline(always)]
+    fn row<'a>(self, prepared: &'a Self::Prepared, input: usize) -> OutputRow<'a, W>
+    where
+        Self: 'a,
+    {
+        OutputRow(&self.units[input], &prepared[input % BLOCK / quant::BLOCK])
+    }
+
+    #[inline(always)]
+    fn rows<'a>(
+        self,
+        prepared: &'a Self::Prepared,
+        inputs: Range<usize>,
+    ) -> impl Iterator<Item = OutputRow<'a, W>> + Clone
+    where
+        Self: 'a,
+    {
+        inputs.map(move |input| self.row(prepared, input))
+    }
+}
+
+fn panel_of<P: Panel>(panel: P, x: &[f32], active: Option<&[Vec<usize>]>, y: &mut [&mut [f32]]) {
+    let mut buffer = Vec::new(); // only many rows need it
+    let mut done = 0;
+    for (i, first) in (0..panel.inputs()).step_by(BLOCK).enumerate() {
+        let all = first..(first + BLOCK).min(panel.inputs());
+        let inputs = done..done + active.map_or(all.len(), |active| active[i].len());
+        done = inputs.end;
+        let prepared = panel.prepare(i);
+        match active {
+            // few rows: widened in registers, so that reading the weights never pauses
+            None if P::Row::WIDE || y.len() <= TILE => multiply(panel.rows(&prepared, all), x, inputs, y),
+            None => {
+                buffer.resize(BLOCK, [0.0; PANEL]);
+                let block = &mut buffer[..all.len()];
+                widen(panel.rows(&prepared, all), block);
+                multiply(block.iter(), x, inputs, y);
+            }
+            Some(active) => {
+                let rows = active[i].iter().map(|&input| panel.row(&prepared, input));
+                multiply(rows, x, inputs, y);
+            }
+        }
+    }
+}
+
+fn widen<R: Row>(rows: impl Iterator<Item = R>, block: &mut [[f32; PANEL]]) {
     Arch::new().dispatch(
         #[inline(always)]
         || {
-            for (row, out) in stored.iter().zip(block) {
-                W::widen_row(row, out);
+            for (row, out) in rows.zip(block) {
+                row.widen(out);
             }
         },
     );
@@ -218,8 +599,8 @@ fn widen<W: Stored>(stored: &[[W; PANEL]], block: &mut [[f32; PANEL]]) {
 
 /// Adds the product of a block of weights and the `inputs` of the packed rows `x` to the rows of `y`; the first block
 /// sets them.
-fn multiply<'a, W: Stored + 'a>(
-    weights: impl Iterator<Item = &'a [W; PANEL]> + Clone,
+fn multiply<R: Row>(
+    weights: impl Iterator<Item = R> + Clone,
     x: &[f32],
     inputs: Range<usize>,
     y: &mut [&mut [f32]],
@@ -246,48 +627,42 @@ fn multiply<'a, W: Stored + 'a>(
 }
 
 /// `sums[m][o] = sum_i x[i][m] * weights[i][o]` for `M` rows.
-fn tile<'a, W, I, const M: usize>(weights: I, x: &[f32], sums: &mut [[f32; PANEL]; TILE])
-where
-    W: Stored + 'a,
-    I: Iterator<Item = &'a [W; PANEL]> + Clone,
-{
+fn tile<R: Row, I: Iterator<Item = R> + Clone, const M: usize>(
+    weights: I,
+    x: &[f32],
+    sums: &mut [[f32; PANEL]; TILE],
+) {
     struct Tile<'a, I, const M: usize> {
         weights: I,
         x: &'a [[f32; M]],
         sums: &'a mut [[f32; PANEL]; TILE],
     }
 
-    impl<'a, W, I, const M: usize> WithSimd for Tile<'_, I, M>
-    where
-        W: Stored + 'a,
-        I: Iterator<Item = &'a [W; PANEL]> + Clone,
-    {
+    impl<R: Row, I: Iterator<Item = R> + Clone, const M: usize> WithSimd for Tile<'_, I, M> {
         type Output = ();
 
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
             // as many vectors side by side as the registers hold beside the rows' sums
             match (S::REGISTER_COUNT, M) {
-                (32.., _) => vectors::<S, W, I, M, 4>(simd, self),
-                (_, 1) => vectors::<S, W, I, M, 8>(simd, self),
-                (_, 2 | 3) => vectors::<S, W, I, M, 4>(simd, self),
-                _ => vectors::<S, W, I, M, 2>(simd, self),
+                (32.., _) => vectors::<S, R, I, M, 4>(simd, self),
+                (_, 1) => vectors::<S, R, I, M, 8>(simd, self),
+                (_, 2 | 3) => vectors::<S, R, I, M, 4>(simd, self),
+                _ => vectors::<S, R, I, M, 2>(simd, self),
             }
         }
     }
 
     #[inline(always)]
-    fn vectors<'a, S, W, I, const M: usize, const V: usize>(simd: S, tile: Tile<'_, I, M>)
-    where
-        S: Simd,
-        W: Stored + 'a,
-        I: Iterator<Item = &'a [W; PANEL]> + Clone,
-    {
+    fn vectors<S: Simd, R: Row, I: Iterator<Item = R> + Clone, const M: usize, const V: usize>(
+        simd: S,
+        tile: Tile<'_, I, M>,
+    ) {
         for first in (0..PANEL / S::F32_LANES).step_by(V) {
             let mut sum = [[simd.splat_f32s(0.0); V]; M];
             for (w, x) in tile.weights.clone().zip(tile.x) {
                 let mut buffer = [0.0; PANEL];
-                let w = &S::as_simd_f32s(W::widen_row(w, &mut buffer)).0[first..first + V];
+                let w = &S::as_simd_f32s(w.widen(&mut buffer)).0[first..first + V];
                 for m in 0..M {
                     let x = simd.splat_f32s(x[m]);
                     for v in 0..V {
@@ -418,6 +793,7 @@ mod tests {
     use super::{BLOCK, PANEL, Packed, Stored};
     use crate::compare::{magnitude, max_abs};
     use crate::ops::linear::{Job, Linear, Matrix};
+    use crate::quant::{Blocks, Format};
     use crate::rng::SplitMix64;
     use crate::{ElementType, Elements};
 
@@ -501,6 +877,62 @@ mod tests {
             let mut unit = || if rng.uniform(0.0, 1.0) < zeros { 0.0 } else { rng.normal() };
             let x: Vec<f32> = (0..rows * inputs).map(|_| unit()).collect();
             prop_assert_eq!(run(&packed, &x, true), run(&packed, &x, false), "values");
+        }
+    }
+
+    /// A matrix in blocks, and its decoded values, either way round.
+    fn draw_blocks(
+        format: Format,
+        hidden_major: bool,
+        inputs: usize,
+        outputs: usize,
+        rng: &mut SplitMix64,
+    ) -> [Packed; 2] {
+        let values: Vec<f32> = (0..inputs * outputs).map(|_| rng.normal()).collect();
+        let columns = if hidden_major { outputs } else { inputs };
+        let blocks = Blocks::encode(format, columns, &values).unwrap();
+        let decoded = blocks.decode();
+        let read = |rows: std::ops::Range<usize>| {
+            let of = |output: usize, input: usize| match hidden_major {
+                false => decoded.weights()[output * inputs + input],
+                true => decoded.weights()[input * outputs + output],
+            };
+            let all = rows.flat_map(|output| (0..inputs).map(move |input| of(output, input)));
+            Ok::<_, ()>(Elements::F32(all.collect()))
+        };
+        let plain = Packed::pack(inputs, outputs, ElementType::F32, read).unwrap();
+        [Packed::of_blocks(&blocks, hidden_major), plain]
+    }
+
+    proptest! {
+        /// Bit for bit what their decoded values give, in whatever number of rows, with zeros multiplied and skipped.
+        #[test]
+        fn blocks_are_their_decoded_values(
+            (_, inputs, outputs, rows, seed) in shape(),
+            bytes: bool,
+            hidden_major: bool,
+            zeros in 0.0f32..1.2,
+        ) {
+            let format = if bytes { Format::Int8 } else { Format::Int4 };
+            let mut rng = SplitMix64::new(seed);
+            let [blocks, plain] = draw_blocks(format, hidden_major, inputs, outputs, &mut rng);
+            let mut unit = || if rng.uniform(0.0, 1.0) < zeros { 0.0 } else { rng.normal() };
+            let x: Vec<f32> = (0..rows * inputs).map(|_| unit()).collect();
+            for sparse in [false, true] {
+                let bits = |y: Vec<f32>| y.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+                let (got, want) = (bits(run(&blocks, &x, sparse)), bits(run(&plain, &x, sparse)));
+                prop_assert_eq!(got, want, "{:?}, sparse {}", format, sparse);
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_take_their_bytes() {
+        for (format, bytes) in [(Format::Int8, 34), (Format::Int4, 18)] {
+            for hidden_major in [false, true] {
+                let [blocks, _] = draw_blocks(format, hidden_major, 128, 64, &mut SplitMix64::new(1));
+                assert_eq!(blocks.bytes(), 128 * 64 / 32 * bytes, "{format:?}");
+            }
         }
     }
 

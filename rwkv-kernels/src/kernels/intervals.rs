@@ -7,10 +7,12 @@ use std::ops::{Add, Div, Mul, Sub};
 use proptest::test_runner::TestCaseError;
 use rwkv_core::Real;
 use rwkv_core::ops::activation::Activation;
+use rwkv_core::quant::{BLOCK, Blocks, Format};
 use rwkv_core::real;
 use rwkv_core::rng::SplitMix64;
 
 use super::testing::{TINY, U};
+use super::weights;
 use crate::Kernel;
 use crate::gpu::device_for_tests;
 
@@ -225,6 +227,81 @@ impl Halves {
         self.0[which].fill(0x7FFF);
     }
 }
+
+/// A matrix as the kernels read it.
+#[derive(Clone, Debug)]
+pub(super) enum Weights {
+    Halves { columns: usize, of: Halves },
+    Blocks(Blocks),
+}
+
+impl Weights {
+    /// Of any size a block, some of zeros and some with an outlier.
+    pub(super) fn draw(rng: &mut SplitMix64, format: Option<Format>, [rows, columns]: [usize; 2]) -> Self {
+        let Some(format) = format else {
+            return Self::Halves { columns, of: Halves::draw(rng, rows * columns) };
+        };
+        let mut values: Vec<f32> = (0..rows * columns).map(|_| rng.normal()).collect();
+        for block in values.chunks_mut(BLOCK) {
+            let scale = if below(rng, 8) == 0 { 0.0 } else { rng.uniform(-24.0, 2.0).exp2() };
+            block.iter_mut().for_each(|w| *w *= scale);
+            block[0] *= if below(rng, 4) == 0 { 30.0 } else { 1.0 };
+        }
+        Self::Blocks(Blocks::encode(format, columns, &values).unwrap())
+    }
+
+    /// What they are.
+    pub(super) fn values(&self) -> Vec<f32> {
+        match self {
+            Self::Halves { of, .. } => of.values(),
+            Self::Blocks(blocks) => blocks.decode().weights().to_vec(),
+        }
+    }
+
+    pub(super) fn words(&self) -> Vec<u32> {
+        match self {
+            Self::Halves { of, .. } => {
+                let mut words = of.words();
+                words.resize(words.len().next_multiple_of(4), 0); // the next matrix begins with an element
+                words
+            }
+            Self::Blocks(blocks) => {
+                weights::bytes(blocks).as_chunks().0.iter().map(|&b| u32::from_le_bytes(b)).collect()
+            }
+        }
+    }
+
+    /// Words, with some rows NaN: of blocks the scales.
+    pub(super) fn poisoned(&self, rows: impl Iterator<Item = usize>) -> Vec<u32> {
+        match self {
+            Self::Halves { columns, of } => {
+                let mut of = of.clone();
+                rows.for_each(|row| of.poison(row * columns..(row + 1) * columns));
+                of.words()
+            }
+            Self::Blocks(blocks) => {
+                let mut words = self.words();
+                let (start, len) = (blocks.weights().len() / 2, blocks.row_blocks());
+                for half in rows.flat_map(|row| start + row * len..start + (row + 1) * len) {
+                    words[half / 2] |= 0x7FFF << (half % 2 * 16);
+                }
+                words
+            }
+        }
+    }
+
+    /// Additions that a product of a row passes in a kernel, at most: in its element, for its scale, and one for each of
+    /// the row's other elements.
+    pub(super) fn additions(&self, columns: usize) -> usize {
+        match self {
+            Self::Halves { .. } => 4 + columns / 8,
+            Self::Blocks(_) => 8 + columns / 16,
+        }
+    }
+}
+
+/// Every format of weights.
+pub(super) const FORMATS: [Option<Format>; 3] = [None, Some(Format::Int8), Some(Format::Int4)];
 
 /// Any number below `n`.
 pub(super) fn below(rng: &mut SplitMix64, n: u32) -> u32 {

@@ -24,6 +24,7 @@ pub mod time_mix_operands;
 pub mod time_mix_resident;
 pub mod token_shift;
 pub mod value_residual;
+pub mod weights;
 pub mod wkv4;
 pub mod wkv7;
 pub mod wkv7_scan;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use indicatif::{ProgressBar, ProgressStyle};
 use rwkv_model::engine::Device;
 use rwkv_model::tokenizer::World;
-use rwkv_model::{Engine, EngineOptions, Tokenizer};
+use rwkv_model::{Engine, EngineOptions, Recipe, Tokenizer};
 
 /// The model that comes with the sources.
 const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/books-10m/model.safetensors");
@@ -24,6 +24,10 @@ pub(crate) struct ModelArgs {
     /// What it runs on: auto, cpu, gpu, or gpu:NAME for part of a GPU's name or its number.
     #[arg(long, default_value = "auto")]
     device: Device,
+    /// What the matrices are quantised to as they are read: f16, int8 or int4, then perhaps others for some of them, such
+    /// as int4,ffn.value=int8,head=int8.
+    #[arg(long, default_value_t)]
+    weights: Recipe,
 }
 
 impl ModelArgs {
@@ -37,7 +41,12 @@ impl ModelArgs {
     pub(crate) fn open_with(&self, options: EngineOptions) -> Result<Engine, rwkv_model::Error> {
         let world = |path: &PathBuf| World::open(path).map(Tokenizer::World);
         let tokenizer = self.tokenizer.as_ref().map(world).transpose()?;
-        let options = EngineOptions { tokenizer, device: self.device.clone(), ..options };
+        let options = EngineOptions {
+            tokenizer,
+            device: self.device.clone(),
+            weights: self.weights.clone(),
+            ..options
+        };
         let bar = bar("loading {bar:40} {bytes}/{total_bytes}");
         let engine = Engine::open_with(Path::new(&self.model), options, &|progress| {
             bar.set_length(progress.total);

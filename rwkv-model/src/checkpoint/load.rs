@@ -5,13 +5,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytemuck::Pod;
 use half::{bf16, f16};
+use rayon::prelude::*;
 use rwkv_core::fast::linear::Packed;
 use rwkv_core::model::{Adapter, Block, ChannelMix, Model, Norm, TimeMix};
 use rwkv_core::ops::linear::Matrix;
+use rwkv_core::quant::{self, Blocks};
 use rwkv_core::{ElementType, Elements, Real};
 
 use super::directory::{Dtype, Entry};
-use super::{Checkpoint, Error, Fault, LoraLayout, MIXES};
+use super::{Checkpoint, Error, Fault, LoraLayout, MIXES, SCALES};
+use crate::recipe::{self, Recipe};
 
 /// How far loading has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +42,9 @@ pub trait LoadMatrix: Sized {
         kind: ElementType,
         read: impl Fn(Range<usize>) -> Result<Elements, E> + Sync,
     ) -> Result<Self, E>;
+
+    /// Makes a matrix of blocks, whose rows are the outputs, or the inputs if it is `hidden_major`.
+    fn of_blocks(blocks: &Blocks, hidden_major: bool) -> Self;
 }
 
 impl LoadMatrix for Packed {
@@ -49,6 +55,10 @@ impl LoadMatrix for Packed {
         read: impl Fn(Range<usize>) -> Result<Elements, E> + Sync,
     ) -> Result<Self, E> {
         Self::pack(inputs, outputs, kind, read)
+    }
+
+    fn of_blocks(blocks: &Blocks, hidden_major: bool) -> Self {
+        Self::of_blocks(blocks, hidden_major)
     }
 }
 
@@ -62,6 +72,17 @@ impl LoadMatrix for Matrix<f32> {
     ) -> Result<Self, E> {
         Ok(Self::new(inputs, read(0..outputs)?.widen()))
     }
+
+    fn of_blocks(blocks: &Blocks, hidden_major: bool) -> Self {
+        let decoded = blocks.decode();
+        match hidden_major {
+            false => decoded,
+            true => {
+                let [rows, width] = [blocks.rows(), blocks.columns()];
+                Self::new(rows, columns(decoded.weights(), width, 0..width))
+            }
+        }
+    }
 }
 
 impl Checkpoint {
@@ -74,7 +95,45 @@ impl Checkpoint {
         &self,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Model<R, M>, Error> {
-        self.reader(progress).model().map_err(|fault| self.error(fault))
+        self.load_with(&Recipe::default(), progress)
+    }
+
+    /// As [`Self::load`], and quantises the matrices that `recipe` names, unless the file has them quantised.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::load`], or if the recipe has a layer that the model has not, or a weight is beyond a block's reach.
+    pub fn load_with<R: Real, M: LoadMatrix>(
+        &self,
+        recipe: &Recipe,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Model<R, M>, Error> {
+        self.check(recipe)?;
+        self.reader(progress).model(recipe).map_err(|fault| self.error(fault))
+    }
+
+    /// The blocks of a matrix, if the file or else `recipe` has it quantised: the file's own, or made of its weights. The rows
+    /// are the outputs, or the inputs of the channel mix's value.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::load_with`].
+    pub fn blocks(
+        &self,
+        recipe: &Recipe,
+        layer: usize,
+        matrix: recipe::Matrix,
+    ) -> Result<Option<Blocks>, Error> {
+        self.check(recipe)?;
+        let reader = self.reader(&|_| {});
+        reader.blocks(recipe, layer, matrix).map_err(|fault| self.error(fault))
+    }
+
+    /// Checks that the model has the layers of a recipe.
+    pub(crate) fn check(&self, recipe: &Recipe) -> Result<(), Error> {
+        let layers = self.config.n_layers;
+        let beyond = |layer| Err(self.error(Fault::RecipeLayer { layer, layers }));
+        recipe.layer_beyond(layers).map_or(Ok(()), beyond)
     }
 
     /// Reads one of its [tensors](Self::tensors), for structures other than [`Model`].
@@ -101,32 +160,30 @@ pub(crate) struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn model<R: Real, M: LoadMatrix>(&self) -> Result<Model<R, M>, Fault> {
+    fn model<R: Real, M: LoadMatrix>(&self, recipe: &Recipe) -> Result<Model<R, M>, Fault> {
         let config = self.checkpoint.config;
         Ok(Model {
             config,
             embedding: self.whole("emb.weight")?,
             ln0: self.norm("blocks.0.ln0")?,
-            blocks: (0..config.n_layers).map(|layer| self.block(layer)).collect::<Result<_, _>>()?,
+            blocks: (0..config.n_layers).map(|layer| self.block(recipe, layer)).collect::<Result<_, _>>()?,
             ln_out: self.norm("ln_out")?,
-            head: self.matrix("head.weight", config.vocab, config.width)?,
+            head: self.quantisable(recipe, 0, recipe::Matrix::Head)?,
         })
     }
 
-    fn block<R: Real, M: LoadMatrix>(&self, layer: usize) -> Result<Block<R, M>, Fault> {
-        let (block, d, f) =
-            (format!("blocks.{layer}"), self.checkpoint.config.width, self.checkpoint.config.hidden);
-        let ranks = self.checkpoint.config.ranks;
+    fn block<R: Real, M: LoadMatrix>(&self, recipe: &Recipe, layer: usize) -> Result<Block<R, M>, Fault> {
+        let (block, ranks) = (format!("blocks.{layer}"), self.checkpoint.config.ranks);
         let att = |name: &str| format!("{block}.att.{name}");
-        let projection = |name: &str| self.matrix(&att(name), d, d);
+        let matrix = |of| self.quantisable(recipe, layer, of);
         Ok(Block {
             ln1: self.norm(&format!("{block}.ln1"))?,
             time_mix: TimeMix {
                 mixes: self.mixes(&att(""))?,
-                receptance: projection("receptance.weight")?,
-                key: projection("key.weight")?,
-                value: projection("value.weight")?,
-                output: projection("output.weight")?,
+                receptance: matrix(recipe::Matrix::Receptance)?,
+                key: matrix(recipe::Matrix::Key)?,
+                value: matrix(recipe::Matrix::Value)?,
+                output: matrix(recipe::Matrix::Output)?,
                 w: self.adapter(&att("w"), ranks.w, true)?,
                 a: self.adapter(&att("a"), ranks.a, true)?,
                 v: (layer > 0).then(|| self.adapter(&att("v"), ranks.v, true)).transpose()?,
@@ -139,8 +196,8 @@ impl Reader<'_> {
             ln2: self.norm(&format!("{block}.ln2"))?,
             channel_mix: ChannelMix {
                 mix: self.vector(&format!("{block}.ffn.x_k"))?,
-                key: self.matrix(&format!("{block}.ffn.key.weight"), f, d)?,
-                value: self.matrix(&format!("{block}.ffn.value.weight"), d, f)?,
+                key: matrix(recipe::Matrix::FfnKey)?,
+                value: matrix(recipe::Matrix::FfnValue)?,
             },
         })
     }
@@ -196,6 +253,83 @@ impl Reader<'_> {
     fn matrix<M: LoadMatrix>(&self, name: &str, outputs: usize, inputs: usize) -> Result<M, Fault> {
         let kind = self.elements(name, 0..0)?.element_type();
         M::load(inputs, outputs, kind, |rows| self.elements(name, rows.start * inputs..rows.end * inputs))
+    }
+
+    fn quantisable<M: LoadMatrix>(
+        &self,
+        recipe: &Recipe,
+        layer: usize,
+        matrix: recipe::Matrix,
+    ) -> Result<M, Fault> {
+        if let Some(blocks) = self.blocks(recipe, layer, matrix)? {
+            return Ok(M::of_blocks(&blocks, matrix == recipe::Matrix::FfnValue));
+        }
+        let [outputs, inputs] = self.checkpoint.extents(matrix);
+        self.matrix(&matrix.tensor(layer), outputs, inputs)
+    }
+
+    /// See [`Checkpoint::blocks`].
+    pub(crate) fn blocks(
+        &self,
+        recipe: &Recipe,
+        layer: usize,
+        matrix: recipe::Matrix,
+    ) -> Result<Option<Blocks>, Fault> {
+        let (name, hidden_major) = (matrix.tensor(layer), matrix == recipe::Matrix::FfnValue);
+        let [outputs, inputs] = self.checkpoint.extents(matrix);
+        let [rows, columns] = if hidden_major { [inputs, outputs] } else { [outputs, inputs] };
+        if let Some(format) = self.checkpoint.recipe.format(layer, matrix).blocks() {
+            return self.stored_blocks(&name, format, [rows, columns]).map(Some); // whatever the recipe says
+        }
+        let Some(format) = recipe.format(layer, matrix).blocks() else { return Ok(None) };
+        let mut blocks = Blocks::zeros(format, rows, columns);
+        let lines = (STRETCH / columns).max(1);
+        // Turned, a matrix is read whole: it lies in the file the other way round.
+        let turned = if hidden_major { self.lines(&name, [columns, rows])? } else { Vec::new() };
+        blocks.parts(lines).enumerate().try_for_each(|(i, mut part)| {
+            let (first, last) = (i * lines, ((i + 1) * lines).min(rows));
+            let weights = match hidden_major {
+                false => self.elements(&name, first * columns..last * columns)?.widen(),
+                true => {
+                    let mut weights = vec![0.0; (last - first) * columns];
+                    let stored = turned.iter().flat_map(|lines| lines.chunks_exact(rows));
+                    for (column, line) in stored.enumerate() {
+                        let own = weights.iter_mut().skip(column).step_by(columns);
+                        own.zip(&line[first..last]).for_each(|(to, weight)| *to = *weight);
+                    }
+                    weights
+                }
+            };
+            let refused = |error| Fault::Quantising { tensor: name.clone(), first: first * columns, error };
+            part.encode(&weights).map_err(refused)
+        })?;
+        Ok(Some(blocks))
+    }
+
+    /// The rows of a tensor, widened, several of them together.
+    fn lines(&self, name: &str, [rows, columns]: [usize; 2]) -> Result<Vec<Vec<f32>>, Fault> {
+        let lines = (STRETCH / columns).max(1);
+        let starts: Vec<_> = (0..rows).step_by(lines).collect();
+        let read = |&first: &usize| {
+            let last = (first + lines).min(rows);
+            Ok(self.elements(name, first * columns..last * columns)?.widen())
+        };
+        starts.par_iter().map(read).collect()
+    }
+
+    fn stored_blocks(&self, name: &str, format: quant::Format, extents: [usize; 2]) -> Result<Blocks, Fault> {
+        let len = |name: &str| Ok::<usize, Fault>(self.entry(name)?.shape.iter().product());
+        let scales = format!("{name}{SCALES}");
+        let weights = self.bytes(name, len(name)?)?;
+        let Elements::F16(of_blocks) = self.whole(&scales)? else {
+            return Err(Fault::Scales { tensor: scales }); // their type was checked
+        };
+        Blocks::from_parts(format, extents, weights, of_blocks).ok_or(Fault::Scales { tensor: scales })
+    }
+
+    /// The first bytes of a tensor of bytes.
+    pub(crate) fn bytes(&self, name: &str, len: usize) -> Result<Vec<u8>, Fault> {
+        self.read(name, self.entry(name)?, 0..len, |_| true)
     }
 
     /// A tensor as a vector.

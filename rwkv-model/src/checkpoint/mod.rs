@@ -15,6 +15,7 @@ pub mod pickle;
 pub mod pth;
 pub mod safetensors;
 pub mod source;
+mod write;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,12 +23,15 @@ use std::path::Path;
 
 use rwkv_core::ModelConfig;
 use rwkv_core::config::Ranks;
+use rwkv_core::quant;
 
 pub use self::directory::{Dtype, Entry, Format};
 pub(crate) use self::load::Reader;
 pub use self::load::{LoadMatrix, Progress};
 pub use self::names::Dialect;
 use self::source::{FileSource, Source};
+pub use self::write::WriteError;
+use crate::recipe::{Matrix, Recipe, UnknownRecipe};
 
 /// What is wrong with a checkpoint, and which one it is.
 #[derive(Debug, thiserror::Error)]
@@ -124,6 +128,33 @@ pub enum Fault {
         /// What it is.
         value: f32,
     },
+    /// A weight is beyond what its block can hold.
+    #[error("tensor {tensor}, which is to be quantised, from element {first} on: {error}")]
+    Quantising {
+        /// Its official name.
+        tensor: String,
+        /// The element that the error counts from; of the matrix the other way round if it is the channel mix's value.
+        first: usize,
+        /// What is wrong.
+        error: quant::Error,
+    },
+    /// What the file says of its quantised matrices says nothing.
+    #[error("{WEIGHTS}: {0}")]
+    Recipe(#[from] UnknownRecipe),
+    /// A recipe names a layer that is not there.
+    #[error("the weights of layer {layer} are to be quantised, of {layers}")]
+    RecipeLayer {
+        /// The layer.
+        layer: usize,
+        /// How many there are.
+        layers: usize,
+    },
+    /// Scales of blocks that are infinite or no numbers.
+    #[error("tensor {tensor} has scales that are not finite")]
+    Scales {
+        /// Its official name.
+        tensor: String,
+    },
     /// A tensor's bytes cannot be read.
     #[error("reading tensor {tensor}: {error}")]
     Io {
@@ -164,7 +195,18 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
     ignored: Vec<String>,
+    /// What the file has quantised.
+    recipe: Recipe,
 }
+
+/// The writer's note that says which matrices are quantised, as the text of a [`Recipe`].
+///
+/// A quantised matrix is a tensor of bytes `[rows, bytes of a row]` as [`Blocks::weights`](quant::Blocks::weights) are, and one
+/// of halves `[rows, blocks]` named as it is and [`SCALES`]. The channel mix's value is `[F, D]` then.
+pub const WEIGHTS: &str = "rwkv.weights";
+
+/// What the name of a tensor of scales ends with.
+pub const SCALES: &str = ".scales";
 
 impl Checkpoint {
     /// Opens the checkpoint at `path`.
@@ -210,8 +252,21 @@ impl Checkpoint {
         let directory = directory::read(&*source)?;
         let (dialect, mut tensors) = names::official(directory.tensors)?;
         let (config, lora) = extents(&tensors, dialect, options)?;
+        let recipe = match directory.metadata.get(WEIGHTS) {
+            Some(text) => text.parse()?,
+            None => Recipe::default(),
+        };
+        if let Some(layer) = recipe.layer_beyond(config.n_layers) {
+            return Err(Fault::RecipeLayer { layer, layers: config.n_layers });
+        }
         let mut used = BTreeMap::new();
         for (name, shape) in expected(&config, lora, |name| tensors.contains_key(name)) {
+            if let Some(format) = quantised(&recipe, &name) {
+                for (name, entry) in of_blocks(&tensors, &name, &shape, format)? {
+                    used.insert(name, entry);
+                }
+                continue;
+            }
             let entry = require(&tensors, &name, || format!("{shape:?}"))?;
             // files hold vectors as [D] and as [1, 1, D]; matrices have no more axes than two
             let same = match shape.len() {
@@ -234,7 +289,7 @@ impl Checkpoint {
         let ignored = tensors.into_keys().collect();
         let (format, metadata) = (directory.format, directory.metadata);
         let checkpoint =
-            Self { file, source, format, dialect, lora, config, tensors: used, metadata, ignored };
+            Self { file, source, format, dialect, lora, config, tensors: used, metadata, ignored, recipe };
         // embedding and head may be one, but no more than that
         let (tensors, file) = (checkpoint.bytes(), checkpoint.source.len());
         if tensors > file.saturating_mul(2) { Err(Fault::Shared { tensors, file }) } else { Ok(checkpoint) }
@@ -281,6 +336,28 @@ impl Checkpoint {
         self.tensors.iter().map(|(name, entry)| (name.as_str(), entry))
     }
 
+    /// What the file has quantised.
+    #[must_use]
+    pub const fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// Outputs and inputs of a matrix.
+    pub(crate) const fn extents(&self, matrix: Matrix) -> [usize; 2] {
+        let ModelConfig { width, hidden, vocab, .. } = self.config;
+        match matrix {
+            Matrix::FfnKey => [hidden, width],
+            Matrix::FfnValue => [width, hidden],
+            Matrix::Head => [vocab, width],
+            Matrix::Receptance | Matrix::Key | Matrix::Value | Matrix::Output => [width; 2],
+        }
+    }
+
+    /// Whether one of its [tensors](Self::tensors) holds a quantised matrix.
+    pub(crate) fn is_quantised(&self, tensor: &str) -> bool {
+        quantised(&self.recipe, tensor).is_some()
+    }
+
     /// What the writer noted beside the tensors.
     #[must_use]
     pub const fn metadata(&self) -> &BTreeMap<String, String> {
@@ -298,6 +375,39 @@ fn require<'a>(
     expected: impl FnOnce() -> String,
 ) -> Result<&'a Entry, Fault> {
     tensors.get(name).ok_or_else(|| Fault::Missing { tensor: name.to_owned(), expected: expected() })
+}
+
+/// The format of a tensor's blocks, if a recipe gives it any.
+fn quantised(recipe: &Recipe, tensor: &str) -> Option<quant::Format> {
+    let (layer, matrix) = Matrix::of(tensor)?;
+    recipe.format(layer, matrix).blocks()
+}
+
+/// The two tensors of a quantised matrix, whose shape would be `shape`.
+fn of_blocks(
+    tensors: &BTreeMap<String, Entry>,
+    name: &str,
+    shape: &[usize],
+    format: quant::Format,
+) -> Result<[(String, Entry); 2], Fault> {
+    let hidden_major = Matrix::of(name).is_some_and(|(_, of)| of == Matrix::FfnValue);
+    let [rows, columns] = if hidden_major { [shape[1], shape[0]] } else { [shape[0], shape[1]] };
+    let blocks = columns.div_ceil(quant::BLOCK);
+    let check = |name: String, last: Option<usize>, dtype: Dtype| {
+        let expected = || format!("[{rows}, {}] of {dtype}", last.unwrap_or(usize::MAX));
+        let entry = require(tensors, &name, expected)?;
+        if last.is_none_or(|last| entry.shape != [rows, last]) {
+            return Err(Fault::Shape { tensor: name, found: entry.shape.clone(), expected: expected() });
+        }
+        match entry.dtype == dtype {
+            true => Ok((name, entry.clone())),
+            false => Err(Fault::Dtype { tensor: name, found: entry.dtype.clone() }),
+        }
+    };
+    Ok([
+        check(name.to_owned(), blocks.checked_mul(format.block_bytes()), Dtype::Other("U8".to_owned()))?,
+        check(format!("{name}{SCALES}"), Some(blocks), Dtype::F16)?,
+    ])
 }
 
 /// A shape without its axes of one.

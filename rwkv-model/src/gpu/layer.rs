@@ -13,9 +13,11 @@ use rwkv_core::model::SkipShifts;
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::matmul::Rows;
 use rwkv_core::ops::wkv7_lazy::ENTRY;
+use rwkv_core::quant;
 use rwkv_kernels::gpu::Device;
 use rwkv_kernels::kernels::sample::SamplerRow;
 use rwkv_kernels::kernels::time_mix_resident::{Format, Rounding};
+use rwkv_kernels::kernels::weights as stored;
 use rwkv_kernels::kernels::{
     carry, channel_mix_value, embedding, layer_norm, linear, matmul, mix_in, mix_rows, readout_packed,
     sample, time_mix, time_mix_operands, time_mix_resident, wkv7_scan,
@@ -31,6 +33,7 @@ use super::plan::{Bound, Grid, Mixes, PART_BYTES, Plan, Planner, Shape, Step};
 use super::records::{Move, Records};
 use super::weights::{Layer, Weights};
 use super::{Error, Setup, count};
+use crate::recipe::{Matrix, Recipe};
 
 /// Where the mixes of the time mix are among them.
 pub(super) const MIX_R: u32 = 0;
@@ -45,6 +48,10 @@ pub(super) const MIXES: usize = 6;
 
 /// Adapters of the time mix.
 const ADAPTERS: usize = 4;
+
+/// The matrices that lie with their outputs as rows, and are multiplied by the kernels for those.
+const STRAIGHT: [Matrix; 6] =
+    [Matrix::Receptance, Matrix::Key, Matrix::Value, Matrix::Output, Matrix::FfnKey, Matrix::Head];
 
 /// The part of a layer in which the heads' states move on.
 pub(super) const HEADS: &str = "heads";
@@ -231,8 +238,16 @@ impl Kernels {
         let lanes = lanes(device);
         let norm = [("LANES", f64::from(lanes(256)))];
         // Side by side, since a driver takes half a second for some.
+        // Adapters are halves.
+        let formats =
+            |of: &[Matrix]| stored::formats(setup.weights.blocks(config.n_layers, of).chain([None]));
         let of_matmul = |&tile: &matmul::Tile| {
-            let of = |transposed| compile(device, tile.variants(), &tile.overrides(transposed));
+            let of = |transposed| {
+                let matrices: &[Matrix] = if transposed { &[Matrix::FfnValue] } else { &STRAIGHT };
+                let mut overrides = tile.overrides(transposed);
+                overrides.push(formats(matrices));
+                compile(device, tile.variants(), &overrides)
+            };
             Ok::<_, Error>((tile, [of(false)?, of(true)?]))
         };
         let tiles = tiles(device, config, setup);
@@ -251,7 +266,7 @@ impl Kernels {
                 Held::Plain if setup.fused => Some(ScanKernels::new(device)?),
                 _ => None,
             },
-            step: if setup.fused { StepKernels::new(device, config, held)? } else { None },
+            step: if setup.fused { StepKernels::new(device, config, &setup.weights, held)? } else { None },
         })
     }
 
@@ -322,7 +337,12 @@ impl Kernels {
 
 impl StepKernels {
     /// The kernels, or none where a row does not fit into the memory of a workgroup.
-    fn new(device: &Device, config: &ModelConfig, held: Held) -> Result<Option<Self>, Error> {
+    fn new(
+        device: &Device,
+        config: &ModelConfig,
+        recipe: &Recipe,
+        held: Held,
+    ) -> Result<Option<Self>, Error> {
         let capabilities = device.capabilities();
         let lanes = lanes(device);
         let width = count(config.width);
@@ -339,14 +359,16 @@ impl StepKernels {
                 lanes(if fits { 512 } else { 256 }).max(256)
             }
         };
-        let (linear, linear_tile) = linear_of(device)?;
-        let (value, columns) = value_of(device, config)?;
+        let blocks = |of: &[Matrix]| recipe.blocks(config.n_layers, of).collect::<Vec<_>>();
+        let (linear, linear_tile) = linear_of(device, config, &blocks(&[Matrix::Output]))?;
+        let (value, columns) = value_of(device, config, &blocks(&[Matrix::FfnValue]))?;
+        let formats = stored::formats(blocks(&STRAIGHT).into_iter().chain([None]));
         let f = f64::from;
         Ok(Some(Self {
             mix_in: compile(
                 device,
                 mix_in::VARIANTS,
-                &[("LANES", f(mix_lanes)), ("TEAM_ROWS", f(team_rows)), ("WIDTH", f(width))],
+                &[("LANES", f(mix_lanes)), ("TEAM_ROWS", f(team_rows)), ("WIDTH", f(width)), formats],
             )?,
             time_mix: held.compile(device, heads_lanes, true)?,
             linear,
@@ -370,19 +392,40 @@ fn half(device: &Device) -> u32 {
     lanes(device)(if device.capabilities().workgroup_bytes >= 32 << 10 { 512 } else { 256 })
 }
 
-/// `linear`, and outputs to a workgroup of it.
-pub(super) fn linear_of(device: &Device) -> Result<(Pipeline, u32), Error> {
+/// `linear` for rows of the width, and outputs to a workgroup of it.
+pub(super) fn linear_of(
+    device: &Device,
+    config: &ModelConfig,
+    formats: &[Option<quant::Format>],
+) -> Result<(Pipeline, u32), Error> {
     let lanes = lanes(device)(256);
-    let overrides = [("LANES", lanes.into()), ("TEAM_ROWS", 1.0)];
+    let in_blocks = formats.iter().any(Option::is_some);
+    let fits = 4 * (count(config.width) + lanes + 32) <= device.capabilities().workgroup_bytes;
+    let held = if in_blocks && fits { count(config.width) } else { 0 };
+    let overrides = [
+        ("LANES", lanes.into()),
+        ("TEAM_ROWS", 1.0),
+        ("HELD", held.into()),
+        stored::formats(formats.iter().copied()),
+    ];
     Ok((compile(device, linear::VARIANTS, &overrides)?, tile(lanes, 1)))
 }
 
 /// `channel_mix_value`, and columns to a workgroup of it.
-pub(super) fn value_of(device: &Device, config: &ModelConfig) -> Result<(Pipeline, u32), Error> {
+pub(super) fn value_of(
+    device: &Device,
+    config: &ModelConfig,
+    formats: &[Option<quant::Format>],
+) -> Result<(Pipeline, u32), Error> {
     let (lanes, columns) = (half(device), if config.width <= 1024 { 16 } else { 32 });
     // As few as suffice for all hidden units at once, if eight do.
     let parts = (count(config.hidden) / 4).div_ceil(lanes).clamp(1, 8);
-    let overrides = [("LANES", lanes.into()), ("COLUMNS", columns.into()), ("PARTS", parts.into())];
+    let overrides = [
+        ("LANES", lanes.into()),
+        ("COLUMNS", columns.into()),
+        ("PARTS", parts.into()),
+        stored::formats(formats.iter().copied()),
+    ];
     Ok((compile(device, channel_mix_value::VARIANTS, &overrides)?, columns))
 }
 
@@ -640,6 +683,8 @@ pub(super) struct Layers<'a> {
     pub(super) config: &'a ModelConfig,
     pub(super) kernels: &'a Kernels,
     pub(super) weights: &'a Weights,
+    /// What the head is in.
+    pub(super) head_format: Option<quant::Format>,
     pub(super) scratch: &'a Scratch,
     pub(super) records: &'a Records,
 }
@@ -687,8 +732,12 @@ impl Layers<'_> {
         let body = vec![self.embed(Grid::Fixed([1; 3]))?];
         let layers = self.each_layer(|weights, records| self.step_layer(kernels, weights, records))?;
         let (s, width) = (self.scratch, self.config.width);
-        let stack =
-            [mix_in::Stacked { outputs: self.config.vocab, mix: None, activation: Activation::Identity }];
+        let stack = [mix_in::Stacked {
+            outputs: self.config.vocab,
+            mix: None,
+            activation: Activation::Identity,
+            format: self.head_format,
+        }];
         let dims = mix_in::Dims { width, stride: width, offset: 0 };
         let (params, tiles, groups) =
             mix_in::lower(dims, &stack, HEAD_TILES * kernels.mix_tile).map_err(refused("head"))?;
@@ -819,7 +868,12 @@ impl Layers<'_> {
             buffers[5] = self.records.slots_of(records);
             planner.step(part, &kernels.mix_in, params, &buffers, Grid::Fixed(groups), matrix.size())
         };
-        let key = [mix_in::Stacked { outputs: hidden, mix: Some(0), activation: Activation::SquaredRelu }];
+        let key = [mix_in::Stacked {
+            outputs: hidden,
+            mix: Some(0),
+            activation: Activation::SquaredRelu,
+            format: weights.format(Matrix::FfnKey),
+        }];
 
         let heads = Heads {
             pipeline: &kernels.time_mix,
@@ -834,12 +888,19 @@ impl Layers<'_> {
         };
         let heads = self.heads(heads, weights, records)?;
 
-        let dims = linear::Dims { rows: 1, inputs: width, outputs: width, accumulate: true };
+        let dims = linear::Dims {
+            rows: 1,
+            inputs: width,
+            outputs: width,
+            accumulate: true,
+            format: weights.format(Matrix::Output),
+        };
         let (params, groups) = linear::lower(dims, kernels.linear_tile).map_err(refused("output"))?;
         let (buffers, bytes) = ([&weights.output, &s.readout, &s.x].map(Bound::Whole), weights.output.size());
         let output = planner.step("output", &kernels.linear, params, &buffers, Grid::Fixed(groups), bytes)?;
 
-        let dims = channel_mix_value::Dims { rows: 1, width, hidden };
+        let dims =
+            channel_mix_value::Dims { rows: 1, width, hidden, format: weights.format(Matrix::FfnValue) };
         let (params, groups) = channel_mix_value::lower(dims, kernels.columns).map_err(refused("value"))?;
         let (buffers, bytes) = ([&weights.value, &s.hidden, &s.x].map(Bound::Whole), weights.value.size());
         let value = planner.step("value", &kernels.value, params, &buffers, Grid::Fixed(groups), bytes)?;
@@ -875,7 +936,10 @@ impl Layers<'_> {
                 transposed: false,
                 x: (&s.normed, s.len.normed),
                 y: (&s.logits, s.len.logits),
-                jobs: vec![job(width, vocab, 0, (0, width), (0, vocab), Activation::Identity)],
+                jobs: vec![matmul::Job {
+                    format: self.head_format,
+                    ..job(width, vocab, 0, (0, width), (0, vocab), Activation::Identity)
+                }],
                 of_logits: true,
             },
         )?;
@@ -895,12 +959,13 @@ impl Layers<'_> {
         let mix = |part, offset, mixes, vectors| self.mix(part, offset, mixes, vectors, records, rows_of);
 
         let per_row = weights.inputs(width);
-        let (mut projections, mut start) = (Vec::new(), 0);
+        let (mut projections, mut start, mut element) = (Vec::new(), 0, 0);
         for of in stack(weights, width) {
             let mix = of.mix.unwrap_or_default() as usize;
             let (x, y) = ((mix * width, MIXES * width), (start, per_row));
-            projections.push(job(width, of.outputs, start * width / 8, x, y, of.activation));
-            start += of.outputs;
+            let job = job(width, of.outputs, element, x, y, of.activation);
+            projections.push(matmul::Job { format: of.format, ..job });
+            (start, element) = (start + of.outputs, element + stored::len(of.format, of.outputs * width));
         }
         let r = weights.ranks;
         let (mut adapters, mut rank) = (Vec::new(), 0);
@@ -925,12 +990,17 @@ impl Layers<'_> {
         let output = matmul::Job {
             exponent: READOUT_EXPONENT,
             accumulate: true,
+            format: weights.format(Matrix::Output),
             ..job(width, width, 0, (0, width), (0, width), identity)
         };
-        let key = job(width, hidden, 0, (0, width), (0, hidden), Activation::SquaredRelu);
+        let key = matmul::Job {
+            format: weights.format(Matrix::FfnKey),
+            ..job(width, hidden, 0, (0, width), (0, hidden), Activation::SquaredRelu)
+        };
         let value = matmul::Job {
             exponent: HIDDEN_EXPONENT,
             accumulate: true,
+            format: weights.format(Matrix::FfnValue),
             ..job(hidden, width, 0, (0, hidden), (0, width), identity)
         };
 
@@ -1105,15 +1175,16 @@ impl Layers<'_> {
 fn stack(weights: &Layer, width: usize) -> Vec<mix_in::Stacked> {
     let r = weights.ranks;
     let all = [
-        (width, MIX_R, Activation::Identity),
-        (width, MIX_K, Activation::Identity),
-        (width, MIX_V, Activation::Identity),
-        (r.w, MIX_W, Activation::Tanh),
-        (r.a, MIX_A, Activation::Identity),
-        (r.v, MIX_V, Activation::Identity),
-        (r.g, MIX_G, Activation::Sigmoid),
+        (width, MIX_R, Activation::Identity, weights.format(Matrix::Receptance)),
+        (width, MIX_K, Activation::Identity, weights.format(Matrix::Key)),
+        (width, MIX_V, Activation::Identity, weights.format(Matrix::Value)),
+        (r.w, MIX_W, Activation::Tanh, None),
+        (r.a, MIX_A, Activation::Identity, None),
+        (r.v, MIX_V, Activation::Identity, None),
+        (r.g, MIX_G, Activation::Sigmoid, None),
     ];
-    let stacked = |(outputs, mix, activation)| mix_in::Stacked { outputs, mix: Some(mix), activation };
+    let stacked =
+        |(outputs, mix, activation, format)| mix_in::Stacked { outputs, mix: Some(mix), activation, format };
     all.into_iter().filter(|(outputs, ..)| *outputs > 0).map(stacked).collect()
 }
 
@@ -1128,5 +1199,5 @@ fn job(
 ) -> matmul::Job {
     let rows = |(offset, stride)| Rows { offset, stride };
     let (x, y) = (rows(x), rows(y));
-    matmul::Job { inputs, outputs, weights, x, exponent: 0, y, activation, accumulate: false }
+    matmul::Job { inputs, outputs, weights, format: None, x, exponent: 0, y, activation, accumulate: false }
 }

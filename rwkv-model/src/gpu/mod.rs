@@ -48,9 +48,9 @@ pub use self::profile::{Dispatch, Profile};
 pub(crate) use self::records::Record;
 use self::records::{Move, Place, Records};
 use self::unfused::Unfused;
-pub use self::weights::WeightFormat;
 use self::weights::Weights;
 use crate::checkpoint::{self, Checkpoint, Progress};
+use crate::recipe::{Matrix, Recipe};
 
 /// Why the GPU executor cannot do something.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +84,9 @@ pub enum Error {
         /// Of the kernels.
         want: usize,
     },
+    /// Weights in blocks, without fusion.
+    #[error("weights cannot be {0}: without fusion they are halves")]
+    Weights(Recipe),
     /// Extents that a kernel cannot do.
     #[error("{part}: {why}")]
     Extents {
@@ -155,7 +158,7 @@ pub(crate) fn suits(config: &ModelConfig) -> bool {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Setup {
     pub(crate) adapter: Option<String>,
-    pub(crate) weights: WeightFormat,
+    pub(crate) weights: Recipe,
     pub(crate) state: Resident,
     pub(crate) sessions: usize,
     pub(crate) pass_tokens: usize,
@@ -224,12 +227,17 @@ impl Executor {
     /// Opens a device and uploads the model; `progress` is told how loading goes, from several threads.
     pub(crate) fn open(
         checkpoint: &Checkpoint,
-        setup: Setup,
+        mut setup: Setup,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Self, Error> {
         let config = *checkpoint.config();
         if config.head_size != HEAD_SIZE {
             return Err(Error::HeadSize { got: config.head_size, want: HEAD_SIZE });
+        }
+        checkpoint.check(&setup.weights).map_err(Error::Checkpoint)?;
+        setup.weights = setup.weights.over(checkpoint.recipe(), config.n_layers);
+        if !setup.fused && setup.weights.blocks(config.n_layers, &Matrix::ALL).any(|of| of.is_some()) {
+            return Err(Error::Weights(setup.weights));
         }
         let all = !setup.portable;
         let features = rwkv_kernels::Features { f16: all, subgroup: all, coop: all };
@@ -246,7 +254,7 @@ impl Executor {
         let unfused = (!setup.fused).then(|| Unfused::new(&device, &config, scratch.rows)).transpose()?;
         device.save_cache()?;
         let records = Records::new(&device, &config, setup.state, setup.sessions)?;
-        let weights = Weights::upload(&device, checkpoint, setup.weights, progress)?;
+        let weights = Weights::upload(&device, checkpoint, &setup.weights, progress)?;
         let profile = setup.timestamps.then(|| profile::Recorder::new(&device)).flatten();
         let work = Work {
             records,
@@ -479,6 +487,11 @@ impl Executor {
         Ok(of.after)
     }
 
+    /// Bytes of the matrices.
+    pub(crate) fn weight_bytes(&self) -> u64 {
+        self.weights.bytes()
+    }
+
     /// How long the dispatches of all passes since the last call took; empty without timestamps.
     pub(crate) fn profile(&self) -> Result<Profile, Error> {
         let mut work = self.lock();
@@ -566,12 +579,13 @@ impl Executor {
         })
     }
 
-    const fn layers<'a>(&'a self, records: &'a Records) -> layer::Layers<'a> {
+    fn layers<'a>(&'a self, records: &'a Records) -> layer::Layers<'a> {
         layer::Layers {
             device: &self.device,
             config: &self.config,
             kernels: &self.kernels,
             weights: &self.weights,
+            head_format: self.setup.weights.format(0, Matrix::Head).blocks(),
             scratch: &self.scratch,
             records,
         }

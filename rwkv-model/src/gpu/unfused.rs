@@ -147,8 +147,8 @@ impl Unfused {
 impl OpKernels {
     fn new(device: &Device, config: &ModelConfig) -> Result<Self, Error> {
         let compile = |variants| compile(device, variants, &[]);
-        let (linear, linear_tile) = linear_of(device)?;
-        let (value, columns) = value_of(device, config)?;
+        let (linear, linear_tile) = linear_of(device, config, &[])?;
+        let (value, columns) = value_of(device, config, &[])?;
         Ok(Self {
             token_shift: compile(token_shift::VARIANTS)?,
             activation: compile(activation::VARIANTS)?,
@@ -438,7 +438,8 @@ impl<'a> Steps<'a> {
             return self.matmul(of, false, false);
         }
         let (part, kernels) = (of.part, &self.own.kernels);
-        let dims = linear::Dims { rows: 1, inputs: of.inputs, outputs: of.outputs, accumulate: false };
+        let dims =
+            linear::Dims { rows: 1, inputs: of.inputs, outputs: of.outputs, accumulate: false, format: None };
         let (weights, start) = of.weights;
         let weights = Bound::section(part, weights, start..start + of.weights_len(), size_of::<u16>())?;
         let (x, Rows { offset, .. }) = of.x;
@@ -453,7 +454,7 @@ impl<'a> Steps<'a> {
             return self.matmul(of, true, true);
         }
         let kernels = &self.own.kernels;
-        let dims = channel_mix_value::Dims { rows: 1, width: of.outputs, hidden: of.inputs };
+        let dims = channel_mix_value::Dims { rows: 1, width: of.outputs, hidden: of.inputs, format: None };
         let buffers = [of.weights.0, of.x.0, of.y].map(Bound::Whole);
         let lowered = channel_mix_value::lower(dims, kernels.columns);
         self.push(of.part, &kernels.value, lowered, &buffers, of.bytes())
@@ -478,6 +479,7 @@ impl<'a> Steps<'a> {
             inputs: of.inputs,
             outputs: of.outputs,
             weights: start / 8,
+            format: None,
             x: x_rows,
             // What is added is of the hidden units.
             exponent: if accumulate { HIDDEN_EXPONENT } else { READOUT_EXPONENT },

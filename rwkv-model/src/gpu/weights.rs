@@ -8,7 +8,8 @@
 //! | `value` | hidden-major, `[F, D]`, so that a hidden unit which is zero leaves a row unread |
 //! | `embedding` | as in the file, `[V, D]` |
 //!
-//! Matrices are halves; those of other types are converted, and refused if a weight is beyond what a half holds.
+//! Matrices are halves, or by the recipe in blocks, and their scales after them ([`stored`]). Weights of other types are
+//! converted, and refused if one is beyond what a half holds.
 //! Vectors are `f32`. The host never holds more than one matrix.
 
 use std::ops::Range;
@@ -16,31 +17,16 @@ use std::ops::Range;
 use half::f16;
 use rayon::prelude::*;
 use rwkv_core::config::Ranks;
+use rwkv_core::quant::Format;
 use rwkv_core::{Elements, ModelConfig};
 use rwkv_kernels::gpu::Device;
+use rwkv_kernels::kernels::weights as stored;
 use rwkv_kernels::pipeline::checked;
 use wgpu::WriteOnly;
 
 use super::Error;
 use crate::checkpoint::{Checkpoint, Fault, Progress, Reader};
-
-/// How the weights of matrices are stored on the device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum WeightFormat {
-    /// Half precision.
-    #[default]
-    F16,
-}
-
-impl WeightFormat {
-    /// Bytes of `n` weights.
-    #[must_use]
-    pub const fn bytes(self, n: usize) -> usize {
-        match self {
-            Self::F16 => n * size_of::<f16>(),
-        }
-    }
-}
+use crate::recipe::{Matrix, Recipe};
 
 /// Weights read at a time by one thread.
 const BLOCK: usize = 1 << 18;
@@ -62,6 +48,8 @@ pub(super) struct Weights {
 pub(super) struct Layer {
     /// Of the adapters; `v` is 0 in layer 0.
     pub(super) ranks: Ranks,
+    /// What its matrices are in, by [`Matrix`].
+    formats: [Option<Format>; Matrix::ALL.len()],
     pub(super) stack: wgpu::Buffer,
     pub(super) up: wgpu::Buffer,
     pub(super) output: wgpu::Buffer,
@@ -76,6 +64,11 @@ pub(super) struct Layer {
 }
 
 impl Layer {
+    /// What a matrix is in, `None` for halves.
+    pub(super) const fn format(&self, of: Matrix) -> Option<Format> {
+        self.formats[of as usize]
+    }
+
     /// Outputs of the stack: what the heads read of a token.
     pub(super) const fn inputs(&self, width: usize) -> usize {
         3 * width + self.ranks.w + self.ranks.a + self.ranks.v + self.ranks.g
@@ -83,15 +76,22 @@ impl Layer {
 }
 
 impl Weights {
+    /// Bytes of the matrices, but for the embedding.
+    pub(super) fn bytes(&self) -> u64 {
+        let of_layer =
+            |of: &Layer| [&of.stack, &of.up, &of.output, &of.key, &of.value].map(wgpu::Buffer::size);
+        self.layers.iter().flat_map(of_layer).sum::<u64>() + self.head.size()
+    }
+
     /// Uploads the weights; `progress` is told of every stretch read, from several threads.
     pub(super) fn upload(
         device: &Device,
         checkpoint: &Checkpoint,
-        format: WeightFormat,
+        recipe: &Recipe,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Self, Error> {
         let upload =
-            Upload { device, format, reader: checkpoint.reader(progress), config: *checkpoint.config() };
+            Upload { device, recipe, reader: checkpoint.reader(progress), config: *checkpoint.config() };
         upload.model().map_err(|error| match error {
             Failed::Fault(fault) => Error::Checkpoint(checkpoint.error(fault)),
             Failed::Device(error) => error,
@@ -121,7 +121,7 @@ impl From<Error> for Failed {
 
 struct Upload<'a> {
     device: &'a Device,
-    format: WeightFormat,
+    recipe: &'a Recipe,
     reader: Reader<'a>,
     config: ModelConfig,
 }
@@ -134,12 +134,20 @@ struct Piece {
     columns: usize,
     /// Whether the file has it the other way round.
     turned: bool,
+    /// Which matrix it is, if that may be in blocks.
+    matrix: Option<(usize, Matrix)>,
 }
 
 impl Upload<'_> {
     fn model(&self) -> Result<Weights, Failed> {
         let ModelConfig { width, vocab, n_layers, .. } = self.config;
-        let plain = |name: &str, rows| Piece { name: name.to_owned(), rows, columns: width, turned: false };
+        let plain = |name: &str, rows, matrix| Piece {
+            name: name.to_owned(),
+            rows,
+            columns: width,
+            turned: false,
+            matrix,
+        };
         let mut layers = Vec::with_capacity(n_layers);
         for layer in 0..n_layers {
             layers.push(self.layer(layer)?);
@@ -153,21 +161,33 @@ impl Upload<'_> {
             self.floats("vectors", &[gain?, bias?].concat())
         };
         Ok(Weights {
-            embedding: self.matrix("embedding", &[plain("emb.weight", vocab)])?,
+            embedding: self.matrix("embedding", &[plain("emb.weight", vocab, None)])?,
             ln0: norm("blocks.0.ln0")?,
             layers,
             ln_out: norm("ln_out")?,
-            head: self.matrix("head", &[plain("head.weight", vocab)])?,
+            head: self.matrix("head", &[plain("head.weight", vocab, Some((0, Matrix::Head)))])?,
         })
     }
 
     fn layer(&self, layer: usize) -> Result<Layer, Failed> {
         let ModelConfig { width, hidden, ranks, .. } = self.config;
         let name = |of: &str| format!("blocks.{layer}.{of}");
-        let plain = |of: &str, rows, columns| Piece { name: name(of), rows, columns, turned: false };
+        let matrix = |of: Matrix, rows| Piece {
+            name: of.tensor(layer),
+            rows,
+            columns: width,
+            turned: of == Matrix::FfnValue,
+            matrix: Some((layer, of)),
+        };
         // The factors are `[D, rank]` and `[rank, D]` in official files, and the other way round in others.
         let turned = self.reader.factors_are_turned();
-        let factor = |of: &str, rank, turned| Piece { name: name(of), rows: rank, columns: width, turned };
+        let factor = |of: &str, rank, turned| Piece {
+            name: name(of),
+            rows: rank,
+            columns: width,
+            turned,
+            matrix: None,
+        };
         let ranks = Ranks { v: if layer == 0 { 0 } else { ranks.v }, ..ranks };
         let adapters = [("w", ranks.w), ("a", ranks.a), ("v", ranks.v), ("g", ranks.g)];
         let factors = |end: char, turned| {
@@ -175,10 +195,8 @@ impl Upload<'_> {
                 move |&(adapter, rank): &(&str, usize)| factor(&format!("att.{adapter}{end}"), rank, turned);
             adapters.iter().filter(|(_, rank)| *rank > 0).map(of).collect::<Vec<_>>()
         };
-        let mut stack: Vec<_> = ["receptance", "key", "value"]
-            .map(|of| plain(&format!("att.{of}.weight"), width, width))
-            .into_iter()
-            .collect();
+        let projections = [Matrix::Receptance, Matrix::Key, Matrix::Value];
+        let mut stack = Vec::from(projections.map(|of| matrix(of, width)));
         stack.extend(factors('1', !turned));
 
         let norm = |of: &str| [name(&format!("{of}.weight")), name(&format!("{of}.bias"))];
@@ -189,14 +207,12 @@ impl Upload<'_> {
         let v0 = if layer == 0 { vec![0.0; width] } else { vector(&att("v0"))? };
         Ok(Layer {
             ranks,
+            formats: Matrix::ALL.map(|of| self.recipe.format(layer, of).blocks()),
             stack: self.matrix("stack", &stack)?,
             up: self.matrix("up", &factors('2', turned))?,
-            output: self.matrix("output", &[plain("att.output.weight", width, width)])?,
-            key: self.matrix("key", &[plain("ffn.key.weight", hidden, width)])?,
-            value: self.matrix(
-                "value",
-                &[Piece { name: name("ffn.value.weight"), rows: hidden, columns: width, turned: true }],
-            )?,
+            output: self.matrix("output", &[matrix(Matrix::Output, width)])?,
+            key: self.matrix("key", &[matrix(Matrix::FfnKey, hidden)])?,
+            value: self.matrix("value", &[matrix(Matrix::FfnValue, hidden)])?,
             att: vectors(&[vector(&ln1[0])?, vector(&ln1[1])?, self.reader.mixes(&att(""))?])?,
             heads: vectors(&[
                 vector(&att("w0"))?,
@@ -221,11 +237,21 @@ impl Upload<'_> {
 
     /// Matrices, one after the other.
     fn matrix(&self, label: &str, pieces: &[Piece]) -> Result<wgpu::Buffer, Failed> {
-        let bytes = |piece: &Piece| self.format.bytes(piece.rows * piece.columns);
+        let bytes = |piece: &Piece| {
+            let format = piece.matrix.and_then(|(layer, of)| self.recipe.format(layer, of).blocks());
+            stored::ELEMENT * stored::len(format, piece.rows * piece.columns)
+        };
         self.buffer(label, pieces.iter().map(bytes).sum(), |mut to| {
             for piece in pieces {
-                let part = to.split_off(..bytes(piece)).unwrap_or_default();
-                if piece.turned { self.turned(piece, part) } else { self.straight(piece, part) }?;
+                let mut part = to.split_off(..bytes(piece)).unwrap_or_default();
+                let blocks = piece.matrix.map(|(layer, of)| self.reader.blocks(self.recipe, layer, of));
+                if let Some(blocks) = blocks.transpose()?.flatten() {
+                    part.copy_from_slice(&stored::bytes(&blocks));
+                } else if piece.turned {
+                    self.turned(piece, part)?;
+                } else {
+                    self.straight(piece, part)?;
+                }
             }
             Ok(())
         })

@@ -1,7 +1,7 @@
 // Twin: rwkv-core/src/ops/channel_mix_value.rs, the channel mix's value layer, added to the residual.
 //use scan
+//use blocks
 //use columns
-//use weights
 //
 // A workgroup computes COLUMNS outputs of one row. The matrix lies hidden-major, so that a hidden unit which is zero
 // leaves a whole row of it unread. Each workgroup lists the units that are not zero for itself, in a fixed order,
@@ -14,10 +14,11 @@ override PARTS: u32 = 8u; // fours of units that a lane looks at before they are
 struct Params {
     width: u32,  // D
     hidden: u32, // F
+    format: u32, // of the matrix
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>; // [F, D]
+@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>; // [F, D], see `Matrix`
 @group(0) @binding(2) var<storage, read> hidden: array<vec4<f32>>;  // [T, F]
 @group(0) @binding(3) var<storage, read_write> x: array<f32>;       // [T, D]
 
@@ -31,6 +32,7 @@ fn channel_mix_value(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     let width8 = params.width / 8u;
     let hidden4 = params.hidden / 4u;
     let start = group.y * hidden4;
+    let m = matrix_at(params.format, 0u, params.width, params.hidden);
     // Lanes of a row, and the column of this one, in elements of eight weights. The last columns may not be there.
     let lanes = COLUMNS / 8u;
     let column = min(group.x * lanes + l % lanes, width8 - 1u);
@@ -61,9 +63,9 @@ fn channel_mix_value(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
             for (var i = l / lanes; i < min(scanned.y - listed, ROOM); i += LANES / lanes) {
                 let unit = u32(held[i]);
                 let value = hidden[start + unit / 4u][unit % 4u];
-                let w = weights[unit * width8 + column];
-                low += value * low4(w);
-                high += value * high4(w);
+                let w = eight(m, unit, column);
+                low += value * first4(m, w);
+                high += value * last4(m, w);
             }
             workgroupBarrier(); // before the list is written again, or the sums where it is
         }

@@ -5,6 +5,9 @@
 #[cfg(feature = "gpu")]
 mod tests;
 
+use rwkv_core::quant::Format;
+
+use super::weights;
 pub use crate::reflected::channel_mix_value::*;
 
 /// The extents of a call.
@@ -16,6 +19,8 @@ pub struct Dims {
     pub width: usize,
     /// F.
     pub hidden: usize,
+    /// What the matrix is in; the pipeline's override `FORMATS` has it.
+    pub format: Option<Format>,
 }
 
 /// Hidden units at most: their indices pass through `f32`.
@@ -25,7 +30,9 @@ pub const MAX_HIDDEN: usize = 1 << 24;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// Extents that do not fill whole loads.
-    #[error("{0:?}: the width must be a multiple of 8, the hidden units of 4, and neither is none")]
+    #[error(
+        "{0:?}: the width must be a multiple of 8, or of 32 in blocks, the hidden units of 4, and neither is none"
+    )]
     Loads(Dims),
     /// More elements than the kernel can index, or no row.
     #[error("{0:?}: nothing to do, or too much for 32-bit indices")]
@@ -46,8 +53,9 @@ pub enum Error {
 ///
 /// If the extents are not what the kernel can do.
 pub fn lower(dims: Dims, columns: u32) -> Result<(Params, [u32; 3]), Error> {
-    let Dims { rows, width, hidden } = dims;
-    if width == 0 || hidden == 0 || !width.is_multiple_of(8) || !hidden.is_multiple_of(4) {
+    let Dims { rows, width, hidden, format } = dims;
+    if width == 0 || hidden == 0 || !width.is_multiple_of(weights::unit(format)) || !hidden.is_multiple_of(4)
+    {
         return Err(Error::Loads(dims));
     }
     let fits = |a: usize, b: usize| a.checked_mul(b).is_some_and(|n| n > 0 && u32::try_from(n).is_ok());
@@ -57,7 +65,7 @@ pub fn lower(dims: Dims, columns: u32) -> Result<(Params, [u32; 3]), Error> {
     let (got, max) = ([width.div_ceil(columns.max(8) as usize), rows], super::MAX_GROUPS);
     match (got.map(u32::try_from), u32::try_from(width), u32::try_from(hidden)) {
         ([Ok(x), Ok(y)], Ok(width), Ok(hidden)) if x.max(y) <= max => {
-            Ok((Params { width, hidden }, [x, y, 1]))
+            Ok((Params { width, hidden, format: weights::number(format) }, [x, y, 1]))
         }
         _ => Err(Error::Groups { got, max }),
     }

@@ -8,15 +8,16 @@ use rwkv_core::rng::SplitMix64;
 use super::{Dims, Error, MAX_HIDDEN, VARIANTS, lower};
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::MAX_GROUPS;
-use crate::kernels::intervals::{Halves, Interval, Sum, below, exact, floats, held, of_lanes};
+use crate::kernels::intervals::{FORMATS, Interval, Sum, Weights, below, exact, floats, held, of_lanes};
 use crate::kernels::testing::{bits as words, wide};
+use crate::kernels::weights::formats;
 use crate::pipeline::Pipeline;
 
 /// Operands of one call.
 struct Case {
     dims: Dims,
     /// `[F, D]`.
-    weights: Halves,
+    weights: Weights,
     hidden: Vec<f32>,
     x: Vec<f32>,
 }
@@ -25,7 +26,7 @@ impl Case {
     /// Hidden units as the squared relu leaves them: `percent` of them not zero, of sizes up to 1e10.
     fn draw(dims: Dims, percent: u32, seed: u64) -> Self {
         let mut rng = SplitMix64::new(seed);
-        let weights = Halves::draw(&mut rng, dims.hidden * dims.width);
+        let weights = Weights::draw(&mut rng, dims.format, [dims.hidden, dims.width]);
         let largest = rng.uniform(0.0, 16.6).exp2();
         let mut unit = || match below(&mut rng, 100) {
             of if of < percent => rng.uniform(0.0, largest).powi(2),
@@ -73,13 +74,10 @@ impl Case {
     /// On weights that are NaN where no row has a unit: they are not even read.
     fn run(&self, device: &Device, kernel: &Pipeline, columns: u32) -> Vec<f32> {
         let (params, groups) = lower(self.dims, columns).unwrap();
-        let Dims { width, hidden, .. } = self.dims;
-        let mut weights = self.weights.clone();
-        for f in (0..hidden).filter(|&f| self.hidden.iter().skip(f).step_by(hidden).all(|&unit| unit == 0.0))
-        {
-            weights.poison(f * width..(f + 1) * width);
-        }
-        let buffers = [weights.words(), words(&self.hidden), words(&self.x)];
+        let Dims { hidden, .. } = self.dims;
+        let silent = |f: &usize| self.hidden.iter().skip(*f).step_by(hidden).all(|&unit| unit == 0.0);
+        let buffers =
+            [self.weights.poisoned((0..hidden).filter(silent)), words(&self.hidden), words(&self.x)];
         let after = device.run(kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
         assert_eq!(after[..2], buffers[..2], "the operands are untouched");
         floats(&after[2])
@@ -104,13 +102,20 @@ fn agrees_with_its_twin() {
         (1024, 64, 1),
     ];
     for (lanes, columns, parts) in sizes {
-        let overrides = [("LANES", lanes.into()), ("COLUMNS", columns.into()), ("PARTS", f64::from(parts))];
+        let overrides = [
+            ("LANES", lanes.into()),
+            ("COLUMNS", columns.into()),
+            ("PARTS", f64::from(parts)),
+            formats(FORMATS),
+        ];
         let variants = variants_for_tests(&of_lanes(VARIANTS, lanes), &overrides);
         let config = ProptestConfig { cases: 16, ..ProptestConfig::with_source_file(file!()) };
         let widths = prop::sample::select(vec![8usize, 64, 72, 192]);
         let densities = prop::sample::select(vec![0u32, 5, 50, 100]);
-        proptest!(config, |(rows in 1..=3usize, width in widths, hidden in hidden(), percent in densities, seed: u64)| {
-            let case = Case::draw(Dims { rows, width, hidden }, percent, seed);
+        let format = prop::sample::select(&FORMATS);
+        proptest!(config, |(rows in 1..=3usize, width in widths, format in format, hidden in hidden(), percent in densities, seed: u64)| {
+            let width = if format.is_some() { width.next_multiple_of(32) } else { width };
+            let case = Case::draw(Dims { rows, width, hidden, format }, percent, seed);
             let bounds = case.bounds(&case.sums(), lanes, columns);
             held("twin", &case.twin(), &bounds)?;
             for (device, kernel) in &variants {
@@ -125,7 +130,7 @@ fn agrees_with_its_twin() {
 /// A silent layer adds nothing at all.
 #[test]
 fn nothing_is_added_where_nothing_is() {
-    let case = Case::draw(Dims { rows: 2, width: 72, hidden: 2100 }, 0, 5);
+    let case = Case::draw(Dims { rows: 2, width: 72, hidden: 2100, format: None }, 0, 5);
     for (device, kernel) in &variants_for_tests(VARIANTS, &[]) {
         assert_eq!(words(&case.run(device, kernel, 32)), words(&case.x), "{}", kernel.kernel().label());
     }
@@ -134,7 +139,7 @@ fn nothing_is_added_where_nothing_is() {
 /// The numerics contract: a row has its bits whatever is beside it.
 #[test]
 fn rows_do_not_matter() {
-    let case = Case::draw(Dims { rows: 3, width: 192, hidden: 2100 }, 50, 7);
+    let case = Case::draw(Dims { rows: 3, width: 192, hidden: 2100, format: None }, 50, 7);
     for (device, kernel) in &variants_for_tests(VARIANTS, &[]) {
         let all = case.run(device, kernel, 32);
         for row in 0..3 {
@@ -149,11 +154,12 @@ fn rows_do_not_matter() {
 
 #[test]
 fn refuses_what_it_cannot_run() {
-    let dims = |rows, width, hidden| Dims { rows, width, hidden };
+    let dims = |rows, width, hidden| Dims { rows, width, hidden, format: None };
     let lowered =
         |dims, columns| lower(dims, columns).map(|(params, groups)| (params.width, params.hidden, groups));
     assert_eq!(lowered(dims(3, 72, 4), 32), Ok((72, 4, [3, 3, 1])), "a part of the last columns");
-    for of in [dims(1, 0, 4), dims(1, 12, 4), dims(1, 8, 0), dims(1, 8, 6)] {
+    let blocks = Dims { format: FORMATS[2], ..dims(1, 72, 4) };
+    for of in [dims(1, 0, 4), dims(1, 12, 4), dims(1, 8, 0), dims(1, 8, 6), blocks] {
         assert_eq!(lowered(of, 32), Err(Error::Loads(of)), "{of:?}");
     }
     let most = MAX_HIDDEN;

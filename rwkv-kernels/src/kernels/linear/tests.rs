@@ -7,14 +7,15 @@ use rwkv_core::rng::SplitMix64;
 use super::{Dims, Error, VARIANTS, lower};
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::MAX_GROUPS;
-use crate::kernels::intervals::{Halves, Interval, Sum, exact, floats, held, of_lanes};
+use crate::kernels::intervals::{FORMATS, Interval, Sum, Weights, exact, floats, held, of_lanes};
 use crate::kernels::testing::{bits as words, wide};
+use crate::kernels::weights::formats;
 use crate::pipeline::Pipeline;
 
 /// Operands of one call.
 struct Case {
     dims: Dims,
-    weights: Halves,
+    weights: Weights,
     x: Vec<f32>,
     y: Vec<f32>,
 }
@@ -22,9 +23,9 @@ struct Case {
 impl Case {
     /// Rows of any scale, added to what is a thousand times larger or smaller, or to nothing.
     fn draw(dims: Dims, seed: u64) -> Self {
-        let Dims { rows, inputs, outputs, accumulate } = dims;
+        let Dims { rows, inputs, outputs, accumulate, format } = dims;
         let mut rng = SplitMix64::new(seed);
-        let weights = Halves::draw(&mut rng, inputs * outputs);
+        let weights = Weights::draw(&mut rng, format, [outputs, inputs]);
         let mut scaled = |len| {
             let scale = rng.uniform(-10.0, 10.0).exp2();
             (0..len).map(|_| scale * rng.normal()).collect::<Vec<_>>()
@@ -42,14 +43,18 @@ impl Case {
         y
     }
 
-    /// A product passes at most 4 additions in its eight, one for each other eight of the row, whichever lane has
-    /// them, and the one to `y`.
+    /// A product passes the additions that [`Weights::additions`] says, whichever lane has the elements, and the one to `y`.
     fn bounds(&self) -> Vec<Interval> {
         let (weights, inputs) = (exact(&self.weights.values()), self.dims.inputs);
         let mut y = Vec::new();
         for (x, before) in exact(&self.x).chunks(inputs).zip(self.y.chunks(self.dims.outputs)) {
             for (weights, &before) in weights.chunks(inputs).zip(before) {
-                let product = weights.iter().zip(x).map(|(&w, &x)| w * x).collect::<Sum>().by(4 + inputs / 8);
+                let product = weights
+                    .iter()
+                    .zip(x)
+                    .map(|(&w, &x)| w * x)
+                    .collect::<Sum>()
+                    .by(self.weights.additions(inputs));
                 let sum = || Interval::exact(before) + product;
                 y.push(if self.dims.accumulate { sum() } else { product });
             }
@@ -68,14 +73,16 @@ impl Case {
 
 #[test]
 fn agrees_with_its_twin() {
-    for (lanes, team_rows) in [(64, 1), (64, 2), (128, 1), (256, 1), (256, 2), (512, 2), (1024, 1), (1024, 2)]
-    {
-        let overrides = [("LANES", lanes.into()), ("TEAM_ROWS", team_rows.into())];
+    let lanes_and_rows = [(64, 1), (64, 2), (128, 1), (256, 1), (256, 2), (512, 2), (1024, 1), (1024, 2)];
+    for (lanes, team_rows) in lanes_and_rows {
+        let overrides = [("LANES", lanes.into()), ("TEAM_ROWS", team_rows.into()), formats(FORMATS)];
         let variants = variants_for_tests(&of_lanes(VARIANTS, lanes), &overrides);
         let config = ProptestConfig { cases: 24, ..ProptestConfig::with_source_file(file!()) };
         let extents = (1..=3usize, 1..=70usize, 1..=150usize, any::<bool>());
-        proptest!(config, |((rows, inputs, outputs, accumulate) in extents, tile in 1..=80u32, seed: u64)| {
-            let case = Case::draw(Dims { rows, inputs: 8 * inputs, outputs, accumulate }, seed);
+        let format = prop::sample::select(&FORMATS);
+        proptest!(config, |((rows, inputs, outputs, accumulate) in extents, format in format, tile in 1..=80u32, seed: u64)| {
+            let inputs = inputs * if format.is_some() { 32 } else { 8 };
+            let case = Case::draw(Dims { rows, inputs, outputs, accumulate, format }, seed);
             let bounds = case.bounds();
             held("twin", &case.twin(), &bounds)?;
             for (device, kernel) in &variants {
@@ -87,11 +94,28 @@ fn agrees_with_its_twin() {
     }
 }
 
+/// With the vector in workgroup memory, and one format compiled: the same bits.
+#[test]
+fn where_the_vector_is_does_not_matter() {
+    for format in FORMATS {
+        for inputs in [32u16, 320, 1056] {
+            let dims = Dims { rows: 2, inputs: inputs.into(), outputs: 37, accumulate: true, format };
+            let case = Case::draw(dims, 11);
+            let all = variants_for_tests(VARIANTS, &[formats(FORMATS)]);
+            let held = variants_for_tests(VARIANTS, &[formats([format]), ("HELD", inputs.into())]);
+            for ((device, kernel), (_, holding)) in all.iter().zip(&held) {
+                let want = words(&case.run(device, kernel, 17));
+                assert_eq!(words(&case.run(device, holding, 17)), want, "{format:?}, {inputs} inputs");
+            }
+        }
+    }
+}
+
 /// The numerics contract: a row has its bits whatever is beside it, and an output whatever the tile.
 #[test]
 fn rows_and_tiles_do_not_matter() {
     let variants = variants_for_tests(VARIANTS, &[]);
-    let case = Case::draw(Dims { rows: 3, inputs: 328, outputs: 61, accumulate: true }, 3);
+    let case = Case::draw(Dims { rows: 3, inputs: 328, outputs: 61, accumulate: true, format: None }, 3);
     for (device, kernel) in &variants {
         let all = words(&case.run(device, kernel, 17));
         assert_eq!(words(&case.run(device, kernel, 64)), all, "another tile");
@@ -106,7 +130,7 @@ fn rows_and_tiles_do_not_matter() {
 
 #[test]
 fn refuses_what_it_cannot_run() {
-    let dims = |rows, inputs, outputs| Dims { rows, inputs, outputs, accumulate: true };
+    let dims = |rows, inputs, outputs| Dims { rows, inputs, outputs, accumulate: true, format: None };
     let lowered = |dims, tile| {
         lower(dims, tile).map(|(params, groups)| {
             assert_eq!((params.inputs as usize, params.accumulate), (dims.inputs, 1), "passed on");
@@ -116,8 +140,10 @@ fn refuses_what_it_cannot_run() {
     assert_eq!(lowered(dims(2, 24, 65), 32), Ok((65, 32, [3, 2, 1])), "a part of a tile");
     assert_eq!(lowered(dims(2, 24, 65), 0), Ok((65, 1, [65, 2, 1])), "a tile has a row");
     for inputs in [0, 12] {
-        assert_eq!(lowered(dims(1, inputs, 1), 1), Err(Error::Inputs { inputs }), "{inputs} inputs");
+        assert_eq!(lowered(dims(1, inputs, 1), 1), Err(Error::Inputs { inputs, unit: 8 }), "{inputs} inputs");
     }
+    let blocks = Dims { format: FORMATS[1], ..dims(1, 40, 1) };
+    assert_eq!(lowered(blocks, 1), Err(Error::Inputs { inputs: 40, unit: 32 }), "not whole blocks");
     let extents = |rows, inputs, outputs| {
         let of = dims(rows, inputs, outputs);
         assert_eq!(lowered(of, 64), Err(Error::Extents(of)), "{of:?}");

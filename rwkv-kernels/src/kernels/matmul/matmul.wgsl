@@ -1,6 +1,6 @@
 // Twin: rwkv-core/src/ops/matmul.rs, rows times several matrices.
 //use activation
-//use weights
+//use blocks
 //
 // One workgroup per ROWS x COLS tile of one job's output, one invocation per eight rows and four columns of it. The
 // inner dimension passes in steps through workgroup memory; while one step is multiplied, the loads of the next are
@@ -26,14 +26,14 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> jobs: array<vec4<u32>>;    // three to a job, see `job_of`
-@group(0) @binding(2) var<storage, read> weights: array<vec4<u32>>; // eight to an element, by rows
+@group(0) @binding(2) var<storage, read> weights: array<vec4<u32>>; // see `Matrix`
 @group(0) @binding(3) var<storage, read> x: array<f32>;
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;
 
 struct Job {
     inputs: u32,  // K, a multiple of 8 unless TRANSPOSED
     outputs: u32, // O, a multiple of 8 if TRANSPOSED
-    weights: u32, // where the matrix starts
+    matrix: Matrix,
     x: u32,       // where row 0 starts, and the distance to the next
     x_stride: u32,
     y: u32,
@@ -45,7 +45,8 @@ struct Job {
 }
 
 // A step of x: [STEP, ROWS], and one vector more per input, so that neighbours fall into other banks.
-var<workgroup> x_step: array<vec4<f32>, STEP * (ROWS / 4u + 1u)>;
+override X_LEN: u32 = STEP * (ROWS / 4u + 1u);
+var<workgroup> x_step: array<vec4<f32>, X_LEN>;
 // A step of W, with such vectors too: [COLS, STEP], or [STEP, COLS] if TRANSPOSED, which is smaller.
 const W_PITCH: u32 = STEP / 4u + 1u;
 const W_PITCH_TRANSPOSED: u32 = COLS / 4u + 1u;
@@ -59,8 +60,9 @@ fn job_of(tile: vec3<u32>) -> Job {
     }
     let a = jobs[at];      // first tile, inputs, outputs, weights
     let b = jobs[at + 1u]; // x, x_stride, y, y_stride
-    let c = jobs[at + 2u]; // activation, accumulate
-    return Job(a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y != 0u, (tile.x - a.x) * COLS, tile.y * ROWS);
+    let c = jobs[at + 2u]; // activation, accumulate, exponent, format
+    let matrix = matrix_at(c.w, a.w, select(a.y, a.z, TRANSPOSED), select(a.z, a.y, TRANSPOSED));
+    return Job(a.y, a.z, matrix, b.x, b.y, b.z, b.w, c.x, c.y != 0u, (tile.x - a.x) * COLS, tile.y * ROWS);
 }
 
 // Four rows of x at one input, zero past the last. Rows past the last are that row again, and never stored.
@@ -82,15 +84,15 @@ fn load_w(job: Job, slot: u32, k: u32) -> vec4<u32> {
         let octets = job.outputs / 8u;
         let input = min(k + slot / (COLS / 8u), job.inputs - 1u);
         let octet = min(job.col / 8u + slot % (COLS / 8u), octets - 1u);
-        return weights[job.weights + input * octets + octet];
+        return eight(job.matrix, input, octet);
     }
     let octets = job.inputs / 8u;
     let output = min(job.col + slot / (STEP / 8u), job.outputs - 1u);
     let octet = min(k / 8u + slot % (STEP / 8u), octets - 1u);
-    return weights[job.weights + output * octets + octet];
+    return eight(job.matrix, output, octet);
 }
 
-fn stage_w(slot: u32, eight: vec4<u32>) {
+fn stage_w(job: Job, slot: u32, w: vec4<u32>) {
     if slot >= SLOTS {
         return;
     }
@@ -100,8 +102,8 @@ fn stage_w(slot: u32, eight: vec4<u32>) {
     } else {
         at = slot / (STEP / 8u) * W_PITCH + slot % (STEP / 8u) * 2u;
     }
-    w_step[at] = low4(eight);
-    w_step[at + 1u] = high4(eight);
+    w_step[at] = first4(job.matrix, w);
+    w_step[at + 1u] = last4(job.matrix, w);
 }
 
 // Four inputs of a team's four columns: [input, column].
@@ -142,17 +144,18 @@ fn add(sums: mat4x4<f32>, rows: vec4<f32>, w: vec4<f32>) -> mat4x4<f32> {
     );
 }
 
-@compute @workgroup_size(2u * ROWS)
+override LANES: u32 = 2u * ROWS;
+
+@compute @workgroup_size(LANES)
 fn matmul(@builtin(workgroup_id) tile: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let job = job_of(tile);
-    let lanes = 2u * ROWS;
     let pitch = ROWS / 4u + 1u;
 
     // What of a step this invocation loads: two of its vectors of x, neighbours beside each other along the inputs ..
     let x_k = lane % STEP;
     let x_quad = lane / STEP;
     let x_at = x_k * pitch + x_quad;
-    // .. and, of the weights, the slots `lane` and `lane + lanes`, as far as there are.
+    // .. and, of the weights, the slots `lane` and `lane + LANES`, as far as there are.
 
     // What of the tile it computes.
     let team = lane % TEAMS;
@@ -163,19 +166,19 @@ fn matmul(@builtin(workgroup_id) tile: vec3<u32>, @builtin(local_invocation_inde
     var x0 = load_x(job, x_quad, x_k);
     var x1 = load_x(job, x_quad + ROWS / 8u, x_k);
     var w0 = load_w(job, lane, 0u);
-    var w1 = load_w(job, lane + lanes, 0u);
+    var w1 = load_w(job, lane + LANES, 0u);
     for (var k = 0u; k < job.inputs; k += STEP) {
         workgroupBarrier(); // the step before is no longer read
         x_step[x_at] = x0;
         x_step[x_at + ROWS / 8u] = x1;
-        stage_w(lane, w0);
-        stage_w(lane + lanes, w1);
+        stage_w(job, lane, w0);
+        stage_w(job, lane + LANES, w1);
         workgroupBarrier();
         if k + STEP < job.inputs {
             x0 = load_x(job, x_quad, k + STEP + x_k);
             x1 = load_x(job, x_quad + ROWS / 8u, k + STEP + x_k);
             w0 = load_w(job, lane, k + STEP);
-            w1 = load_w(job, lane + lanes, k + STEP);
+            w1 = load_w(job, lane + LANES, k + STEP);
         }
         for (var i = 0u; i < STEP; i += 4u) {
             let w = staged_w(team, i);

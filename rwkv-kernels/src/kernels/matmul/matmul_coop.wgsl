@@ -1,5 +1,6 @@
 // Twin: rwkv-core/src/ops/matmul.rs, rows times several matrices.
 //use activation
+//use blocks
 enable f16;
 enable wgpu_cooperative_matrix;
 //
@@ -42,14 +43,14 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> jobs: array<vec4<u32>>;    // three to a job, see `job_of`
-@group(0) @binding(2) var<storage, read> weights: array<vec4<u32>>; // eight to an element, by rows
+@group(0) @binding(2) var<storage, read> weights: array<vec4<u32>>; // see `Matrix`
 @group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;
 
 struct Job {
     inputs: u32,  // K, a multiple of 8, or of 4 if TRANSPOSED
     outputs: u32, // O, a multiple of 8 if TRANSPOSED
-    weights: u32, // where the matrix starts
+    matrix: Matrix,
     x: u32,       // where row 0 starts, and the distance to the next, in vectors
     x_stride: u32,
     y: u32,
@@ -85,12 +86,13 @@ fn job_of(tile: vec3<u32>) -> Job {
     }
     let a = jobs[at];      // first tile, inputs, outputs, weights
     let b = jobs[at + 1u]; // x, x_stride, y, y_stride
-    let c = jobs[at + 2u]; // activation, accumulate, exponent of what x is divided by
+    let c = jobs[at + 2u]; // activation, accumulate, exponent of what x is divided by, format
+    let matrix = matrix_at(c.w, a.w, select(a.y, a.z, TRANSPOSED), select(a.z, a.y, TRANSPOSED));
     let scale = bitcast<f32>((127u - c.z) << 23u);
     let unscale = bitcast<f32>((127u + c.z) << 23u);
     let col = (tile.x - a.x) * COLS;
     let row = tile.y * ROWS;
-    return Job(a.y, a.z, a.w, b.x / 4u, b.y / 4u, b.z, b.w, c.x, c.y != 0u, scale, unscale, col, row);
+    return Job(a.y, a.z, matrix, b.x / 4u, b.y / 4u, b.z, b.w, c.x, c.y != 0u, scale, unscale, col, row);
 }
 
 // What an invocation has loaded of a step.
@@ -126,11 +128,11 @@ fn load_w(job: Job, slot: u32, k: u32) -> vec4<u32> {
     if TRANSPOSED {
         let octets = job.outputs / 8u;
         let input = min(k + slot / (COLS / 8u), job.inputs - 1u);
-        return weights[job.weights + input * octets + min(job.col / 8u + slot % (COLS / 8u), octets - 1u)];
+        return eight(job.matrix, input, min(job.col / 8u + slot % (COLS / 8u), octets - 1u));
     }
     let octets = job.inputs / 8u;
     let output = min(job.col + slot / (STEP / 8u), job.outputs - 1u);
-    return weights[job.weights + output * octets + min(k / 8u + slot % (STEP / 8u), octets - 1u)];
+    return eight(job.matrix, output, min(k / 8u + slot % (STEP / 8u), octets - 1u));
 }
 
 fn fetch(job: Job, lane: u32, k: u32) -> Held {
@@ -173,28 +175,28 @@ fn stage_x(job: Job, slot: u32, k: u32, vector: vec4<f32>) {
     x_step[slot / (STEP / 4u) * X_PITCH + quad] = vec4<f16>(clamp(scale * vector, vec4(-LARGEST), vec4(LARGEST)));
 }
 
-fn stage_w(slot: u32, eight: vec4<u32>) {
+fn stage_w(job: Job, slot: u32, w: vec4<u32>) {
     let width = select(STEP, COLS, TRANSPOSED) / 8u;
     let at = slot / width * W_PITCH + slot % width * 2u;
-    w_step[at] = vec4<f16>(vec4(unpack2x16float(eight.x), unpack2x16float(eight.y)));
-    w_step[at + 1u] = vec4<f16>(vec4(unpack2x16float(eight.z), unpack2x16float(eight.w)));
+    w_step[at] = vec4<f16>(first4(job.matrix, w));
+    w_step[at + 1u] = vec4<f16>(last4(job.matrix, w));
 }
 
 fn stage(job: Job, lane: u32, k: u32, held: Held) {
     workgroupBarrier(); // the step before is no longer read
-    stage_w(lane, held.w0);
+    stage_w(job, lane, held.w0);
     if W_EACH > 1u {
-        stage_w(lane + LANES, held.w1);
+        stage_w(job, lane + LANES, held.w1);
     }
     if W_EACH > 2u {
-        stage_w(lane + 2u * LANES, held.w2);
-        stage_w(lane + 3u * LANES, held.w3);
+        stage_w(job, lane + 2u * LANES, held.w2);
+        stage_w(job, lane + 3u * LANES, held.w3);
     }
     if W_EACH > 4u {
-        stage_w(lane + 4u * LANES, held.w4);
-        stage_w(lane + 5u * LANES, held.w5);
-        stage_w(lane + 6u * LANES, held.w6);
-        stage_w(lane + 7u * LANES, held.w7);
+        stage_w(job, lane + 4u * LANES, held.w4);
+        stage_w(job, lane + 5u * LANES, held.w5);
+        stage_w(job, lane + 6u * LANES, held.w6);
+        stage_w(job, lane + 7u * LANES, held.w7);
     }
     stage_x(job, lane, k, held.x0);
     if X_EACH > 1u {

@@ -1,14 +1,15 @@
 //! Bindings and lowering of `matmul.wgsl` and `matmul_coop.wgsl`. The operation is defined in
 //! [`rwkv_core::ops::matmul`].
 //!
-//! All jobs of a call share one buffer of weights, and how their matrices lie in it: the override `TRANSPOSED`. A buffer
-//! holds weights by eights, as `weights.wgsl` reads them; offsets and lengths of weights count eights.
+//! All jobs of a call share one buffer of weights, and how their matrices lie in it: the override `TRANSPOSED`. Each has its own
+//! format, of those in the override `FORMATS`; offsets and lengths of weights count [elements](super::weights::ELEMENT).
 //!
 //! The caller sees to it that no element of `y` is of two jobs: they run side by side.
 //!
 //! # With cooperative matrices
 //!
-//! They multiply halves, and sum in `f32`. The weights are halves as they are. An `x` is divided by `2^e`, `e` the job's
+//! They multiply halves, and sum in `f32`. The weights are halves as they are, or
+//! those of blocks rounded to the nearest, off by `2^-11 |w| + 2^-25` at most. An `x` is divided by `2^e`, `e` the job's
 //! [`exponent`](Job::exponent), and rounded to the nearest half. As far as `|x| <= 65504 * 2^e` it is off by
 //! `2^-11 |x| + 2^(e - 25)` at most: half a unit of a half, or of the least there is. What is beyond counts as
 //! `65504 * 2^e`, so that a sum never overflows where its inputs do not. The products are exact.
@@ -19,8 +20,9 @@
 
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::matmul::Rows;
+use rwkv_core::quant::Format;
 
-use super::{MAX_GROUPS, indexable};
+use super::{MAX_GROUPS, indexable, weights as stored};
 use crate::Kernel;
 pub use crate::reflected::matmul::{Params, VARIANTS};
 
@@ -122,9 +124,6 @@ impl Tile {
     }
 }
 
-/// Weights of an element.
-const OCTET: usize = 8;
-
 /// Elements of a vector of `x`, as cooperative matrices are loaded from.
 const QUAD: usize = 4;
 
@@ -140,7 +139,7 @@ pub struct Dims {
     pub tile: Tile,
     /// The pipeline's override `TRANSPOSED`: whether matrices are `[K, O]`, not `[O, K]`.
     pub transposed: bool,
-    /// Length of the weights, in eights.
+    /// Length of the weights, in elements.
     pub weights: usize,
     /// Length of `x`.
     pub x: usize,
@@ -151,12 +150,14 @@ pub struct Dims {
 /// One product: see [`rwkv_core::ops::matmul::Job`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Job {
-    /// Columns of the matrix, `K`: a multiple of 8 unless it is transposed, and then of 4 for cooperative matrices.
+    /// Columns of the matrix, `K`: a multiple of 8, or of 32 in blocks, unless it is transposed, and then of 4 for cooperative matrices.
     pub inputs: usize,
-    /// Rows of the matrix, `O`: a multiple of 8 if it is transposed.
+    /// Rows of the matrix, `O`: a multiple of 8, or of 32 in blocks, if it is transposed.
     pub outputs: usize,
-    /// Where the matrix starts, in eights of weights.
+    /// Where the matrix starts, in elements.
     pub weights: usize,
+    /// What it is in.
+    pub format: Option<Format>,
     /// Input rows in `x`. For cooperative matrices they start at multiples of 4.
     pub x: Rows,
     /// The power of two that `x` is divided by before cooperative matrices round it: see [above](self).
@@ -184,7 +185,7 @@ pub struct Record {
     activation: u32,
     accumulate: u32,
     exponent: u32,
-    unused: u32,
+    format: u32,
 }
 
 const _: () = assert!(size_of::<Record>() == 3 * 16, "three `vec4<u32>`");
@@ -208,9 +209,9 @@ pub enum Error {
         /// Its outputs.
         outputs: usize,
     },
-    /// Weights are read by eights, along a row of the matrix.
-    #[error("matmul: rows of {got} weights, in job {job}, are not whole eights")]
-    Octets {
+    /// Weights are read by eights, or by blocks, along a row of the matrix.
+    #[error("matmul: rows of {got} weights, in job {job}, are not whole eights or blocks")]
+    Row {
         /// Which job.
         job: usize,
         /// Its inputs or, transposed, outputs.
@@ -303,13 +304,13 @@ pub fn lower(dims: Dims, jobs: &[Job]) -> Result<(Params, Vec<Record>, [u32; 3])
 
 /// Lowers one job, whose tiles start with `first_tile`.
 fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Error> {
-    let Job { inputs, outputs, weights, x, exponent, y, activation, accumulate } = *of;
+    let Job { inputs, outputs, weights, format, x, exponent, y, activation, accumulate } = *of;
     if inputs == 0 || outputs == 0 {
         return Err(Error::Empty { job: at, inputs, outputs });
     }
     let along = if dims.transposed { outputs } else { inputs };
-    if !along.is_multiple_of(OCTET) {
-        return Err(Error::Octets { job: at, got: along });
+    if !along.is_multiple_of(stored::unit(format)) {
+        return Err(Error::Row { job: at, got: along });
     }
     if dims.tile.coop.is_some() && [inputs, x.offset, x.stride].iter().any(|n| !n.is_multiple_of(QUAD)) {
         return Err(Error::Quads { job: at, inputs, offset: x.offset, stride: x.stride });
@@ -328,8 +329,11 @@ fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Er
         None => Some(0),
         Some(last) => last.checked_mul(of.stride)?.checked_add(of.offset)?.checked_add(width),
     };
-    let matrix = inputs.checked_mul(outputs).and_then(|n| weights.checked_add(n / OCTET));
-    within("weights", dims.weights, matrix)?;
+    let matrix = inputs.checked_mul(outputs).and_then(|n| weights.checked_add(stored::len(format, n)));
+    let last = within("weights", dims.weights, matrix)?;
+    if format.is_some() && !stored::indexable(last) {
+        return Err(outside("weights", dims.weights));
+    }
     within("x", dims.x, end(x, inputs))?;
     within("y", dims.y, end(y, outputs))?;
     // Of one row the stride, and of none the rest, may still be beyond.
@@ -346,6 +350,6 @@ fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Er
         activation: activation as u32,
         accumulate: accumulate.into(),
         exponent,
-        unused: 0,
+        format: stored::number(format),
     })
 }

@@ -2,27 +2,31 @@
 
 use std::collections::BTreeMap;
 
-use half::f16;
 use proptest::prelude::*;
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::linear::Matrix;
 use rwkv_core::ops::matmul::{self as twin, Rows};
+use rwkv_core::quant::Format;
 use rwkv_core::rng::SplitMix64;
 
 use super::{
-    COOP_TILES, COOP_TILES_UNSPLIT, Dims, Error, Job, MAX_EXPONENT, MAX_GROUPS, OCTET, QUAD, TILES, Tile,
-    lower,
+    COOP_TILES, COOP_TILES_UNSPLIT, Dims, Error, Job, MAX_EXPONENT, MAX_GROUPS, QUAD, TILES, Tile, lower,
 };
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::activation::tests::{ALL, limit};
+use crate::kernels::intervals::{FORMATS, Weights};
 use crate::kernels::layer_norm::tests::{bits, compare, floats};
+use crate::kernels::weights::formats;
 use crate::pipeline::Pipeline;
 
 /// One call: the jobs, their matrices as the kernel has them, and the operands.
 struct Case {
     dims: Dims,
     jobs: Vec<Job>,
-    weights: Vec<f16>,
+    /// The buffer.
+    weights: Vec<u32>,
+    /// The matrices, by [`Self::jobs`], as they lie in it.
+    matrices: Vec<Weights>,
     x: Vec<f32>,
     y: Vec<f32>,
 }
@@ -35,6 +39,7 @@ struct Shape {
     exponent: u32,
     activation: Activation,
     accumulate: bool,
+    format: Option<Format>,
 }
 
 /// A call for [`Case::draw`].
@@ -57,29 +62,33 @@ impl Case {
         let unit = if quads { QUAD } else { 1 };
         let mut rng = SplitMix64::new(seed);
         let gap = |rng: &mut SplitMix64| (rng.next_u64() % 4) as usize;
-        let (mut weights, mut jobs) = (Vec::new(), Vec::new());
+        let (mut weights, mut matrices, mut jobs) = (Vec::<u32>::new(), Vec::new(), Vec::new());
         let (mut x_width, mut y_width) = (0, 0);
-        for &Shape { inputs, outputs, exponent, activation, accumulate } in shapes {
-            let inputs = inputs.next_multiple_of(unit);
-            weights.resize(weights.len() + OCTET * gap(&mut rng), f16::NAN);
+        for &Shape { inputs, outputs, exponent, activation, accumulate, format } in shapes {
+            let inputs = inputs.next_multiple_of(if format.is_some() && !transposed { 32 } else { unit });
+            let outputs = if format.is_some() && transposed { outputs.next_multiple_of(32) } else { outputs };
+            weights.resize(weights.len() + 4 * gap(&mut rng), u32::MAX);
             let (x, y) = (x_width + unit * gap(&mut rng), y_width + gap(&mut rng));
             (x_width, y_width) = (x + inputs, y + outputs);
             let rows_of = |offset| Rows { offset, stride: 0 };
-            let at = weights.len() / OCTET;
+            let at = weights.len() / 4;
             jobs.push(Job {
                 inputs,
                 outputs,
                 weights: at,
+                format,
                 x: rows_of(x),
                 exponent,
                 y: rows_of(y),
                 activation,
                 accumulate,
             });
-            let scale = 4.0 / (inputs as f32).sqrt();
-            weights.extend((0..inputs * outputs).map(|_| f16::from_f32(scale * rng.uniform(-1.0, 1.0))));
+            let extents = if transposed { [inputs, outputs] } else { [outputs, inputs] };
+            let matrix = Weights::draw(&mut rng, format, extents);
+            weights.extend(matrix.words());
+            matrices.push(matrix);
         }
-        weights.resize(weights.len() + OCTET * gap(&mut rng), f16::NAN);
+        weights.resize(weights.len() + 4 * gap(&mut rng), u32::MAX);
         let (x_width, y_width) = (x_width + unit * gap(&mut rng), y_width + gap(&mut rng));
         let (mut x, mut y) = (vec![f32::NAN; rows * x_width], vec![f32::NAN; rows * y_width]);
         for (i, job) in jobs.iter_mut().enumerate() {
@@ -96,13 +105,13 @@ impl Case {
             }
         }
         let dims =
-            Dims { rows, tile: TILES[0], transposed, weights: weights.len() / OCTET, x: x.len(), y: y.len() };
-        Self { dims, jobs, weights, x, y }
+            Dims { rows, tile: TILES[0], transposed, weights: weights.len() / 4, x: x.len(), y: y.len() };
+        Self { dims, jobs, weights, matrices, x, y }
     }
 
     /// The matrix of a job, `[outputs, inputs]`.
-    fn matrix(&self, job: &Job) -> Matrix<f16> {
-        let own = &self.weights[OCTET * job.weights..][..job.inputs * job.outputs];
+    fn matrix(&self, index: usize) -> Matrix<f32> {
+        let (job, own) = (&self.jobs[index], self.matrices[index].values());
         let at =
             |o: usize, k: usize| if self.dims.transposed { k * job.outputs + o } else { o * job.inputs + k };
         let each = (0..job.outputs).flat_map(|o| (0..job.inputs).map(move |k| at(o, k)));
@@ -118,43 +127,46 @@ impl Case {
     ///
     /// Cooperative matrices add up 16 products at a time, each of which may lose what is less than a unit of the largest
     /// sum, and those of up to [`Coop::split`](super::Coop::split) subgroups. Before, `x` is held at the largest half and
-    /// rounded, as [`super`] says: where it is off by `d`, products are by `|w| d`.
+    /// rounded, as [`super`] says: where it is off by `d`, products are by `|w| d`. So are the weights of blocks.
     fn twin(&self, tile: Tile) -> (Vec<f64>, Vec<f64>) {
         let u = f64::from(f32::EPSILON);
         let wide = |x: &[f32]| x.iter().copied().map(f64::from).collect::<Vec<_>>();
         let before = wide(&self.y);
         let (mut want, mut limits) = (before.clone(), vec![f64::NAN; self.y.len()]);
-        for job in &self.jobs {
-            let matrix = self.matrix(job);
-            let run = |layer: &Matrix<f16>, activation, accumulate, x: &[f64], y: &mut [f64]| {
+        for (index, job) in self.jobs.iter().enumerate() {
+            let matrix = self.matrix(index);
+            let run = |layer: &Matrix<f32>, activation, accumulate, x: &[f64], y: &mut [f64]| {
                 let job = twin::Job { layer, x: job.x, y: job.y, activation, accumulate };
                 twin::matmul(self.dims.rows, &[job], x, y);
             };
-            let absolute = Matrix::new(
-                job.inputs,
-                matrix.weights().iter().map(|w| f16::from_f32(w.to_f32().abs())).collect(),
-            );
+            let absolute = Matrix::new(job.inputs, matrix.weights().iter().map(|w| w.abs()).collect());
             let unit = f64::from(job.exponent).exp2();
             let (x, split) = match tile.coop {
                 None => (wide(&self.x), 0),
                 // Of a gap, NaN stays NaN.
                 Some(coop) => {
-                    let largest = f64::from(f16::MAX) * unit;
+                    let largest = 65504.0 * unit;
                     (wide(&self.x).iter().map(|x| x.clamp(-largest, largest)).collect(), coop.split)
                 }
             };
-            let (mut sums, mut sizes, mut rounded) = (before.clone(), before.clone(), before.clone());
+            let [mut sums, mut sizes, mut rounded, mut reach] = [(); 4].map(|()| before.clone());
             run(&matrix, Activation::Identity, false, &x, &mut sums);
             let sizes_of = |of: &dyn Fn(f64) -> f64| x.iter().map(|x| of(x.abs())).collect::<Vec<_>>();
             run(&absolute, Activation::Identity, false, &sizes_of(&|x| x), &mut sizes);
             let halved = |x: f64| x * (-11f64).exp2() + unit * (-25f64).exp2();
             run(&absolute, Activation::Identity, false, &sizes_of(&halved), &mut rounded);
+            // What the weights of blocks are rounded by is times the sum of the inputs' sizes.
+            let ones = Matrix::new(job.inputs, vec![1.0f32; job.inputs * job.outputs]);
+            run(&ones, Activation::Identity, false, &sizes_of(&|x| x), &mut reach);
             run(&matrix, job.activation, job.accumulate, &x, &mut want);
             for t in 0..self.dims.rows {
                 for at in (job.y.offset + t * job.y.stride..).take(job.outputs) {
                     let mut e = (job.inputs as f64 + f64::from(split) + 1.0) * u * sizes[at];
                     if tile.coop.is_some() {
                         e += rounded[at];
+                        if job.format.is_some() {
+                            e += (-11f64).exp2() * sizes[at] + (-25f64).exp2() * reach[at];
+                        }
                     }
                     let added = if job.accumulate { u * want[at].abs() } else { 0.0 };
                     limits[at] = limit(job.activation, sums[at], e) + 1.1 * added;
@@ -174,10 +186,8 @@ impl Case {
 
     fn run(&self, device: &Device, kernel: &Pipeline, tile: Tile) -> Vec<f32> {
         let (params, jobs, groups) = lower(Dims { tile, ..self.dims }, &self.jobs).unwrap();
-        let pair = |w: &[f16]| u32::from(w[0].to_bits()) | u32::from(w[1].to_bits()) << 16;
-        let weights = self.weights.chunks_exact(2).map(pair).collect();
         let jobs = bytemuck::cast_slice(&jobs).to_vec();
-        let buffers = [jobs, weights, bits(&self.x), bits(&self.y)];
+        let buffers = [jobs, self.weights.clone(), bits(&self.x), bits(&self.y)];
         let mut after = device.run(kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
         let y = after.pop().unwrap();
         assert_eq!(after, buffers[..3], "the operands are untouched");
@@ -190,7 +200,14 @@ impl Case {
             |of: &[f32]| of[t * of.len() / self.dims.rows..(t + 1) * of.len() / self.dims.rows].to_vec();
         let (x, y) = (row(&self.x), row(&self.y));
         let dims = Dims { rows: 1, x: x.len(), y: y.len(), ..self.dims };
-        Self { dims, jobs: self.jobs.clone(), weights: self.weights.clone(), x, y }
+        Self {
+            dims,
+            jobs: self.jobs.clone(),
+            weights: self.weights.clone(),
+            matrices: self.matrices.clone(),
+            x,
+            y,
+        }
     }
 }
 
@@ -198,7 +215,9 @@ impl Case {
 fn tiles(transposed: bool) -> Vec<(Tile, &'static Device, Pipeline)> {
     let of = |tile: &Tile| {
         let variants: Vec<_> = tile.variants().copied().collect();
-        let compiled = variants_for_tests(&variants, &tile.overrides(transposed));
+        let mut overrides = tile.overrides(transposed);
+        overrides.push(formats(FORMATS));
+        let compiled = variants_for_tests(&variants, &overrides);
         let tile = *tile;
         compiled.into_iter().map(move |(device, kernel)| (tile, device, kernel)).collect::<Vec<_>>()
     };
@@ -215,13 +234,15 @@ fn shape(transposed: bool) -> impl Strategy<Value = Shape> {
         prop_oneof![Just(1usize), Just(5), Just(24), Just(96), Just(257), 1..=300usize].boxed(),
     );
     let (inputs, outputs) = if transposed { (some, of_8) } else { (of_8, some) };
-    (inputs, outputs, 0..=8u32, 0..ALL.len(), any::<bool>()).prop_map(
-        |(inputs, outputs, exponent, activation, accumulate)| Shape {
+    let format = prop::sample::select(&FORMATS);
+    (inputs, outputs, 0..=8u32, 0..ALL.len(), any::<bool>(), format).prop_map(
+        |(inputs, outputs, exponent, activation, accumulate, format)| Shape {
             inputs,
             outputs,
             exponent,
             activation: ALL[activation].1,
             accumulate,
+            format,
         },
     )
 }
@@ -294,13 +315,22 @@ fn the_jobs_of_a_layer() {
     let identity = Activation::Identity;
     let mut rng = SplitMix64::new(1);
     let mut draw = |n: usize| (0..n).map(|_| rng.uniform(-1.0, 1.0)).collect::<Vec<f32>>();
-    let halves = |x: Vec<f32>| x.into_iter().map(f16::from_f32).collect::<Vec<_>>();
     // r, k and v of planes 0, 2 and 3 of [T, 6, D]; down of w, a, v and g of planes 1, 4, 3 and 5: a row of [T, P].
     let planes =
         [(0, width), (2, width), (3, width), (1, ranks[0]), (4, ranks[1]), (3, ranks[2]), (5, ranks[3])];
     let p = 3 * width + ranks.iter().sum::<usize>();
+    // The adapters are halves.
+    let matrices = |extents: &[(Option<Format>, [usize; 2])]| {
+        let mut rng = SplitMix64::new(2);
+        let of = |&(format, extents)| Weights::draw(&mut rng, format, extents);
+        extents.iter().map(of).collect::<Vec<_>>()
+    };
+    let formats = [Some(Format::Int8), None, Some(Format::Int4), None, None, None, None];
+    let extents: Vec<_> =
+        formats.into_iter().zip(planes).map(|(of, (_, outputs))| (of, [outputs, width])).collect();
+    let of_down = matrices(&extents);
     let (mut jobs, mut y, mut weights) = (Vec::new(), 0, 0);
-    for (plane, outputs) in planes {
+    for ((plane, outputs), (format, matrix)) in planes.into_iter().zip(formats.into_iter().zip(&of_down)) {
         let x = Rows { offset: plane * width, stride: 6 * width };
         let activation = match plane {
             1 => Activation::Tanh,
@@ -312,22 +342,25 @@ fn the_jobs_of_a_layer() {
             inputs: width,
             outputs,
             weights,
+            format,
             x,
             exponent: 0,
             y: y_rows,
             activation,
             accumulate: false,
         });
-        (y, weights) = (y + outputs, weights + width * outputs / OCTET);
+        (y, weights) = (y + outputs, weights + matrix.words().len() / 4);
     }
     let dims = |transposed, weights, x, y| Dims { rows, tile: TILES[0], transposed, weights, x, y };
     let down = Case {
         dims: dims(false, weights, rows * 6 * width, rows * p),
         jobs,
-        weights: halves(draw(weights * OCTET)),
+        weights: of_down.iter().flat_map(Weights::words).collect(),
+        matrices: of_down,
         x: draw(rows * 6 * width),
         y: vec![f32::NAN; rows * p],
     };
+    let of_up = matrices(&ranks.map(|rank| (None, [rank, width])));
     // Up, from columns of [T, P] to the planes of [T, 4, D].
     let (mut jobs, mut from, mut weights) = (Vec::new(), 3 * width, 0);
     for (plane, inputs) in ranks.into_iter().enumerate() {
@@ -336,18 +369,20 @@ fn the_jobs_of_a_layer() {
             inputs,
             outputs: width,
             weights,
+            format: None,
             x,
             exponent: 4,
             y,
             activation: identity,
             accumulate: false,
         });
-        (from, weights) = (from + inputs, weights + inputs * width / OCTET);
+        (from, weights) = (from + inputs, weights + inputs * width / 8);
     }
     let mut up = Case {
         dims: dims(true, weights, rows * p, rows * 4 * width),
         jobs,
-        weights: halves(draw(weights * OCTET)),
+        weights: of_up.iter().flat_map(Weights::words).collect(),
+        matrices: of_up,
         x: Vec::new(),
         y: vec![f32::NAN; rows * 4 * width],
     };
@@ -372,6 +407,7 @@ fn refuses_what_it_cannot_run() {
         inputs: 16,
         outputs: 65,
         weights: 3,
+        format: None,
         x: rows(2, 20),
         exponent: 3,
         y: rows(1, 70),
@@ -408,10 +444,21 @@ fn refuses_what_it_cannot_run() {
         let empty = Error::Empty { job: 0, inputs, outputs };
         assert_eq!(lowered(dims, Job { inputs, outputs, ..job }), Err(empty), "empty");
     }
-    assert_eq!(lowered(dims, Job { inputs: 12, ..job }), Err(Error::Octets { job: 0, got: 12 }), "inputs");
+    assert_eq!(lowered(dims, Job { inputs: 12, ..job }), Err(Error::Row { job: 0, got: 12 }), "inputs");
     let transposed = Dims { transposed: true, ..dims };
-    assert_eq!(lowered(transposed, job), Err(Error::Octets { job: 0, got: 65 }), "outputs");
+    assert_eq!(lowered(transposed, job), Err(Error::Row { job: 0, got: 65 }), "outputs");
     assert_eq!(lowered(transposed, Job { inputs: 5, outputs: 64, ..job }), Ok([1, 2, 1]), "a rank of 5");
+    let blocks = Job { format: Some(Format::Int4), ..job };
+    assert_eq!(lowered(dims, blocks), Err(Error::Row { job: 0, got: 16 }), "half a block");
+    // 65 rows of an element, and 9 of scales
+    let blocks = Job { inputs: 32, x: rows(0, 32), ..blocks };
+    let room = |weights| lowered(Dims { weights, x: 4096, ..dims }, blocks);
+    assert_eq!(room(3 + 65 + 9), Ok([2, 2, 1]), "blocks and their scales");
+    assert_eq!(
+        room(3 + 65 + 8),
+        Err(Error::Outside { job: 0, operand: "weights", len: 76 }),
+        "without the last"
+    );
     let overlap = Error::Overlap { job: 0, outputs: 65, stride: 64 };
     assert_eq!(lowered(dims, Job { y: rows(1, 64), ..job }), Err(overlap), "rows of y");
     assert_eq!(lowered(Dims { rows: 1, ..dims }, Job { y: rows(1, 64), ..job }), Ok([2, 1, 1]), "one row");

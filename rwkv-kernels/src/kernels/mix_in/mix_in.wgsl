@@ -22,34 +22,52 @@ struct Params {
 const NONE: u32 = 0xffffffffu;
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> tiles: array<vec4<u32>>;       // first row, row after the last, mix or NONE, activation
+@group(0) @binding(1) var<storage, read> tiles: array<vec4<u32>>;       // two to a tile, see `Tile`
 @group(0) @binding(2) var<storage, read> cursor: array<vec2<u32>>;      // [1], record read or NONE, record written or NONE
 @group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;           // [D]
 @group(0) @binding(4) var<storage, read> vectors: array<vec4<f32>>;     // [2 + M, D], gain, bias, mixes
-@group(0) @binding(5) var<storage, read> weights: array<vec4<u32>>;     // [rows, D]
+@group(0) @binding(5) var<storage, read> weights: array<vec4<u32>>;     // [rows, D], matrix by matrix, see `Matrix`
 @group(0) @binding(6) var<storage, read_write> state: array<vec4<f32>>; // records
 @group(0) @binding(7) var<storage, read_write> y: array<f32>;           // [rows]
 
-var<workgroup> mixed: array<vec4<f32>, WIDTH / 4u>;
+override MIXED: u32 = (WIDTH + 31u) / 32u * 8u; // `spread` goes by eights
+var<workgroup> mixed: array<vec4<f32>, MIXED>;
 
 fn input(i: u32) -> vec4<f32> {
-    return mixed[i];
+    return mixed[spread(i)];
+}
+
+struct Tile {
+    first: u32, // of y
+    end: u32,
+    mix: u32, // or NONE
+    activation: u32,
+    format: u32,
+    elements: u32, // of its first row
+    scales: u32,   // of its first row, in halves
+}
+
+fn tile_at(i: u32) -> Tile {
+    let a = tiles[2u * i];
+    let b = tiles[2u * i + 1u];
+    return Tile(a.x, a.y, a.z, a.w, b.x, b.y, b.z);
 }
 
 @compute @workgroup_size(LANES)
 fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
-    let tile = tiles[group.x];
+    let tile = tile_at(group.x);
+    let m = Matrix(tile.format, tile.elements, tile.scales, WIDTH);
     let before = cursor[0].x;
     let after = cursor[0].y;
-    let last = tile.y - 1u;
+    let rows = tile.end - tile.first;
+    let last = rows - 1u;
     let team = team_of(lane);
     let width4 = WIDTH / 4u;
-    let width8 = WIDTH / 8u;
     let own = (width4 + LANES - 1u) / LANES; // of the row's elements, held by this lane
-    let mixes = tile.z != NONE;
+    let mixes = tile.mix != NONE;
 
     // All that is read comes before the first barrier.
-    var fetched = fetch(tile.x + team.index * TEAM_ROWS, last, team, width8);
+    var fetched = fetch(m, team.index * TEAM_ROWS, last, team);
     var row: array<vec4<f32>, OWN>;
     var gain: array<vec4<f32>, OWN>;
     var bias: array<vec4<f32>, OWN>;
@@ -66,7 +84,7 @@ fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
                 if before != NONE {
                     shift[j] = state[(before * params.stride + params.offset) / 4u + i];
                 } // else it is zero: the start of a sequence
-                mix[j] = vectors[(2u + tile.z) * width4 + i];
+                mix[j] = vectors[(2u + tile.mix) * width4 + i];
             }
             part += (row[j].x + row[j].y) + (row[j].z + row[j].w);
         }
@@ -89,25 +107,25 @@ fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
                 // Out of place: other workgroups still read the record before.
                 state[(after * params.stride + params.offset) / 4u + i] = normed;
             }
-            mixed[i] = select(normed, normed + (shift[j] - normed) * mix[j], mixes);
+            mixed[spread(i)] = select(normed, normed + (shift[j] - normed) * mix[j], mixes);
         }
     }
     workgroupBarrier();
 
     let step = team.count * TEAM_ROWS;
-    for (var first = tile.x; first < tile.y; first += step) {
+    for (var first = 0u; first < rows; first += step) {
         let row = first + team.index * TEAM_ROWS;
-        let sum = row_products(row, last, fetched, team, width8, lane);
+        let sum = row_products(m, row, last, fetched, team, lane);
         if team.lane == 0u {
             if row <= last {
-                y[row] = activate(tile.w, sum.x);
+                y[tile.first + row] = activate(tile.activation, sum.x);
             }
             if TEAM_ROWS == 2u && row + 1u <= last {
-                y[row + 1u] = activate(tile.w, sum.y);
+                y[tile.first + row + 1u] = activate(tile.activation, sum.y);
             }
         }
-        if first + step < tile.y {
-            fetched = fetch(row + step, last, team, width8);
+        if first + step < rows {
+            fetched = fetch(m, row + step, last, team);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! [`mix_in`](rwkv_core::ops::mix_in), fused: norm, token shift and every matrix that reads the shifted token, in one
 //! dispatch, for one token.
 //!
-//! The matrices are stacked in one buffer, row after row, and so are their outputs in `y`. A matrix without a mix
+//! The matrices are stacked in one buffer, one after the other, each in its own format, and so are their outputs in `y`. A matrix without a mix
 //! reads the normed token: such a stack of one is the [head](rwkv_core::ops::head).
 //!
 //! The shift is kept in records (see [`lower`]): the one that `cursor` names first is read, the other is written.
@@ -13,7 +13,9 @@ mod tests;
 
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::layer_norm::LN_EPS;
+use rwkv_core::quant::{BLOCK, Format};
 
+use super::weights;
 pub use crate::reflected::mix_in::*;
 
 /// Says that there is no record to read or write, or no mix.
@@ -39,6 +41,8 @@ pub struct Stacked {
     pub mix: Option<u32>,
     /// What is done to its products.
     pub activation: Activation,
+    /// What the matrix is in; the pipeline's override `FORMATS` has it.
+    pub format: Option<Format>,
 }
 
 /// What one workgroup computes: an element of `tiles`.
@@ -49,13 +53,17 @@ pub struct Tile {
     end: u32,
     mix: u32,
     activation: u32,
+    format: u32,
+    elements: u32,
+    scales: u32,
+    unused: u32,
 }
 
 /// Why a call cannot be lowered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The width does not fill whole loads.
-    #[error("width {width} is not a multiple of 8, or none")]
+    #[error("width {width} is not a multiple of 8, or of 32 for blocks, or none")]
     Width {
         /// D.
         width: usize,
@@ -100,7 +108,7 @@ pub enum Error {
 /// If the extents are not what the kernel can do.
 pub fn lower(dims: Dims, stack: &[Stacked], tile: u32) -> Result<(Params, Vec<Tile>, [u32; 3]), Error> {
     let Dims { width, stride, offset } = dims;
-    if width == 0 || !width.is_multiple_of(8) {
+    if width == 0 || stack.iter().any(|of| !width.is_multiple_of(weights::unit(of.format))) {
         return Err(Error::Width { width });
     }
     let of_record = Error::Record { width, stride, offset };
@@ -115,6 +123,9 @@ pub fn lower(dims: Dims, stack: &[Stacked], tile: u32) -> Result<(Params, Vec<Ti
     let rows = stack.iter().fold(0usize, |rows, of| rows.saturating_add(of.outputs));
     // A team steps over its tile's end, and must not wrap to the first row.
     let indexed = rows.checked_mul(width / 8).is_some_and(|n| i32::try_from(n).is_ok());
+    let len = stack.iter().map(|of| weights::len(of.format, of.outputs.saturating_mul(width)));
+    let end = len.fold(0usize, usize::saturating_add);
+    let indexed = indexed && (stack.iter().all(|of| of.format.is_none()) || weights::indexable(end));
     let Some(rows) = u32::try_from(rows).ok().filter(|&rows| rows > 0 && indexed) else {
         return Err(Error::Rows { rows, width });
     };
@@ -124,15 +135,26 @@ pub fn lower(dims: Dims, stack: &[Stacked], tile: u32) -> Result<(Params, Vec<Ti
         return Err(Error::Groups { got, max });
     };
 
-    let (mut tiles, mut first) = (Vec::with_capacity(got), 0);
+    let (mut tiles, mut first, mut start) = (Vec::with_capacity(got), 0, 0);
     for of in stack {
         // within `rows`, which is of 32 bits
         let end = first + u32::try_from(of.outputs).unwrap_or(rows);
-        for first in (first..end).step_by(tile.max(1) as usize) {
-            let (mix, activation) = (of.mix.unwrap_or(NONE), of.activation as u32);
-            tiles.push(Tile { first, end: end.min(first.saturating_add(tile.max(1))), mix, activation });
+        let scales = 8 * (start + weights::elements(of.format, of.outputs * width));
+        for tile_first in (first..end).step_by(tile.max(1) as usize) {
+            let before = (tile_first - first) as usize * width;
+            let index = |n: usize| u32::try_from(n).unwrap_or(NONE); // halves have no scales, and others were checked
+            tiles.push(Tile {
+                first: tile_first,
+                end: end.min(tile_first.saturating_add(tile.max(1))),
+                mix: of.mix.unwrap_or(NONE),
+                activation: of.activation as u32,
+                format: weights::number(of.format),
+                elements: index(start + weights::elements(of.format, before)),
+                scales: if of.format.is_some() { index(scales + before / BLOCK) } else { 0 },
+                unused: 0,
+            });
         }
-        first = end;
+        (first, start) = (end, start + weights::len(of.format, of.outputs * width));
     }
     #[expect(clippy::cast_possible_truncation, reason = "a constant that an f32 holds well enough")]
     let eps = LN_EPS as f32;

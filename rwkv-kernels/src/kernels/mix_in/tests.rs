@@ -11,8 +11,9 @@ use rwkv_core::rng::SplitMix64;
 use super::{Dims, Error, NONE, Stacked, Tile, VARIANTS, lower};
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::MAX_GROUPS;
-use crate::kernels::intervals::{Halves, Interval, Sum, below, exact, floats, held, of_lanes};
+use crate::kernels::intervals::{FORMATS, Interval, Sum, Weights, below, exact, floats, held, of_lanes};
 use crate::kernels::testing::{bits as words, wide};
+use crate::kernels::weights::formats;
 use crate::pipeline::Pipeline;
 
 const ACTIVATIONS: [Activation; 4] =
@@ -28,7 +29,8 @@ struct Case {
     x: Vec<f32>,
     /// Gain, bias and mixes.
     vectors: Vec<f32>,
-    weights: Halves,
+    /// By [`Self::stack`].
+    weights: Vec<Weights>,
     /// NaN but for the shift that is read.
     state: Vec<f32>,
 }
@@ -46,6 +48,7 @@ impl Case {
             outputs: if below(4) == 0 { 1 + below(150) } else { 1 + below(24) } as usize,
             mix: if mixes == 0 || below(5) == 0 { None } else { Some(below(mixes)) },
             activation: ACTIVATIONS[below(4) as usize],
+            format: if width.is_multiple_of(32) { FORMATS[below(3) as usize] } else { None },
         };
         let stack: Vec<_> = (0..matrices).map(|_| stacked()).collect();
         let (tile, records) = (1 + below(60), 3);
@@ -59,8 +62,8 @@ impl Case {
         let offset = 4 * below(20) as usize;
         let stride = offset + width + 4 * below(20) as usize;
 
-        let rows = stack.iter().map(|of| of.outputs).sum::<usize>();
-        let weights = Halves::draw(&mut rng, rows * width);
+        let weights =
+            stack.iter().map(|of| Weights::draw(&mut rng, of.format, [of.outputs, width])).collect();
         let scale = rng.uniform(-6.0, 8.0).exp2();
         let mut x: Vec<f32> = (0..width).map(|_| scale * rng.normal()).collect();
         match rng.next_u64() % 5 {
@@ -103,13 +106,7 @@ impl Case {
     /// Shift and outputs.
     fn twin(&self) -> [Vec<f64>; 2] {
         let width = self.dims.width;
-        let (weights, mut at) = (self.weights.values(), 0);
-        let mut of = |stacked: &Stacked| {
-            let len = stacked.outputs * width;
-            at += len;
-            Matrix::new(width, weights[at - len..at].to_vec())
-        };
-        let matrices: Vec<_> = self.stack.iter().map(&mut of).collect();
+        let matrices: Vec<_> = self.weights.iter().map(|of| Matrix::new(width, of.values())).collect();
         let stack = matrices.iter().zip(&self.stack).map(|(matrix, of)| twin::Stacked {
             matrix,
             mix: of.mix.map(|mix| mix as usize),
@@ -118,13 +115,14 @@ impl Case {
         let stack: Vec<_> = stack.collect();
         let vectors = wide(&self.vectors);
         let (norm, mixes) = vectors.split_at(2 * width);
-        let (mut shift, mut y) = (wide(&self.shift()), vec![f64::NAN; weights.len() / width]);
+        let (mut shift, mut y) =
+            (wide(&self.shift()), vec![f64::NAN; self.stack.iter().map(|of| of.outputs).sum()]);
         twin::mix_in(&wide(&self.x), norm.split_at(width), mixes, &mut shift, &stack, &mut y);
         [shift, y]
     }
 
     /// Shift and outputs. A channel passes at most 2 additions in its four of a sum and one for each other four; a
-    /// product 4 in its eight and one for each other eight.
+    /// product those that [`Weights::additions`] says.
     fn bounds(&self) -> [Vec<Interval>; 2] {
         let width = self.dims.width;
         let mean_of = |x: &mut dyn Iterator<Item = Interval>| x.collect::<Sum>().by(2 + width / 4) / width;
@@ -135,15 +133,16 @@ impl Case {
         let channel = |j: usize| (x[j] - mean) * scale * vectors[j] + vectors[width + j];
         let normed: Vec<_> = (0..width).map(channel).collect();
 
-        let (weights, mut y) = (exact(&self.weights.values()), Vec::new());
-        for of in &self.stack {
+        let mut y = Vec::new();
+        for (of, weights) in self.stack.iter().zip(&self.weights) {
             let mixed = |(j, &normed): (usize, &Interval)| {
                 let mix = |m| normed + (shift[j] - normed) * vectors[(2 + m as usize) * width + j];
                 of.mix.map_or(normed, mix)
             };
             let z: Vec<_> = normed.iter().enumerate().map(mixed).collect();
-            for row in weights[y.len() * width..].chunks(width).take(of.outputs) {
-                let product = row.iter().zip(&z).map(|(&w, &z)| w * z).collect::<Sum>().by(4 + width / 8);
+            for row in exact(&weights.values()).chunks(width) {
+                let product =
+                    row.iter().zip(&z).map(|(&w, &z)| w * z).collect::<Sum>().by(weights.additions(width));
                 y.push(product.activated(of.activation));
             }
         }
@@ -159,7 +158,7 @@ impl Case {
             self.cursor.to_vec(),
             words(&self.x),
             words(&self.vectors),
-            self.weights.words(),
+            self.weights.iter().flat_map(Weights::words).collect(),
             words(&self.state),
             words(&y),
         ];
@@ -205,7 +204,12 @@ fn agrees_with_its_twin() {
         (320, 1024, 1),
     ];
     for (width, lanes, team_rows) in sizes {
-        let overrides = [("LANES", lanes.into()), ("TEAM_ROWS", team_rows.into()), ("WIDTH", width.into())];
+        let overrides = [
+            ("LANES", lanes.into()),
+            ("TEAM_ROWS", team_rows.into()),
+            ("WIDTH", width.into()),
+            formats(FORMATS),
+        ];
         let variants = variants_for_tests(&of_lanes(VARIANTS, lanes), &overrides);
         let config = ProptestConfig { cases: 24, ..ProptestConfig::with_source_file(file!()) };
         proptest!(config, |(head in prop::bool::weighted(0.2), seed: u64)| {
@@ -218,7 +222,7 @@ fn agrees_with_its_twin() {
 /// An output has its bits whatever the tiles, and whatever is stacked beside it.
 #[test]
 fn tiles_and_neighbours_do_not_matter() {
-    let variants = variants_for_tests(VARIANTS, &[("WIDTH", 192.0)]);
+    let variants = variants_for_tests(VARIANTS, &[("WIDTH", 192.0), formats(FORMATS)]);
     for seed in 0..8 {
         let mut case = Case::draw(192, false, seed);
         for (device, kernel) in &variants {
@@ -229,6 +233,7 @@ fn tiles_and_neighbours_do_not_matter() {
             case.tile = tile;
             let mut alone = Case::draw(192, false, seed);
             alone.stack.truncate(1);
+            alone.weights.truncate(1);
             let own = alone.stack[0].outputs;
             assert_eq!(words(&alone.run(device, kernel)[1]), words(&all[..own]), "seed {seed}, alone");
         }
@@ -238,7 +243,7 @@ fn tiles_and_neighbours_do_not_matter() {
 #[test]
 fn lowers_to_tiles() {
     let dims = Dims { width: 64, stride: 128, offset: 64 };
-    let of = |outputs, mix, activation| Stacked { outputs, mix, activation };
+    let of = |outputs, mix, activation| Stacked { outputs, mix, activation, format: None };
     let stack = [
         of(5, Some(2), Activation::Identity),
         of(0, None, Activation::Sigmoid),
@@ -247,9 +252,19 @@ fn lowers_to_tiles() {
     ];
     let (params, tiles, groups) = lower(dims, &stack, 4).unwrap();
     assert_eq!((params.eps, params.stride, params.offset), (f32::of(LN_EPS), 128, 64), "parameters");
-    let want = [[0, 4, 2, 0], [4, 5, 2, 0], [5, 9, NONE, 3], [9, 10, 0, 1]];
-    assert_eq!(bytemuck::cast_slice::<Tile, [u32; 4]>(&tiles), want, "no tile has rows of two matrices");
+    let want = [
+        [0, 4, 2, 0, 0, 0, 0, 0],
+        [4, 5, 2, 0, 0, 32, 0, 0],
+        [5, 9, NONE, 3, 0, 40, 0, 0],
+        [9, 10, 0, 1, 0, 72, 0, 0],
+    ];
+    assert_eq!(bytemuck::cast_slice::<Tile, [u32; 8]>(&tiles), want, "no tile has rows of two matrices");
     assert_eq!(groups, [4, 1, 1], "a workgroup to a tile");
+    let blocks = stack.map(|of| Stacked { format: FORMATS[1], ..of });
+    let (_, tiles, _) = lower(dims, &blocks, 4).unwrap();
+    let places: Vec<[u32; 3]> = tiles.iter().map(|of| [of.format, of.elements, of.scales]).collect();
+    // 5 rows of 4 elements and 10 scales, so 22 elements; then 4 rows of 4 and one of scales, at 22
+    assert_eq!(places, [[1, 0, 160], [1, 16, 168], [1, 22, 304], [1, 39, 344]], "weights, then scales");
     let whole = lower(dims, &stack, u32::MAX).unwrap().1;
     assert_eq!(whole.len(), 3, "a tile may be larger than a matrix");
     assert_eq!(lower(dims, &stack, 0).unwrap().1.len(), 10, "a tile has a row");
@@ -259,7 +274,8 @@ fn lowers_to_tiles() {
 fn refuses_what_it_cannot_run() {
     let dims = |width, stride, offset| Dims { width, stride, offset };
     let stack = |rows: &[usize]| {
-        let of = |&outputs: &usize| Stacked { outputs, mix: None, activation: Activation::Identity };
+        let of =
+            |&outputs: &usize| Stacked { outputs, mix: None, activation: Activation::Identity, format: None };
         rows.iter().map(of).collect::<Vec<_>>()
     };
     let error = |dims, rows: &[usize], tile| lower(dims, &stack(rows), tile).map(|_| ()).unwrap_err();

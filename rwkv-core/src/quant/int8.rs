@@ -1,0 +1,35 @@
+//! Blocks of bytes.
+//!
+//! ```text
+//! s    = max |w| / 127, rounded up to a half
+//! q[i] = round(w[i] / s)            in [-127, 127]; all 0 where s is 0
+//! w'   = s q
+//! ```
+//!
+//! Because `s` is rounded up, `127 s` reaches the largest weight. A weight is off by half a step at most, and by what the
+//! quotient is rounded: `|w' - w| <= (1/2 + 2^-16) s`, where `s <= max |w| / 127 * (1 + 2^-10) + 2^-24`. A byte is a `q`.
+
+use half::f16;
+
+use super::{half_above, largest};
+
+/// Steps from zero to the largest weight of a block.
+const STEPS: f32 = 127.0;
+
+/// Encodes a block of finite weights and returns its scale, which is infinite where a half does not hold it.
+pub(super) fn encode(block: &[f32], units: &mut [u8]) -> f16 {
+    let scale = half_above(largest(block) / STEPS);
+    let s = scale.to_f32();
+    for (unit, w) in units.iter_mut().zip(block) {
+        let q = if s > 0.0 { (w / s).round().clamp(-STEPS, STEPS) } else { 0.0 };
+        #[expect(clippy::cast_possible_truncation, reason = "within the steps")]
+        let q = q as i8;
+        *unit = q.cast_unsigned();
+    }
+    scale
+}
+
+/// The `i`th weight of a block, in steps.
+pub(super) fn unit(units: &[u8], i: usize) -> i8 {
+    units[i].cast_signed()
+}

@@ -1,0 +1,75 @@
+//! How matrices lie in a buffer, as `blocks.wgsl` reads them: halves, or blocks and then their scales.
+//!
+//! A matrix is told by its [`Format`], `None` for halves, and begins at an element of 16 bytes.
+
+use rwkv_core::quant::{BLOCK, Blocks, Format};
+
+/// Bytes of an element.
+pub const ELEMENT: usize = 16;
+
+/// Bytes of a half.
+const HALF: usize = 2;
+
+/// A format as kernels tell it.
+#[must_use]
+pub const fn number(format: Option<Format>) -> u32 {
+    match format {
+        None => 0,
+        Some(Format::Int8) => 1,
+        Some(Format::Int4) => 2,
+    }
+}
+
+/// The override `FORMATS` of a pipeline that reads matrices of these formats.
+#[must_use]
+pub fn formats(all: impl IntoIterator<Item = Option<Format>>) -> (&'static str, f64) {
+    let bits = all.into_iter().fold(0u32, |bits, format| bits | 1 << number(format));
+    ("FORMATS", bits.max(1).into())
+}
+
+/// Of which rows of weights must be whole multiples.
+#[must_use]
+pub const fn unit(format: Option<Format>) -> usize {
+    match format {
+        None => ELEMENT / HALF,
+        Some(_) => BLOCK,
+    }
+}
+
+/// Elements of so many weights, which are whole rows, without their scales.
+#[must_use]
+pub const fn elements(format: Option<Format>, weights: usize) -> usize {
+    match format {
+        None => weights / (ELEMENT / HALF),
+        Some(format) => weights / BLOCK * format.block_bytes() / ELEMENT,
+    }
+}
+
+/// Elements that a matrix of so many weights takes, scales and all.
+#[must_use]
+pub const fn len(format: Option<Format>, weights: usize) -> usize {
+    let scales = match format {
+        None => 0,
+        Some(_) => (weights / BLOCK * HALF).div_ceil(ELEMENT),
+    };
+    elements(format, weights) + scales
+}
+
+/// Whether a matrix that ends with such an element can be read: halves are counted in 32 bits.
+pub(super) fn indexable(end: usize) -> bool {
+    end.checked_mul(ELEMENT / HALF).is_some_and(|halves| u32::try_from(halves).is_ok())
+}
+
+/// The bytes of a matrix in blocks, whose rows are whole ones.
+///
+/// # Panics
+///
+/// If they are not.
+#[must_use]
+pub fn bytes(blocks: &Blocks) -> Vec<u8> {
+    assert!(blocks.columns().is_multiple_of(BLOCK), "rows are whole blocks");
+    let scales = blocks.scales().iter().flat_map(|scale| scale.to_bits().to_le_bytes());
+    let mut all: Vec<u8> = blocks.weights().iter().copied().chain(scales).collect();
+    all.resize(all.len().next_multiple_of(ELEMENT), 0);
+    all
+}
