@@ -142,8 +142,9 @@ fn compared(old: &Report, new: &Report) -> Vec<String> {
     }
     lines.extend(all.iter().map(|of| {
         let percent = 100.0 * (of.ratio - 1.0);
-        let noise = 100.0 * of.noise;
-        format!("moved: {}, {}, {} it: {percent:+.1} % tokens/s, noise {noise:.1} %", of.row, of.case, of.way)
+        let (what, noise) =
+            (if of.way == "with" { "its gain" } else { "tokens/s without it" }, 100.0 * of.noise);
+        format!("moved: {}, {}: {what} {percent:+.1} %, noise up to {noise:+.1} %", of.row, of.case)
     }));
     lines
 }

@@ -191,7 +191,7 @@ fn chunked(name: &'static str, title: &'static str, with: fn(&mut EngineOptions)
         name,
         title,
         promised: ["+20 % prefill", "0"],
-        on: On::Cpu("the GPU has no chunk form of the state update in prompts yet"),
+        on: On::Cpu("the GPU chooses its form of the state update by itself"),
         without: Way::Options(|options| options.wkv = Some(Wkv::Sequential)),
         with: Way::Options(with),
         limit: EXACT,
