@@ -25,9 +25,8 @@ fn faults(root: &Path) -> io::Result<Vec<String>> {
     let mut faults = Vec::new();
     for folder in ls(&root.join("rwkv-kernels/src/kernels"))?.into_iter().filter(|path| path.is_dir()) {
         let name = folder.file_name().unwrap_or_default().to_string_lossy();
-        let twin = root.join("rwkv-core/src/ops").join(format!("{name}.rs"));
         let own = [format!("{name}.wgsl"), "mod.rs".to_owned(), "tests.rs".to_owned()];
-        for file in own.iter().map(|file| folder.join(file)).chain([twin]) {
+        for file in own.iter().map(|file| folder.join(file)).chain([twin(root, &name)]) {
             if !file.is_file() {
                 faults.push(format!("{}: missing, kernel `{name}` needs it", shown(&file, root)));
             }
@@ -38,6 +37,13 @@ fn faults(root: &Path) -> io::Result<Vec<String>> {
         faults.extend(text_faults(&text).into_iter().map(|fault| format!("{}:{fault}", shown(&file, root))));
     }
     Ok(faults)
+}
+
+/// Where the twin of a kernel is: of its name, or of what that begins with, as the build's gate has it.
+fn twin(root: &Path, kernel: &str) -> PathBuf {
+    let op = |stem: &str| root.join("rwkv-core/src/ops").join(format!("{stem}.rs"));
+    let stems = kernel.match_indices('_').map(|(at, _)| &kernel[..at]);
+    stems.rev().map(op).find(|file| file.is_file() && !op(kernel).is_file()).unwrap_or_else(|| op(kernel))
 }
 
 /// Faults of one Rust file, as `line: what`.
