@@ -384,9 +384,9 @@ impl<W: Units> Row for OutputRow<'_, W> {
     }
 }
 
-/// A row whose blocks lie along the outputs.
+/// A row whose blocks lie along the outputs, with their scales.
 #[derive(Clone, Copy)]
-struct InputRow<'a, W>(&'a W, &'a [f16; SHARED]);
+struct InputRow<'a, W>(&'a W, [f32; SHARED]);
 
 impl<W: Units> Row for InputRow<'_, W> {
     #[inline(always)]
@@ -394,10 +394,9 @@ impl<W: Units> Row for InputRow<'_, W> {
     where
         Self: 'b,
     {
-        let scales = self.1.map(|scale| scale.widen() / W::UNIT);
         self.0.times(
             #[inline(always)]
-            |i| scales[i / quant::BLOCK],
+            |i| self.1[i / quant::BLOCK],
             buffer,
         );
         buffer
@@ -465,6 +464,18 @@ impl<W: Stored> Panel for &[[W; PANEL]] {
     }
 }
 
+/// Widens as many scales as there are on both sides, for units as they are read.
+fn widen_scales<W: Units>(stored: &[f16], scales: &mut [f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (scale, stored) in scales.iter_mut().zip(stored) {
+                *scale = stored.widen() / W::UNIT;
+            }
+        },
+    );
+}
+
 /// Blocks along the outputs.
 #[derive(Clone, Copy)]
 struct ByInput<'p, W> {
@@ -477,20 +488,25 @@ impl<W: Units> Panel for ByInput<'_, W> {
         = InputRow<'a, W>
     where
         Self: 'a;
-    type Prepared = ();
+    type Prepared = [[f32; SHARED]; BLOCK];
 
     fn inputs(self) -> usize {
         self.units.len()
     }
 
-    fn prepare(self, _: usize) {}
+    fn prepare(self, block: usize) -> Self::Prepared {
+        let mut scales = [[0.0; SHARED]; BLOCK];
+        let stored = &self.scales[block * BLOCK..];
+        widen_scales::<W>(stored.as_flattened(), scales.as_flattened_mut());
+        scales
+    }
 
     #[inline(always)]
-    fn row<'a>(self, (): &'a (), input: usize) -> InputRow<'a, W>
+    fn row<'a>(self, prepared: &'a Self::Prepared, input: usize) -> InputRow<'a, W>
     where
         Self: 'a,
     {
-        InputRow(&self.units[input], &self.scales[input])
+        InputRow(&self.units[input], prepared[input % BLOCK])
     }
 
     #[inline(always)]
@@ -526,17 +542,8 @@ impl<W: Units> Panel for ByOutput<'_, W> {
 
     fn prepare(self, block: usize) -> Self::Prepared {
         let mut scales = [[0.0; PANEL]; BLOCK / quant::BLOCK];
-        Arch::new().dispatch(
-            #[inline(always)]
-            || {
-                let stored = &self.scales[block * (BLOCK / quant::BLOCK)..];
-                for (stored, scales) in stored.iter().zip(&mut scales) {
-                    for i in 0..PANEL {
-                        scales[i] = stored[i].widen() / W::UNIT;
-                    }
-                }
-            },
-        );
+        let stored = &self.scales[block * (BLOCK / quant::BLOCK)..];
+        widen_scales::<W>(stored.as_flattened(), scales.as_flattened_mut());
         scales
     }
 
