@@ -108,7 +108,7 @@ pub(crate) const LIMIT: f64 = 1e-10;
 
 /// The same where cooperative matrices multiply, which round what they read to halves, by 2.8e-4 of its size in the mean; some
 /// hundred products follow each other: a hundred times its square.
-const LIMIT_OF_HALVES: f64 = 1e-5;
+pub(crate) const LIMIT_OF_HALVES: f64 = 1e-5;
 
 /// What is let pass on an engine's device.
 pub(crate) fn limit(engine: &Engine) -> anyhow::Result<f64> {
