@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The scale has a sign, so that either end of a block may have the eighth step. Of the scales that were tried, it is the one
-//! of the least square error: the largest magnitude over 7, rounded up to a half, and for either sign, [`SHARES`] of it
+//! of the least square error: the largest magnitude over 7, rounded up to a half, and for either sign, the shares of it that `SHARES` has
 //! over 8. With the first of these nothing is cut and every weight is off by half a step at most, so that the root mean square
 //! error of a block is at most `(1/2 + 2^-16) s`, where `s <= max |w| / 7 * (1 + 2^-10) + 2^-24`.
 //!

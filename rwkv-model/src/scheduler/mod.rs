@@ -45,7 +45,7 @@
 //!
 //! # What does not matter
 //!
-//! Invariant: a request's tokens, its text and the session that it leaves are those of [`Session::text`] alone, whatever runs
+//! Invariant: a request's tokens, its text and the session that it leaves are those of [`Session::text`](crate::Session::text) alone, whatever runs
 //! beside it, to the bit where the engine [promises it](crate). Tokens that the tokenizer does not have are never chosen.
 //!
 //! Invariant: one request's failure is its own. That of the device is everyone's, and told to everyone.
