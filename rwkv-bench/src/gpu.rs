@@ -17,7 +17,7 @@ use rwkv_model::gpu::Profile;
 use rwkv_model::{Checkpoint, Engine, EngineOptions, Recipe, Sampler, Session};
 use serde_json::json;
 
-use crate::random_model::{self, SHAPES, Shape};
+use crate::random_model::{self, shape_of};
 use crate::speed::Times;
 
 /// Measures the GPU.
@@ -104,11 +104,11 @@ const WARM: Duration = Duration::from_millis(500);
 
 /// The mean square error that is let pass: rounding. At these widths sums of thousands of terms are off by some 1e-6 of
 /// their size, whatever their order, and a layer adds a tenth of what it reads. A wrong kernel is off by far more.
-pub(crate) const LIMIT: f64 = 1e-10;
+const LIMIT: f64 = 1e-10;
 
 /// The same where cooperative matrices multiply, which round what they read to halves, by 2.8e-4 of its size in the mean; some
 /// hundred products follow each other: a hundred times its square.
-pub(crate) const LIMIT_OF_HALVES: f64 = 1e-5;
+const LIMIT_OF_HALVES: f64 = 1e-5;
 
 /// What is let pass on an engine's device.
 pub(crate) fn limit(engine: &Engine) -> anyhow::Result<f64> {
@@ -122,24 +122,16 @@ pub(crate) fn token(index: usize) -> u32 {
 
 #[expect(clippy::print_stdout, reason = "the report")]
 pub(crate) fn report(args: &GpuArgs) -> anyhow::Result<()> {
-    std::fs::create_dir_all(&args.scratch).with_context(|| args.scratch.display().to_string())?;
     for name in &args.shapes {
         println!("{name}");
-        measure(args, shape_of(name)?)?;
+        random_model::with(shape_of(name)?, &args.scratch, |path| measure(args, path))?;
     }
     Ok(())
 }
 
-pub(crate) fn shape_of(name: &str) -> anyhow::Result<&'static Shape> {
-    let shape = SHAPES.iter().find(|shape| shape.name == name);
-    shape.with_context(|| format!("no shape {name}, there are 0.4B, 1.5B, 2.9B, 7.2B"))
-}
-
 #[expect(clippy::print_stdout, reason = "the report")]
-fn measure(args: &GpuArgs, shape: &Shape) -> anyhow::Result<()> {
-    let path = args.scratch.join(format!("random-{}.safetensors", shape.name));
-    random_model::write(shape, &path)?;
-    let checkpoint = Checkpoint::open(&path)?;
+fn measure(args: &GpuArgs, path: &Path) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(path)?;
     let device = Device::Gpu(args.adapter.clone());
     let weights = args.weights.clone();
     let options = EngineOptions { device, weights, timestamps: true, ..EngineOptions::default() };
@@ -210,9 +202,8 @@ fn measure(args: &GpuArgs, shape: &Shape) -> anyhow::Result<()> {
         );
     }
     if let Some(peer) = &args.peer {
-        compare(args, peer, &path)?;
+        compare(args, peer, path)?;
     }
-    std::fs::remove_file(&path)?;
     Ok(())
 }
 
@@ -347,16 +338,10 @@ pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
         timestamps: true,
         ..EngineOptions::default()
     };
+    let open = |path: &Path| Ok(Engine::open_with(path, options, &|_| {})?);
     let engine = match &args.shape {
-        None => Engine::open_with(&args.model, options, &|_| {})?,
-        Some(name) => {
-            let path = args.scratch.join(format!("random-{name}.safetensors"));
-            std::fs::create_dir_all(&args.scratch).with_context(|| args.scratch.display().to_string())?;
-            random_model::write(shape_of(name)?, &path)?;
-            let engine = Engine::open_with(&path, options, &|_| {});
-            std::fs::remove_file(&path)?;
-            engine?
-        }
+        None => open(&args.model)?,
+        Some(name) => random_model::with(shape_of(name)?, &args.scratch, open)?,
     };
     println!("model   {}", args.shape.clone().unwrap_or_else(|| args.model.display().to_string()));
     println!("device  {}", engine.report()?.device);

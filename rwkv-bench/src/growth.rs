@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, ensure};
 use clap::Args;
 use plotters::coord::combinators::IntoLogRange;
 use plotters::prelude::*;
@@ -13,8 +13,9 @@ use rwkv_core::compare::nmse;
 use rwkv_model::engine::Device;
 use rwkv_model::{Engine, EngineOptions, Session};
 
-use crate::gpu::{LIMIT, LIMIT_OF_HALVES, token, windows};
-use crate::random_model::{self, SHAPES};
+use crate::gpu::{limit, token, windows};
+use crate::picture::{FONT, fail};
+use crate::random_model::{self, shape_of};
 
 /// Measures how time grows.
 #[derive(Args)]
@@ -56,15 +57,6 @@ type Curve = Vec<(usize, f64)>;
 
 #[expect(clippy::print_stdout, reason = "the report")]
 pub(crate) fn report(args: &GrowthArgs) -> anyhow::Result<()> {
-    let random = args.shape.as_ref().map(|name| {
-        let shape = SHAPES.iter().find(|shape| shape.name == name);
-        let shape = shape.with_context(|| format!("no shape {name}"))?;
-        std::fs::create_dir_all(&args.scratch).with_context(|| args.scratch.display().to_string())?;
-        let path = args.scratch.join(format!("random-{name}.safetensors"));
-        random_model::write(shape, &path)?;
-        anyhow::Ok(path)
-    });
-    let random = random.transpose()?;
     let most = args.batch.iter().copied().max().unwrap_or(1);
     let defaults = EngineOptions::default();
     let options = EngineOptions {
@@ -73,8 +65,11 @@ pub(crate) fn report(args: &GrowthArgs) -> anyhow::Result<()> {
         sessions: most,
         ..defaults
     };
-    let engine = Engine::open_with(random.as_deref().unwrap_or(&args.model), options, &|_| {})?;
-    random.map_or(Ok(()), std::fs::remove_file)?;
+    let open = |path: &Path| Ok(Engine::open_with(path, options, &|_| {})?);
+    let engine = match &args.shape {
+        None => open(&args.model)?,
+        Some(name) => random_model::with(shape_of(name)?, &args.scratch, open)?,
+    };
     let name = args.shape.clone().unwrap_or_else(|| args.model.display().to_string());
     let title = format!("{name} on {}", engine.report()?.device);
     println!("{title}");
@@ -139,11 +134,7 @@ fn of(engine: &Engine, index: usize) -> u32 {
 /// Compares sequences side by side with the same ones alone, and a prompt in pieces with a whole one.
 fn verify(engine: &Engine) -> anyhow::Result<String> {
     let report = engine.report()?;
-    let limit = match (report.kernels.is_empty(), report.kernels.iter().any(|label| label.contains("coop"))) {
-        (true, _) => 0.0,
-        (false, false) => LIMIT,
-        (false, true) => LIMIT_OF_HALVES,
-    };
+    let limit = if report.kernels.is_empty() { 0.0 } else { limit(engine)? };
     let mut worst = 0f64;
     let mut compare = |got: &Session, want: &Session, what: &str| {
         let want: Vec<f64> = want.logits()?.iter().copied().map(f64::from).collect();
@@ -190,10 +181,6 @@ fn peak() -> Option<u64> {
 
 /// Both curves, on logarithmic axes, beside lines that are proportional and end where the curves do.
 fn draw(path: &Path, title: &str, batch: &Curve, length: &Curve) -> anyhow::Result<()> {
-    fn fail(error: impl std::fmt::Display) -> anyhow::Error {
-        anyhow!("drawing: {error}")
-    }
-    const FONT: &str = "sans-serif";
     let area = SVGBackend::new(path, (1100, 460)).into_drawing_area();
     area.fill(&WHITE).map_err(fail)?;
     let area = area.titled(title, (FONT, 19)).map_err(fail)?;

@@ -10,6 +10,7 @@ mod growth;
 mod harness;
 mod machine;
 mod optimisations;
+mod picture;
 mod progress;
 mod quality;
 mod random_model;

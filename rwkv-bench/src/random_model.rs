@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::path::Path;
 
+use anyhow::Context as _;
 use half::f16;
 use rayon::prelude::*;
 use rwkv_core::rng::SplitMix64;
@@ -83,8 +84,28 @@ impl View for &Random {
     }
 }
 
+/// The released shape of a name.
+pub(crate) fn shape_of(name: &str) -> anyhow::Result<&'static Shape> {
+    let shape = SHAPES.iter().find(|shape| shape.name == name);
+    shape.with_context(|| format!("no shape {name}, there are 0.4B, 1.5B, 2.9B, 7.2B"))
+}
+
+/// Runs something on a model of the given shape, which is written to a folder and deleted again, whatever comes of it.
+pub(crate) fn with<T>(
+    shape: &Shape,
+    folder: &Path,
+    run: impl FnOnce(&Path) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    let path = folder.join(format!("random-{}.safetensors", shape.name));
+    let done = write(shape, &path).and_then(|()| run(&path));
+    let removed = std::fs::remove_file(&path).with_context(|| path.display().to_string());
+    let done = done?;
+    removed.map(|()| done)
+}
+
 /// Writes a model of the given shape.
-pub(crate) fn write(shape: &Shape, path: &Path) -> anyhow::Result<()> {
+fn write(shape: &Shape, path: &Path) -> anyhow::Result<()> {
     let (d, mut tensors) = (shape.width, Vec::new());
     let mut push = |name: String, extents: &[usize], mean: f32, deviation: f32| {
         let seed = (tensors.len() as u64) << 44;

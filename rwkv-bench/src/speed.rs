@@ -35,12 +35,7 @@ fn token(index: usize) -> u32 {
 
 #[expect(clippy::print_stdout, reason = "the report")]
 pub(crate) fn report(scratch: &Path, repeats: usize, weights: &Recipe) -> anyhow::Result<bool> {
-    std::fs::create_dir_all(scratch).with_context(|| scratch.display().to_string())?;
-    let path = scratch.join("random-0.4b.safetensors");
-    random_model::write(&SHAPES[0], &path)?;
-    let cases = Cases::new(&path, repeats, weights);
-    std::fs::remove_file(&path)?;
-    let cases = cases?;
+    let cases = random_model::with(&SHAPES[0], scratch, |path| Cases::new(path, repeats, weights))?;
 
     let mut reached = true;
     let mut target = |what: String, good: bool| {

@@ -4,7 +4,7 @@
 //! for half a second, then steps are timed. Beside the tokens a second stands how fast the heads' kernel reads and writes
 //! states, timed by itself, and what a copy reaches.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
@@ -14,7 +14,7 @@ use rwkv_model::engine::Device;
 use rwkv_model::{Checkpoint, Engine, EngineOptions, Error, Resident, Session};
 
 use crate::gpu::{busy, token};
-use crate::random_model::{self, SHAPES};
+use crate::random_model::{self, shape_of};
 use crate::speed::Times;
 
 /// Measures ways to hold states, side by side on the GPU.
@@ -43,8 +43,8 @@ pub(crate) struct StateSpeedArgs {
     only: Vec<String>,
 }
 
-/// The ways, by format and the tokens that may be pending, the one to compare with first, and how far their logits may be from its: rounding; what halves round of
-/// states; what bytes do.
+/// The ways, by format and the tokens that may be pending, the one to compare with first, and how far their logits may be
+/// from its: rounding; what halves round of states; what bytes do.
 fn ways() -> Vec<(String, Resident, f64)> {
     let lazy = [4, 8, 16].map(|c| (format!("F32/{c}"), Resident::lazy(c), 1e-9));
     let halves = [4, 8, 16].map(|c| (format!("F16/{c}"), Resident::f16(c), 1e-5));
@@ -54,14 +54,13 @@ fn ways() -> Vec<(String, Resident, f64)> {
     first.into_iter().chain(lazy).chain(dithered).chain(halves).chain(bytes).collect()
 }
 
-#[expect(clippy::print_stdout, reason = "the report")]
 pub(crate) fn report(args: &StateSpeedArgs) -> anyhow::Result<()> {
-    std::fs::create_dir_all(&args.scratch).with_context(|| args.scratch.display().to_string())?;
-    let shape = SHAPES.iter().find(|shape| shape.name == args.shape);
-    let shape = shape.with_context(|| format!("no shape {}", args.shape))?;
-    let path = args.scratch.join(format!("random-{}.safetensors", shape.name));
-    random_model::write(shape, &path)?;
-    let checkpoint = Checkpoint::open(&path)?;
+    random_model::with(shape_of(&args.shape)?, &args.scratch, |path| measure_all(args, path))
+}
+
+#[expect(clippy::print_stdout, reason = "the report")]
+fn measure_all(args: &StateSpeedArgs, path: &Path) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(path)?;
     let most = args.batch.iter().copied().max().unwrap_or(1);
     let (mut reference, mut plain) = (Vec::new(), vec![f64::NAN; args.batch.len()]);
     let wanted = |name: &String| args.only.is_empty() || args.only.contains(name);
@@ -85,7 +84,7 @@ pub(crate) fn report(args: &StateSpeedArgs) -> anyhow::Result<()> {
             Err(error) => return Err(error.into()),
         };
         if reference.is_empty() {
-            println!("{} on {}", shape.name, engine.report()?.device);
+            println!("{} on {}", args.shape, engine.report()?.device);
             println!(
                 "state                 batch   tokens/s  against F32       ms a step  heads, us    state GB/s"
             );
@@ -109,7 +108,6 @@ pub(crate) fn report(args: &StateSpeedArgs) -> anyhow::Result<()> {
             );
         }
     }
-    std::fs::remove_file(&path)?;
     Ok(())
 }
 

@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, ensure};
 use clap::Args;
 use plotters::prelude::*;
 use rwkv_model::engine::Device;
 use rwkv_model::{Checkpoint, Engine, EngineOptions, Recipe, quality};
 
+use crate::picture::{COLOURS, fail};
 use crate::table::Table;
 
 /// What must be reached (the project's targets): recipes, and percent of the bits per byte of halves.
@@ -102,14 +103,13 @@ pub(crate) fn report(args: &WeightsArgs) -> anyhow::Result<()> {
 
 /// The price in quality of every recipe, by what it takes.
 fn draw(rows: &[Row], text_bytes: usize, path: &Path) -> anyhow::Result<()> {
-    let fail = |error: &dyn std::fmt::Display| anyhow!("drawing: {error}");
     let point = |of: &Row| {
         let change = 100.0 * (of.bits_per_byte / rows[0].bits_per_byte - 1.0);
         (of.bytes as f64 / rows[0].bytes as f64, change)
     };
     let most = rows.iter().map(|of| point(of).1).fold(0.1, f64::max);
     let area = SVGBackend::new(path, (1000, 560)).into_drawing_area();
-    area.fill(&WHITE).map_err(|e| fail(&e))?;
+    area.fill(&WHITE).map_err(fail)?;
     let caption = format!("Change of bits per byte against halves, on {text_bytes} bytes of held-out text");
     let mut chart = ChartBuilder::on(&area)
         .caption(caption, ("sans-serif", 19))
@@ -117,7 +117,7 @@ fn draw(rows: &[Row], text_bytes: usize, path: &Path) -> anyhow::Result<()> {
         .x_label_area_size(48)
         .y_label_area_size(70)
         .build_cartesian_2d(0.2..1.25, -0.1 * most..1.15 * most)
-        .map_err(|e| fail(&e))?;
+        .map_err(fail)?;
     chart
         .configure_mesh()
         .light_line_style(WHITE)
@@ -127,14 +127,14 @@ fn draw(rows: &[Row], text_bytes: usize, path: &Path) -> anyhow::Result<()> {
         .label_style(("sans-serif", 14))
         .axis_desc_style(("sans-serif", 14))
         .draw()
-        .map_err(|e| fail(&e))?;
-    let blue = RGBColor(0x1f, 0x77, 0xb4);
+        .map_err(fail)?;
+    let blue = COLOURS[0];
     chart
         .draw_series(rows.iter().map(|of| {
             EmptyElement::at(point(of))
                 + Circle::new((0, 0), 4, blue.filled())
                 + Text::new(of.name.clone(), (8, -7), ("sans-serif", 14))
         }))
-        .map_err(|e| fail(&e))?;
-    area.present().map_err(|e| fail(&e))
+        .map_err(fail)?;
+    area.present().map_err(fail)
 }

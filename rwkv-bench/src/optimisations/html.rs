@@ -2,30 +2,14 @@
 
 use std::fmt::Write as _;
 
-use anyhow::anyhow;
 use plotters::prelude::*;
 
 use super::report::Report;
-
-const FONT: &str = "sans-serif";
-
-const COLOURS: [RGBColor; 6] = [
-    RGBColor(0x1f, 0x77, 0xb4),
-    RGBColor(0xd6, 0x5f, 0x0e),
-    RGBColor(0x2c, 0x8a, 0x2c),
-    RGBColor(0xb0, 0x2a, 0x30),
-    RGBColor(0x7a, 0x55, 0xa8),
-    RGBColor(0x12, 0x8a, 0x96),
-];
+use crate::picture::{COLOURS, FONT, fail};
 
 const STYLE: &str = "body{font:15px/1.45 sans-serif;margin:2em auto;max-width:1200px;padding:0 1em}\
     table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left;vertical-align:top}\
     th{background:#f3f3f3}code{background:#f3f3f3}svg{max-width:100%;height:auto}";
-
-/// What drawing can fail with borrows from the picture.
-fn fail(error: impl std::fmt::Display) -> anyhow::Error {
-    anyhow!("drawing: {error}")
-}
 
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")

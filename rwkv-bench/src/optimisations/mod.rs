@@ -33,9 +33,10 @@ use self::measure::{Effort, Load, Reference, Side, case};
 use self::report::{Figure, Form, PeerCase, Quality, Report, Share, moved};
 use self::rows::{On, Row, Way};
 use crate::assets::{self, ModelArgs};
-use crate::gpu::{LIMIT, LIMIT_OF_HALVES, shape_of};
+use crate::gpu::limit;
+use crate::random_model::{self, shape_of};
 use crate::states::changes;
-use crate::{machine, progress, random_model};
+use crate::{machine, progress};
 
 /// Measures what each optimisation brings and costs.
 #[derive(Args)]
@@ -102,11 +103,8 @@ pub(crate) fn run(args: &OptimisationArgs) -> anyhow::Result<()> {
     let report = match &args.shape {
         None => measure(args, &args.model)?,
         Some(name) => {
-            let path = args.out.join(format!("random-{name}.safetensors"));
-            random_model::write(shape_of(name)?, &path)?;
-            let report = measure(args, &args.model.on(path.clone()));
-            std::fs::remove_file(&path)?;
-            report?
+            let of = |path: &Path| measure(args, &args.model.on(path.to_owned()));
+            random_model::with(shape_of(name)?, &args.out, of)?
         }
     };
     for line in report.heading() {
@@ -303,7 +301,7 @@ impl Bench<'_> {
     fn all(&mut self, rows: &[Row], report: &mut Report) -> anyhow::Result<()> {
         self.say("the plain engine");
         let plain = self.plain_side();
-        self.reference.check(&plain, self.limit(&self.plain)?).context("the plain engine")?;
+        self.reference.check(&plain, limit(&self.plain)?).context("the plain engine")?;
         for &window in &self.windows {
             self.scores.push(self.score(&self.plain, window, None)?);
         }
@@ -344,12 +342,6 @@ impl Bench<'_> {
         Side { engine: self.plain.clone(), rest: StateFormat::F32 }
     }
 
-    /// What rounding explains, as a mean square.
-    fn limit(&self, engine: &Engine) -> anyhow::Result<f64> {
-        let of_halves = engine.report()?.kernels.iter().any(|label| label.contains("coop"));
-        Ok(if of_halves { LIMIT_OF_HALVES } else { LIMIT })
-    }
-
     /// A way to run the engine, and what it leaves out.
     fn side(&self, way: Way) -> anyhow::Result<Side> {
         let mut rest = StateFormat::F32;
@@ -380,8 +372,8 @@ impl Bench<'_> {
                 &own
             }
         };
-        self.reference.check(&without, self.limit(&without.engine)?).context("without it")?;
-        let limit = self.limit(&with.engine)? + row.limit;
+        self.reference.check(&without, limit(&without.engine)?).context("without it")?;
+        let limit = limit(&with.engine)? + row.limit;
         let error = reference.check(&with, limit).context("with it")?.sqrt();
 
         let batch = self.args.batch.unwrap_or(BATCH[usize::from(self.gpu)]);

@@ -2,29 +2,18 @@
 
 use std::path::Path;
 
-use anyhow::anyhow;
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, ValueFormatter};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
 use super::rows::PLAIN;
 use super::{Figures, UNREAD, sorted};
+use crate::picture::{COLOURS, FONT, fail};
 
 /// Changes up to this, in percent, are drawn to scale; beyond, the axis is logarithmic, to both sides.
 const SMALL: f64 = 1e-3;
 
-const COLOURS: [RGBColor; 6] = [
-    RGBColor(0x1f, 0x77, 0xb4),
-    RGBColor(0xd6, 0x5f, 0x0e),
-    RGBColor(0x2c, 0x8a, 0x2c),
-    RGBColor(0xb0, 0x2a, 0x30),
-    RGBColor(0x7a, 0x55, 0xa8),
-    RGBColor(0x12, 0x8a, 0x96),
-];
-
 const GREY: RGBColor = RGBColor(0x77, 0x77, 0x77);
-
-const FONT: &str = "sans-serif";
 
 /// Width of the picture, and of a row.
 const WIDTH: u32 = 1100;
@@ -69,11 +58,6 @@ impl ValueFormatter<f64> for Axis {
         let tick = self.ticks.iter().find(|(at, _)| at == value);
         tick.map_or_else(String::new, |(_, text)| text.clone())
     }
-}
-
-/// What drawing can fail with borrows from the picture.
-fn fail(error: impl std::fmt::Display) -> anyhow::Error {
-    anyhow!("drawing: {error}")
 }
 
 pub(super) fn draw(figures: &Figures, path: &Path) -> anyhow::Result<()> {
