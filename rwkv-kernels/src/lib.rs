@@ -56,8 +56,9 @@
 //! # What it never does
 //!
 //! - A kernel never owns a device, a buffer or a queue, and never asks what it runs on.
-//! - A kernel never defines an operation: its twin, the module of the same name in [`rwkv_core::ops`], does.
-//!   When the two disagree, the kernel is wrong.
+//! - A kernel never defines an operation: its twin does, the module of the same name in [`rwkv_core::ops`], or of what that
+//!   begins with where an operation has several kernels (`wkv7_scan` is of `wkv7`). When the two disagree, the kernel is
+//!   wrong.
 //! - No broken shader gets past the build: `build.rs` parses and validates each one, holds it to the default
 //!   limits of WebGPU and to the capabilities that its file name grants, and fails with its path, line and column.
 //! - No binding is written twice: layouts are built from [`Kernel::bindings`], uniform blocks are `Params`, and both
