@@ -24,6 +24,7 @@ pub mod sample;
 pub mod softmax;
 pub mod time_mix;
 pub mod time_mix_resident;
+pub mod to_halves;
 pub mod token_shift;
 pub mod value_residual;
 pub mod wkv4;

@@ -65,6 +65,12 @@ impl Interval {
         Self { lo: self.lo - by, hi: self.hi + by }
     }
 
+    /// As a row is written: see [`packed`](super::packed).
+    pub(super) fn rounded(self, exponent: Option<u8>) -> Self {
+        let [lo, hi] = [self.lo, self.hi].map(|x| super::packed::tests::rounded(x, 0.0, exponent));
+        Self { lo: lo.0 - lo.1, hi: hi.0 + hi.1 }
+    }
+
     pub(super) fn max(self, least: Self) -> Self {
         Self { lo: self.lo.max(least.lo), hi: self.hi.max(least.hi) }
     }

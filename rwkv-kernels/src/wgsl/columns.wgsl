@@ -3,9 +3,11 @@
 // The kernel declares LANES, and COLUMNS, a multiple of 8 that divides LANES. Invocation l holds columns
 // 8 (l % (COLUMNS / 8)) and on, of row l / (COLUMNS / 8).
 
+override COLUMNS_HELD: u32 = 8u * (LANES + 4u); // named: see blocks.wgsl
+
 // The eight of each invocation, [8, LANES + 4]: by scalars, since two invocations must not write components of one
 // vector, and four words apart, so that neighbours neither write nor read words of one bank.
-var<workgroup> held: array<f32, 8u * (LANES + 4u)>;
+var<workgroup> held: array<f32, COLUMNS_HELD>;
 
 // Holds the columns of invocation l.
 fn hold_columns(low: vec4<f32>, high: vec4<f32>, l: u32) {

@@ -3,6 +3,7 @@
 //use weights
 //use sigmoid
 //use expm1
+//use packed
 //
 // The kernel declares N, COLUMNS = N, LANES, LORA_UP, the parameters and bindings used below. Invocation
 // (i, g), i = index % N, has channel i; of the groups g, of N invocations each, the first alone has the operands.
@@ -12,11 +13,15 @@
 // proportion to their ranks, so that all four are summed at once: there must be four groups. Otherwise `up` has the
 // products.
 
+override PARTS: u32 = LANES * 2u;
+override GROUPS: u32 = LANES / N;
+
 // What invocations have of a sum over the groups.
-var<workgroup> parts: array<f32, LANES * 2u>;
-var<workgroup> squares: array<f32, LANES / N>;
-var<workgroup> bonuses: array<f32, LANES / N>;
+var<workgroup> parts: array<f32, PARTS>;
+var<workgroup> squares: array<f32, GROUPS>;
+var<workgroup> bonuses: array<f32, GROUPS>;
 var<workgroup> answer: array<f32, N>; // what the state answers
+var<workgroup> gated: array<f32, N>; // and what it comes to
 
 // One token of the head, by channel.
 var<workgroup> receptance: array<f32, N>;
@@ -210,6 +215,18 @@ fn finish(row: u32, head: u32, own: Vectors, y: f32, bonus: f32, gate: f32, i: u
         }
         let scale = inverseSqrt(dot(sum, vec4(1.0)) / f32(N) + params.norm_eps);
         let normed = (answer[i] - mean) * scale * own.gain + own.bias;
-        out[row * params.width + head * N + i] = (normed + bonus) * gate;
+        let own_gated = (normed + bonus) * gate;
+        if HALVES == 0u {
+            out[row * params.width + head * N + i] = bitcast<u32>(own_gated);
+        } else {
+            gated[i] = own_gated;
+        }
+    }
+    if HALVES != 0u {
+        workgroupBarrier();
+        if l < N / 2u {
+            let two = vec2(gated[2u * l], gated[2u * l + 1u]);
+            out[row * params.width + head * (N / 2u) + l] = packed(two);
+        }
     }
 }

@@ -19,8 +19,8 @@ use rwkv_kernels::kernels::sample::SamplerRow;
 use rwkv_kernels::kernels::time_mix_resident::{Format, Rounding};
 use rwkv_kernels::kernels::weights as stored;
 use rwkv_kernels::kernels::{
-    carry, channel_mix_value, embedding, layer_norm, linear, matmul, mix_in, mix_rows, readout_packed,
-    sample, time_mix, time_mix_operands, time_mix_resident, wkv7_scan,
+    carry, channel_mix_value, embedding, layer_norm, linear, matmul, mix_in, mix_rows, packed,
+    readout_packed, sample, time_mix, time_mix_operands, time_mix_resident, wkv7_scan,
 };
 use rwkv_kernels::pipeline::{Pipeline, checked};
 use rwkv_kernels::{Capabilities, Kernel, choose};
@@ -107,16 +107,25 @@ impl Held {
         }
     }
 
-    /// The kernel, compiled for workgroups of so many lanes.
-    fn compile(self, device: &Device, lanes: u32, lora_up: bool) -> Result<Pipeline, Error> {
+    /// The kernel, compiled for workgroups of so many lanes; what it writes may be halves, of what two to such a power
+    /// divides.
+    fn compile(
+        self,
+        device: &Device,
+        lanes: u32,
+        lora_up: bool,
+        written: Option<u8>,
+    ) -> Result<Pipeline, Error> {
+        let written = packed::halves(written);
         match self {
             Self::Plain => {
-                let overrides = [("LANES", f64::from(lanes)), ("LORA_UP", f64::from(u8::from(lora_up)))];
+                let overrides =
+                    [("LANES", f64::from(lanes)), ("LORA_UP", f64::from(u8::from(lora_up))), written];
                 compile(device, time_mix::VARIANTS, &overrides)
             }
             Self::Resident { format, rounding, lazy } => {
                 let overrides = time_mix_resident::overrides(format, rounding, lazy, lanes, lora_up);
-                compile(device, time_mix_resident::VARIANTS, &overrides)
+                compile(device, time_mix_resident::VARIANTS, &[&overrides[..], &[written]].concat())
             }
         }
     }
@@ -131,8 +140,10 @@ pub(super) struct Kernels {
     mix_rows: Pipeline,
     carry: Pipeline,
     sample: Pipeline,
-    /// From the smallest tile on, plain and transposed.
-    matmul: Vec<(matmul::Tile, [Pipeline; 2])>,
+    /// From the smallest tile on, for matrices as they are and transposed.
+    matmul: [Vec<(matmul::Tile, Pipeline)>; 2],
+    /// Whether products are of cooperative matrices, so that what they read is written as halves.
+    pub(super) coop: bool,
     /// With the adapters' products given.
     time_mix: Pipeline,
     /// For prompts, if states are held so that there is such a form.
@@ -150,11 +161,11 @@ struct ScanKernels {
 }
 
 impl ScanKernels {
-    fn new(device: &Device) -> Result<Self, Error> {
+    fn new(device: &Device, written: Option<u8>) -> Result<Self, Error> {
         Ok(Self {
             operands: compile(device, time_mix_operands::VARIANTS, &[])?,
             scan: compile(device, wkv7_scan::VARIANTS, &[])?,
-            readout: compile(device, readout_packed::VARIANTS, &[])?,
+            readout: compile(device, readout_packed::VARIANTS, &[packed::halves(written)])?,
         })
     }
 }
@@ -186,20 +197,25 @@ const FILL: u32 = 132 * 174;
 
 /// What the hidden units of the channel mix are divided by before they are rounded to halves, as a power of two: they are
 /// squares. books-10m has some beyond 1e5; up to 1.6e7 they are off by no more than half a unit, or 7.6e-6.
-pub(super) const HIDDEN_EXPONENT: u32 = 8;
+pub(super) const HIDDEN_EXPONENT: u8 = 8;
 
 /// The same for the gated readout, which has no bound either: up to 1e6, or 4.8e-7.
-pub(super) const READOUT_EXPONENT: u32 = 4;
+pub(super) const READOUT_EXPONENT: u8 = 4;
 
-/// The tiles of the best variant of `matmul` that a device has for a model. Where a sequence must not depend on those beside
-/// it, all give the same results.
-fn tiles(device: &Device, config: &ModelConfig, setup: &Setup) -> &'static [matmul::Tile] {
+/// Whether a device multiplies a model's rows by cooperative matrices, which read them by eights.
+fn coop(device: &Device, config: &ModelConfig) -> bool {
     let Ranks { w, a, v, g } = config.ranks;
-    let by_fours = [config.width, config.hidden, w, a, v, g].iter().all(|n| n.is_multiple_of(4));
-    match (device.capabilities().features.coop && by_fours, setup.batch_invariant) {
+    let by_eights = [config.width, config.hidden, w, a, v, g].iter().all(|n| n.is_multiple_of(8));
+    device.capabilities().features.coop && by_eights
+}
+
+/// The tiles of the best variant of `matmul`. Where a sequence must not depend on those beside it, all give the same results.
+fn tiles(coop: bool, batch_invariant: bool, transposed: bool) -> &'static [matmul::Tile] {
+    let own = usize::from(transposed);
+    match (coop, batch_invariant) {
         (false, _) => &matmul::TILES,
-        (true, false) => &matmul::COOP_TILES,
-        (true, true) => &matmul::COOP_TILES_UNSPLIT,
+        (true, false) => &matmul::COOP_TILES[own],
+        (true, true) => &matmul::COOP_TILES_UNSPLIT[own],
     }
 }
 
@@ -241,29 +257,34 @@ impl Kernels {
         // Adapters are halves.
         let formats =
             |of: &[Matrix]| stored::formats(setup.weights.blocks(config.n_layers, of).chain([None]));
-        let of_matmul = |&tile: &matmul::Tile| {
-            let of = |transposed| {
+        let coop = coop(device, config);
+        let of_matmul = |transposed| {
+            let of = |&tile: &matmul::Tile| {
                 let matrices: &[Matrix] = if transposed { &[Matrix::FfnValue] } else { &STRAIGHT };
                 let mut overrides = tile.overrides(transposed);
                 overrides.push(formats(matrices));
-                compile(device, tile.variants(), &overrides)
+                Ok::<_, Error>((tile, compile(device, tile.variants(), &overrides)?))
             };
-            Ok::<_, Error>((tile, [of(false)?, of(true)?]))
+            let tiles = tiles(coop, setup.batch_invariant, transposed);
+            tiles.par_iter().map(of).collect::<Result<Vec<_>, _>>()
         };
-        let tiles = tiles(device, config, setup);
-        let of_matmul = tiles.par_iter().map(of_matmul).collect::<Result<_, _>>()?;
+        let (straight, transposed) = rayon::join(|| of_matmul(false), || of_matmul(true));
         let held = Held::new(setup.state, setup.fused)?;
+        // What the products read: rows are normed, or gated. Without fusion each operation has single precision.
+        let written = |exponent| (coop && setup.fused).then_some(exponent);
+        let normed = [norm[0], packed::halves(written(0))];
         Ok(Self {
             held,
             embedding: compile(device, embedding::VARIANTS, &norm)?,
-            layer_norm: compile(device, layer_norm::VARIANTS, &norm)?,
-            mix_rows: compile(device, mix_rows::VARIANTS, &norm)?,
+            layer_norm: compile(device, layer_norm::VARIANTS, &normed)?,
+            mix_rows: compile(device, mix_rows::VARIANTS, &normed)?,
             carry: compile(device, carry::VARIANTS, &[])?,
             sample: compile(device, sample::VARIANTS, &[("LANES", f64::from(lanes(1024)))])?,
-            matmul: of_matmul,
-            time_mix: held.compile(device, lanes(held.batch_lanes()), false)?,
+            matmul: [straight?, transposed?],
+            coop,
+            time_mix: held.compile(device, lanes(held.batch_lanes()), false, written(READOUT_EXPONENT))?,
             scan: match held {
-                Held::Plain if setup.fused => Some(ScanKernels::new(device)?),
+                Held::Plain if setup.fused => Some(ScanKernels::new(device, written(READOUT_EXPONENT))?),
                 _ => None,
             },
             step: if setup.fused { StepKernels::new(device, config, &setup.weights, held)? } else { None },
@@ -307,15 +328,16 @@ impl Kernels {
                 groups.saturating_mul(tile.lanes()) >= FILL
             }
         };
-        let mut of_rows = self.matmul.iter().filter(|(tile, _)| tile.rows <= rows);
-        let (tile, pipelines) = of_rows.rfind(|(tile, _)| fits(tile)).unwrap_or(&self.matmul[0]);
-        (*tile, &pipelines[usize::from(transposed)])
+        let all = &self.matmul[usize::from(transposed)];
+        let mut of_rows = all.iter().filter(|(tile, _)| tile.rows <= rows);
+        let (tile, pipeline) = of_rows.rfind(|(tile, _)| fits(tile)).unwrap_or(&all[0]);
+        (*tile, pipeline)
     }
 
     /// What was chosen, of those that every form has and of others.
     pub(super) fn labels_with<'a>(&'a self, others: impl IntoIterator<Item = &'a Pipeline>) -> Vec<String> {
         let own = [&self.embedding, &self.layer_norm, &self.sample].into_iter();
-        let all = own.chain(self.matmul.iter().flat_map(|(_, of)| of)).chain(others);
+        let all = own.chain(self.matmul.iter().flatten().map(|(_, of)| of)).chain(others);
         let mut labels: Vec<_> = all.map(|pipeline| pipeline.kernel().label()).collect();
         labels.sort();
         labels.dedup();
@@ -370,7 +392,7 @@ impl StepKernels {
                 mix_in::VARIANTS,
                 &[("LANES", f(mix_lanes)), ("TEAM_ROWS", f(team_rows)), ("WIDTH", f(width)), formats],
             )?,
-            time_mix: held.compile(device, heads_lanes, true)?,
+            time_mix: held.compile(device, heads_lanes, true, None)?,
             linear,
             value,
             mix_tile: tile(mix_lanes, team_rows),
@@ -964,7 +986,9 @@ impl Layers<'_> {
             let mix = of.mix.unwrap_or_default() as usize;
             let (x, y) = ((mix * width, MIXES * width), (start, per_row));
             let job = job(width, of.outputs, element, x, y, of.activation);
-            projections.push(matmul::Job { format: of.format, ..job });
+            // The heads read the projections, the adapters' second factors what their first make.
+            let store = if start < 3 * width { matmul::Store::Put } else { self.read_by_products(0) };
+            projections.push(matmul::Job { format: of.format, store, ..job });
             (start, element) = (start + of.outputs, element + stored::len(of.format, of.outputs * width));
         }
         let r = weights.ranks;
@@ -989,17 +1013,18 @@ impl Layers<'_> {
         let identity = Activation::Identity;
         let output = matmul::Job {
             exponent: READOUT_EXPONENT,
-            accumulate: true,
+            store: matmul::Store::Add,
             format: weights.format(Matrix::Output),
             ..job(width, width, 0, (0, width), (0, width), identity)
         };
         let key = matmul::Job {
             format: weights.format(Matrix::FfnKey),
+            store: self.read_by_products(HIDDEN_EXPONENT),
             ..job(width, hidden, 0, (0, width), (0, hidden), Activation::SquaredRelu)
         };
         let value = matmul::Job {
             exponent: HIDDEN_EXPONENT,
-            accumulate: true,
+            store: matmul::Store::Add,
             format: weights.format(Matrix::FfnValue),
             ..job(hidden, width, 0, (0, hidden), (0, width), identity)
         };
@@ -1041,6 +1066,11 @@ impl Layers<'_> {
         Ok(Mixes { time_mix, channel_mix })
     }
 
+    /// How products are stored that other products read, divided by two to such a power if they are halves.
+    const fn read_by_products(&self, exponent: u8) -> matmul::Store {
+        if self.kernels.coop { matmul::Store::Halves(exponent) } else { matmul::Store::Put }
+    }
+
     /// What is in the place of `time_mix` for prompts. The operands take the place of the rows that were mixed, which were
     /// read, and the state's answers that of the decay adapter's products.
     fn scan(
@@ -1068,7 +1098,7 @@ impl Layers<'_> {
         let grid = Grid::Segments(groups);
         let update = planner.step(HEADS, &kernels.scan, params, &buffers, grid, self.state_bytes())?;
 
-        let dims = readout_packed::Dims { rows, heads, exponent: 0 };
+        let dims = readout_packed::Dims { rows, heads };
         let (params, _) = readout_packed::lower(dims).map_err(refused("readout"))?;
         let buffers = [&s.mixed, &s.up, &weights.heads, &s.readout].map(Bound::Whole);
         let readout = planner.step("readout", &kernels.readout, params, &buffers, each, 0)?;
@@ -1188,7 +1218,7 @@ fn stack(weights: &Layer, width: usize) -> Vec<mix_in::Stacked> {
     all.into_iter().filter(|(outputs, ..)| *outputs > 0).map(stacked).collect()
 }
 
-/// A job of `matmul`, of inputs that halves hold; rows by offset and stride.
+/// A job of `matmul`, of inputs that halves hold as they are; rows by offset and stride.
 fn job(
     inputs: usize,
     outputs: usize,
@@ -1199,5 +1229,6 @@ fn job(
 ) -> matmul::Job {
     let rows = |(offset, stride)| Rows { offset, stride };
     let (x, y) = (rows(x), rows(y));
-    matmul::Job { inputs, outputs, weights, format: None, x, exponent: 0, y, activation, accumulate: false }
+    let store = matmul::Store::Put;
+    matmul::Job { inputs, outputs, weights, format: None, x, exponent: 0, y, activation, store }
 }

@@ -8,6 +8,7 @@
 //! | heads | `decay`, `kappa`, `learning_rate`, `value_residual`, `wkv7`, `readout` |
 //! | time mix, out | a product, `add` |
 //! | channel mix | `layer_norm`, `token_shift`, a product, `activation`, a product that adds to the residual |
+//! | before a product of cooperative matrices | `to_halves` |
 //!
 //! Layer 0 has no adapter v. Products are by the fastest kernel for the number of rows: of one row, by `linear` and
 //! `channel_mix_value`; of several, and of the adapters' second factors, by `matmul`, one job at a time.
@@ -16,6 +17,7 @@
 //! passes that run it.
 
 use rwkv_core::ModelConfig;
+use rwkv_core::config::Ranks;
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::layer_norm::LN_EPS;
 use rwkv_core::ops::matmul::Rows;
@@ -24,7 +26,7 @@ use rwkv_kernels::gpu::Device;
 use rwkv_kernels::kernels::wkv7::Places;
 use rwkv_kernels::kernels::{
     activation, add, channel_mix_value, decay, extents, kappa, layer_norm, learning_rate, linear, matmul,
-    readout, token_shift, value_residual, wkv7,
+    readout, to_halves, token_shift, value_residual, wkv7,
 };
 use rwkv_kernels::pipeline::{Pipeline, checked};
 use rwkv_state::layout::DeviceLayout;
@@ -47,6 +49,7 @@ pub(super) struct Unfused {
 
 #[derive(Debug)]
 struct OpKernels {
+    to_halves: Pipeline,
     token_shift: Pipeline,
     activation: Pipeline,
     add: Pipeline,
@@ -88,6 +91,8 @@ struct OpScratch {
     b: wgpu::Buffer,
     /// Product of the output layer, `[T, D]`.
     out: wgpu::Buffer,
+    /// What a product reads as halves, `[T, F]` at most.
+    halves: wgpu::Buffer,
 }
 
 impl Unfused {
@@ -102,6 +107,7 @@ impl Unfused {
     pub(super) fn labels(&self, kernels: &Kernels) -> Vec<String> {
         let own = &self.kernels;
         kernels.labels_with([
+            &own.to_halves,
             &own.token_shift,
             &own.activation,
             &own.add,
@@ -150,6 +156,7 @@ impl OpKernels {
         let (linear, linear_tile) = linear_of(device, config, &[])?;
         let (value, columns) = value_of(device, config, &[])?;
         Ok(Self {
+            to_halves: compile(to_halves::VARIANTS)?,
             token_shift: compile(token_shift::VARIANTS)?,
             activation: compile(activation::VARIANTS)?,
             add: compile(add::VARIANTS)?,
@@ -170,7 +177,9 @@ impl OpKernels {
 impl OpScratch {
     /// No buffer is larger than those that the fused forms have of as many rows.
     fn new(device: &Device, config: &ModelConfig, rows: usize) -> Result<Self, Error> {
-        let ModelConfig { width, ranks, .. } = *config;
+        let ModelConfig { width, hidden, ranks, .. } = *config;
+        let Ranks { w, a, v, g } = ranks;
+        let longest = [width, hidden, w, a, v, g].into_iter().max().unwrap_or_default();
         let buffer = |label, bytes: usize, usage| {
             device.device().create_buffer(&wgpu::BufferDescriptor {
                 label: Some(label),
@@ -188,10 +197,11 @@ impl OpScratch {
             r: storage("r", width),
             k: storage("k", width),
             v: storage("v", width),
-            down: [ranks.w, ranks.a, ranks.v, ranks.g].map(|rank| storage("down", rank)),
+            down: [w, a, v, g].map(|rank| storage("down", rank)),
             up: std::array::from_fn(|_| storage("up", width)),
             b: storage("b", width),
             out: storage("out", width),
+            halves: storage("halves", longest),
         })
     }
 }
@@ -464,7 +474,9 @@ impl<'a> Steps<'a> {
     fn matmul(&mut self, of: Product<'a>, transposed: bool, accumulate: bool) -> Result<(), Error> {
         let len =
             |buffer: &wgpu::Buffer, bytes: u64| usize::try_from(buffer.size() / bytes).unwrap_or(usize::MAX);
-        let ((weights, start), (x, x_rows)) = (of.weights, of.x);
+        // What is added is of the hidden units.
+        let exponent = if accumulate { HIDDEN_EXPONENT } else { READOUT_EXPONENT };
+        let ((weights, start), (x, x_rows)) = (of.weights, self.halved(&of, exponent)?);
         let outputs = std::iter::once(of.outputs);
         let (tile, pipeline) = self.of.kernels.matmul(count(self.rows), outputs, transposed);
         let dims = matmul::Dims {
@@ -481,17 +493,29 @@ impl<'a> Steps<'a> {
             weights: start / 8,
             format: None,
             x: x_rows,
-            // What is added is of the hidden units.
-            exponent: if accumulate { HIDDEN_EXPONENT } else { READOUT_EXPONENT },
+            exponent,
             y: plain(of.outputs),
             activation: Activation::Identity,
-            accumulate,
+            store: if accumulate { matmul::Store::Add } else { matmul::Store::Put },
         };
         let (params, jobs, groups) = matmul::lower(dims, &[job]).map_err(refused(of.part))?;
         let jobs = self.of.planner().table(&jobs);
         let buffers = [&jobs, weights, x, of.y].map(Bound::Whole);
         let lowered = Ok::<_, matmul::Error>((params, groups));
         self.push(of.part, pipeline, lowered, &buffers, of.bytes())
+    }
+
+    /// What a product reads: halves, if it is of cooperative matrices.
+    fn halved(&mut self, of: &Product<'a>, exponent: u8) -> Result<(&'a wgpu::Buffer, Rows), Error> {
+        if !self.of.kernels.coop {
+            return Ok(of.x);
+        }
+        let (own, (x, rows)) = (self.own, of.x);
+        let dims = extents::Dims { rows: self.rows, width: of.inputs };
+        let buffers = [x, &own.scratch.halves].map(Bound::Whole);
+        let lowered = to_halves::lower(dims, rows, exponent);
+        self.push("to halves", &own.kernels.to_halves, lowered, &buffers, 0)?;
+        Ok((&own.scratch.halves, plain(of.inputs)))
     }
 
     /// So many vectors `[D]` of a buffer, from the one at `at` on.

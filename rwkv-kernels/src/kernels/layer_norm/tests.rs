@@ -6,6 +6,7 @@ use rwkv_core::rng::SplitMix64;
 
 use super::{Dims, Error, MAX_GROUPS, VARIANTS, lower};
 use crate::gpu::{Device, variants_for_tests};
+use crate::kernels::packed::{self, tests::EXPONENTS};
 use crate::pipeline::Pipeline;
 use crate::{Access, Binding, Element, Kernel, Scalar};
 
@@ -40,14 +41,14 @@ impl Case {
         y
     }
 
-    fn run(&self, device: &Device, kernel: &Pipeline) -> Vec<f32> {
+    fn run(&self, device: &Device, kernel: &Pipeline, halves: Option<u8>) -> Vec<f32> {
         let (params, groups) = lower(self.dims, LN_EPS).unwrap();
         let poison = vec![f32::NAN; self.rows.len() * self.dims.width];
         let buffers = [bits(&self.x), self.rows.clone(), bits(&self.gain), bits(&self.bias), bits(&poison)];
         let mut after = device.run(kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
         let y = after.pop().unwrap();
         assert_eq!(after, buffers[..4], "the operands are untouched");
-        floats(y)
+        packed::tests::floats(&y, self.dims.width, halves)
     }
 }
 
@@ -143,14 +144,20 @@ const LANES: [u16; 5] = [1, 4, 32, 128, 256];
 
 #[test]
 fn agrees_with_its_twin() {
-    for lanes in LANES {
-        let variants = variants_for_tests(VARIANTS, &[("LANES", lanes.into())]);
+    for (lanes, halves) in LANES.into_iter().zip(EXPONENTS.into_iter().cycle()) {
+        let overrides = [("LANES", lanes.into()), packed::halves(halves)];
+        let variants = variants_for_tests(VARIANTS, &overrides);
         proptest!(config(), |(of in 1..=5usize, rows in 1..=9usize, width in widths(), seed: u64)| {
+            // Halves lie two by two.
+            let width = if halves.is_some() { width.next_multiple_of(2) } else { width };
             let case = Case::draw(Dims { of, rows, width }, seed);
-            let want = case.twin();
-            let limits = limits(&case.asked(), &case.gain, &want, lanes.into());
+            let mut want = case.twin();
+            let mut limits = limits(&case.asked(), &case.gain, &want, lanes.into());
+            for (want, limit) in want.iter_mut().zip(&mut limits) {
+                (*want, *limit) = packed::tests::rounded(*want, *limit, halves);
+            }
             for (device, kernel) in &variants {
-                compare(&case.run(device, kernel), &want, &limits)
+                compare(&case.run(device, kernel, halves), &want, &limits)
                     .map_err(|e| TestCaseError::fail(format!("{}{e}", kernel.kernel().label())))?;
             }
         });
@@ -168,9 +175,9 @@ fn a_row_has_its_bits_whatever_is_beside_it() {
         let (gain, bias) = (case.gain.clone(), case.bias.clone());
         let alone = Case { dims: Dims { of: 1, rows: 1, width }, x, rows: vec![0], gain, bias };
         for (device, kernel) in &variants {
-            let all = bits(&case.run(device, kernel));
-            prop_assert_eq!(&all, &bits(&case.run(device, kernel)), "again");
-            prop_assert_eq!(&all[row.clone()], &bits(&alone.run(device, kernel)), "alone");
+            let all = bits(&case.run(device, kernel, None));
+            prop_assert_eq!(&all, &bits(&case.run(device, kernel, None)), "again");
+            prop_assert_eq!(&all[row.clone()], &bits(&alone.run(device, kernel, None)), "alone");
         }
     });
 }

@@ -1,6 +1,7 @@
 // Twin: rwkv-core/src/ops/matmul.rs, rows times several matrices.
 //use activation
 //use blocks
+//use halves
 enable f16;
 enable wgpu_cooperative_matrix;
 //
@@ -8,9 +9,9 @@ enable wgpu_cooperative_matrix;
 // subgroups that take turns along the inputs. The inner dimension passes in steps through workgroup memory, as halves;
 // while one step is multiplied, the loads of the next are under way.
 //
-// x is rounded to a half, after it is divided by the job's power of two, and held at the largest half where it is
-// beyond: see mod.rs for the error. Products are exact and summed in f32, 16 at a time, inputs in ascending order, in
-// each of SPLIT parts: an output depends on SPLIT, but neither on the other rows nor on the rest of the tile.
+// x comes as halves of what a power of two, the job's, divides: see mod.rs. Products are exact and summed in f32, 16 at a
+// time, inputs in ascending order, in each of SPLIT parts: an output depends on SPLIT, but neither on the other rows nor
+// on the rest of the tile.
 //
 // What this is written for, as NVIDIA's compiler (driver 580) was seen to do: loops over arrays of matrices stay
 // loops, so that the matrices have names; a load whose result only the next round of a loop uses sinks into that round,
@@ -29,11 +30,14 @@ override TRANSPOSED: bool = false;
 
 const SIDE: u32 = 16u;      // of a matrix
 const SUBGROUP: u32 = 32u;  // invocations of a subgroup
-const LARGEST: f32 = 65504.0; // of halves
+
+// How a job stores: what is less than ADD overwrites, what is more writes halves, of what 2^(store - HALVES) divides.
+const ADD: u32 = 1u;
+const HALVES: u32 = 2u;
 
 override LANES: u32 = SUBGROUP * (ROWS / SUB_ROWS) * (COLS / SUB_COLS) * SPLIT;
-// What an invocation loads of a step: vectors of x, and eights of weights.
-override X_EACH: u32 = ROWS * STEP / 4u / LANES; // at most 8
+// What an invocation loads of a step: eights of x, and of weights.
+override X_EACH: u32 = ROWS * STEP / 8u / LANES; // at most 8
 override W_EACH: u32 = COLS * STEP / 8u / LANES; // at most 8
 
 struct Params {
@@ -44,21 +48,20 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> jobs: array<vec4<u32>>;    // three to a job, see `job_of`
 @group(0) @binding(2) var<storage, read> weights: array<vec4<u32>>; // see `Matrix`
-@group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read_write> y: array<f32>;
+@group(0) @binding(3) var<storage, read> x: array<vec4<u32>>;       // halves, two to a word
+@group(0) @binding(4) var<storage, read_write> y: array<u32>;       // single precision, or halves
 
 struct Job {
-    inputs: u32,  // K, a multiple of 8, or of 4 if TRANSPOSED
+    inputs: u32,  // K, a multiple of 8
     outputs: u32, // O, a multiple of 8 if TRANSPOSED
     matrix: Matrix,
-    x: u32,       // where row 0 starts, and the distance to the next, in vectors
+    x: u32,       // where row 0 starts, and the distance to the next, in vectors of four words
     x_stride: u32,
-    y: u32,
+    y: u32,       // the same, in words
     y_stride: u32,
     activation: u32,
-    accumulate: bool,
-    scale: f32,   // what x is multiplied by, a power of two
-    unscale: f32, // and a product
+    store: u32,
+    unscale: f32, // what a product is multiplied by
     col: u32,     // the tile's first output
     row: u32,     // the tile's first row
 }
@@ -86,25 +89,27 @@ fn job_of(tile: vec3<u32>) -> Job {
     }
     let a = jobs[at];      // first tile, inputs, outputs, weights
     let b = jobs[at + 1u]; // x, x_stride, y, y_stride
-    let c = jobs[at + 2u]; // activation, accumulate, exponent of what x is divided by, format
+    let c = jobs[at + 2u]; // activation, how to store, exponent of what x was divided by, format
     let matrix = matrix_at(c.w, a.w, select(a.y, a.z, TRANSPOSED), select(a.z, a.y, TRANSPOSED));
-    let scale = bitcast<f32>((127u - c.z) << 23u);
-    let unscale = bitcast<f32>((127u + c.z) << 23u);
     let col = (tile.x - a.x) * COLS;
     let row = tile.y * ROWS;
-    return Job(a.y, a.z, matrix, b.x / 4u, b.y / 4u, b.z, b.w, c.x, c.y != 0u, scale, unscale, col, row);
+    return Job(a.y, a.z, matrix, b.x / 4u, b.y / 4u, b.z, b.w, c.x, c.y, two_to(i32(c.z)), col, row);
+}
+
+fn two_to(exponent: i32) -> f32 {
+    return bitcast<f32>(u32(127 + exponent) << 23u);
 }
 
 // What an invocation has loaded of a step.
 struct Held {
-    x0: vec4<f32>,
-    x1: vec4<f32>,
-    x2: vec4<f32>,
-    x3: vec4<f32>,
-    x4: vec4<f32>,
-    x5: vec4<f32>,
-    x6: vec4<f32>,
-    x7: vec4<f32>,
+    x0: vec4<u32>,
+    x1: vec4<u32>,
+    x2: vec4<u32>,
+    x3: vec4<u32>,
+    x4: vec4<u32>,
+    x5: vec4<u32>,
+    x6: vec4<u32>,
+    x7: vec4<u32>,
     w0: vec4<u32>,
     w1: vec4<u32>,
     w2: vec4<u32>,
@@ -115,12 +120,12 @@ struct Held {
     w7: vec4<u32>,
 }
 
-// The vector of x at place `slot` of a step. Rows past the last are that row again, and never stored; inputs past the
+// The eight inputs at place `slot` of a step. Rows past the last are that row again, and never stored; inputs past the
 // last are the last ones.
-fn load_x(job: Job, slot: u32, k: u32) -> vec4<f32> {
-    let row = min(job.row + slot / (STEP / 4u), params.rows - 1u);
-    let quad = min(k / 4u + slot % (STEP / 4u), job.inputs / 4u - 1u);
-    return x[job.x + row * job.x_stride + quad];
+fn load_x(job: Job, slot: u32, k: u32) -> vec4<u32> {
+    let row = min(job.row + slot / (STEP / 8u), params.rows - 1u);
+    let octet = min(k / 8u + slot % (STEP / 8u), job.inputs / 8u - 1u);
+    return x[job.x + row * job.x_stride + octet];
 }
 
 // The eight weights at place `slot` of a step. Past the last output or input they are any of the matrix.
@@ -169,10 +174,12 @@ fn fetch(job: Job, lane: u32, k: u32) -> Held {
 }
 
 // Inputs past the last are zero, whatever the weights are.
-fn stage_x(job: Job, slot: u32, k: u32, vector: vec4<f32>) {
-    let quad = slot % (STEP / 4u);
-    let scale = select(0.0, job.scale, k + 4u * quad < job.inputs);
-    x_step[slot / (STEP / 4u) * X_PITCH + quad] = vec4<f16>(clamp(scale * vector, vec4(-LARGEST), vec4(LARGEST)));
+fn stage_x(job: Job, slot: u32, k: u32, octet: vec4<u32>) {
+    let place = slot % (STEP / 8u);
+    let inside = select(vec4(0u), octet, k + 8u * place < job.inputs);
+    let at = slot / (STEP / 8u) * X_PITCH + 2u * place;
+    x_step[at] = vec4<f16>(low4(inside));
+    x_step[at + 1u] = vec4<f16>(high4(inside));
 }
 
 fn stage_w(job: Job, slot: u32, w: vec4<u32>) {
@@ -310,25 +317,46 @@ fn multiply(at: Place) {
     }
 }
 
+// What is in a place of the matrices that the subgroups of a part left in `sums`.
+fn summed(first: u32, e: u32) -> f32 {
+    var sum = sums[first * SIDE * SIDE + e];
+    for (var other = 1u; other < SPLIT; other++) {
+        sum += sums[(first + other) * SIDE * SIDE + e];
+    }
+    return sum;
+}
+
 // Stores what the subgroups left in `sums`, each the matrix so many rows and columns into its part of the tile. Those
 // that share a part share its elements.
 fn store(job: Job, at: Place, lane: u32, row: u32, col: u32) {
     workgroupBarrier();
     let first = at.subgroup - at.slice;
-    for (var e = at.slice * SUBGROUP + lane % SUBGROUP; e < SIDE * SIDE; e += SUBGROUP * SPLIT) {
-        var sum = sums[first * SIDE * SIDE + e];
-        for (var other = 1u; other < SPLIT; other++) {
-            sum += sums[(first + other) * SIDE * SIDE + e];
-        }
-        let y_row = job.row + at.row + row + e / SIDE;
-        let y_col = job.col + at.col + col + e % SIDE;
-        if y_row < params.rows && y_col < job.outputs {
-            let place = job.y + y_row * job.y_stride + y_col;
-            var product = activate(job.activation, sum * job.unscale);
-            if job.accumulate {
-                product += y[place];
+    let own = at.slice * SUBGROUP + lane % SUBGROUP;
+    let y_row = job.row + at.row + row;
+    let y_col = job.col + at.col + col;
+    if job.store < HALVES {
+        for (var e = own; e < SIDE * SIDE; e += SUBGROUP * SPLIT) {
+            let to_row = y_row + e / SIDE;
+            let to_col = y_col + e % SIDE;
+            if to_row < params.rows && to_col < job.outputs {
+                let place = job.y + to_row * job.y_stride + to_col;
+                var product = activate(job.activation, summed(first, e) * job.unscale);
+                if job.store == ADD {
+                    product += bitcast<f32>(y[place]);
+                }
+                y[place] = bitcast<u32>(product);
             }
-            y[place] = product;
+        }
+    } else {
+        let scale = two_to(i32(HALVES) - i32(job.store));
+        for (var e = 2u * own; e < SIDE * SIDE; e += 2u * SUBGROUP * SPLIT) {
+            let to_row = y_row + e / SIDE;
+            let to_col = y_col + e % SIDE;
+            if to_row < params.rows && to_col < job.outputs {
+                let one = activate(job.activation, summed(first, e) * job.unscale);
+                let other = activate(job.activation, summed(first, e + 1u) * job.unscale);
+                y[job.y + to_row * job.y_stride + to_col / 2u] = halves(scale * vec2(one, other));
+            }
         }
     }
     workgroupBarrier();

@@ -9,10 +9,9 @@
 //! # With cooperative matrices
 //!
 //! They multiply halves, and sum in `f32`. The weights are halves as they are, or
-//! those of blocks rounded to the nearest, off by `2^-11 |w| + 2^-25` at most. An `x` is divided by `2^e`, `e` the job's
-//! [`exponent`](Job::exponent), and rounded to the nearest half. As far as `|x| <= 65504 * 2^e` it is off by
-//! `2^-11 |x| + 2^(e - 25)` at most: half a unit of a half, or of the least there is. What is beyond counts as
-//! `65504 * 2^e`, so that a sum never overflows where its inputs do not. The products are exact.
+//! those of blocks rounded to the nearest, off by `2^-11 |w| + 2^-25` at most. Whoever writes `x` has divided it by `2^e`, `e`
+//! the job's [`exponent`](Job::exponent), and rounded it, as [`rwkv_core::ops::to_halves`] says; it lies as
+//! [`packed`](super::packed) says. The products are exact. What they come to may be written so too: [`Store::Halves`].
 //!
 //! A power of two per job, and not one per row from its largest element, because nothing that comes before knows the
 //! largest: a pass over the rows for its sake costs a dispatch, and what it would save is less than the rounding of an
@@ -60,24 +59,30 @@ pub struct Coop {
 /// The tiles of the portable variant. A result does not depend on them.
 pub const TILES: [Tile; 3] = [portable(32), portable(64), portable(128)];
 
-/// Those of the variant with cooperative matrices. In the small ones, for so few rows that reading the weights is what takes
-/// the time, several subgroups share a part, so that enough of them read.
-pub const COOP_TILES: [Tile; 6] = [
-    coop([16, 16], [16, 16], 8, 256, 2),
-    coop([16, 32], [16, 32], 8, 128, 2),
-    coop([32, 32], [32, 32], 4, 128, 2),
-    COOP_TILES_UNSPLIT[1],
-    COOP_TILES_UNSPLIT[2],
-    COOP_TILES_UNSPLIT[3],
-];
+/// Those of the variant with cooperative matrices, for matrices `[O, K]` and, transposed, `[K, O]`. In the small ones, for so
+/// few rows that reading the weights is what takes the time, several subgroups share a part, so that enough of them read.
+/// Of the largest, which is for prompts, the one for `[O, K]` reads more of a row at a time, where the other's rows are as
+/// long as a tile is wide.
+pub const COOP_TILES: [[Tile; 5]; 2] = [split(0), split(1)];
 
 /// Those of which each part is of one subgroup. A result does not depend on which of these it is.
-pub const COOP_TILES_UNSPLIT: [Tile; 4] = [
-    coop([16, 64], [16, 16], 1, 128, 2),
-    coop([64, 64], [32, 32], 1, 64, 2),
-    coop([128, 128], [64, 32], 1, 64, 2),
-    coop([128, 128], [64, 64], 1, 32, 1),
-];
+pub const COOP_TILES_UNSPLIT: [[Tile; 3]; 2] = [unsplit(LARGEST[0]), unsplit(LARGEST[1])];
+
+const LARGEST: [Tile; 2] = [coop([128, 128], [64, 32], 1, 64, 1), coop([128, 128], [64, 64], 1, 32, 2)];
+
+const fn unsplit(largest: Tile) -> [Tile; 3] {
+    [coop([16, 64], [16, 16], 1, 128, 2), coop([64, 64], [32, 32], 1, 64, 2), largest]
+}
+
+const fn split(transposed: usize) -> [Tile; 5] {
+    [
+        coop([16, 16], [16, 16], 8, 256, 2),
+        coop([16, 32], [16, 32], 8, 256, 1),
+        coop([32, 32], [32, 32], 4, 128, 2),
+        COOP_TILES_UNSPLIT[transposed][1],
+        COOP_TILES_UNSPLIT[transposed][2],
+    ]
+}
 
 const fn portable(rows: u32) -> Tile {
     Tile { rows, cols: 64, coop: None }
@@ -124,11 +129,12 @@ impl Tile {
     }
 }
 
-/// Elements of a vector of `x`, as cooperative matrices are loaded from.
+/// Words that `x` is read by for cooperative matrices, and the halves in them.
 const QUAD: usize = 4;
+const OCTET: usize = 2 * QUAD;
 
 /// The largest exponent: what is beyond `65504 * 2^64` is no activation.
-const MAX_EXPONENT: u32 = 64;
+const MAX_EXPONENT: u8 = 64;
 
 /// What all jobs of a call share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,16 +147,16 @@ pub struct Dims {
     pub transposed: bool,
     /// Length of the weights, in elements.
     pub weights: usize,
-    /// Length of `x`.
+    /// Length of `x`, in words.
     pub x: usize,
-    /// Length of `y`.
+    /// Length of `y`, in words.
     pub y: usize,
 }
 
 /// One product: see [`rwkv_core::ops::matmul::Job`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Job {
-    /// Columns of the matrix, `K`: a multiple of 8, or of 32 in blocks, unless it is transposed, and then of 4 for cooperative matrices.
+    /// Columns of the matrix, `K`: a multiple of 8, or of 32 in blocks, unless it is transposed, and then of 8 for cooperative matrices.
     pub inputs: usize,
     /// Rows of the matrix, `O`: a multiple of 8, or of 32 in blocks, if it is transposed.
     pub outputs: usize,
@@ -158,16 +164,39 @@ pub struct Job {
     pub weights: usize,
     /// What it is in.
     pub format: Option<Format>,
-    /// Input rows in `x`. For cooperative matrices they start at multiples of 4.
+    /// Input rows in `x`, by words. For cooperative matrices they are halves, and start at multiples of 4.
     pub x: Rows,
-    /// The power of two that `x` is divided by before cooperative matrices round it: see [above](self).
-    pub exponent: u32,
-    /// Output rows in `y`.
+    /// The power of two that `x` was divided by where it is halves: see [above](self).
+    pub exponent: u8,
+    /// Output rows in `y`, by words.
     pub y: Rows,
     /// What the products pass through.
     pub activation: Activation,
-    /// Whether they are added to what is there.
-    pub accumulate: bool,
+    /// What becomes of them.
+    pub store: Store,
+}
+
+/// What becomes of products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// They take the place of what is there.
+    Put,
+    /// They are added to what is there.
+    Add,
+    /// They are divided by two to this power and rounded to halves, which lie as [`packed`](super::packed) says: for
+    /// cooperative matrices alone, as are those that read them.
+    Halves(u8),
+}
+
+impl Store {
+    /// As the kernels tell it.
+    fn number(self) -> u32 {
+        match self {
+            Self::Put => 0,
+            Self::Add => 1,
+            Self::Halves(exponent) => 2 + u32::from(exponent),
+        }
+    }
 }
 
 /// A job as the kernel reads it.
@@ -183,7 +212,7 @@ pub struct Record {
     y: u32,
     y_stride: u32,
     activation: u32,
-    accumulate: u32,
+    store: u32,
     exponent: u32,
     format: u32,
 }
@@ -217,8 +246,10 @@ pub enum Error {
         /// Its inputs or, transposed, outputs.
         got: usize,
     },
-    /// Cooperative matrices read `x` by fours.
-    #[error("matmul: in job {job}, {inputs} inputs at {offset} every {stride} are not whole fours")]
+    /// Cooperative matrices read `x` by four words.
+    #[error(
+        "matmul: in job {job}, {inputs} inputs at {offset} every {stride} words are not halves in whole fours of words"
+    )]
     Quads {
         /// Which job.
         job: usize,
@@ -234,8 +265,18 @@ pub enum Error {
     Exponent {
         /// Which job.
         job: usize,
-        /// Its exponent.
-        got: u32,
+        /// Its exponent, or that of what it stores.
+        got: u8,
+    },
+    /// Halves are what cooperative matrices read and write, two at a time.
+    #[error(
+        "matmul: job {job} has {outputs} outputs to be stored as halves, two at a time by cooperative matrices"
+    )]
+    Halves {
+        /// Which job.
+        job: usize,
+        /// Its outputs.
+        outputs: usize,
     },
     /// The rows of `y` run into each other.
     #[error("matmul: job {job} has {outputs} outputs every {stride}")]
@@ -281,7 +322,9 @@ pub enum Error {
 ///
 /// If the kernel cannot run the call, whatever the device: see [`Error`].
 pub fn lower(dims: Dims, jobs: &[Job]) -> Result<(Params, Vec<Record>, [u32; 3]), Error> {
-    if ![&TILES[..], &COOP_TILES, &COOP_TILES_UNSPLIT].iter().any(|tiles| tiles.contains(&dims.tile)) {
+    let own = usize::from(dims.transposed);
+    let all = [&TILES[..], &COOP_TILES[own], &COOP_TILES_UNSPLIT[own]];
+    if !all.iter().any(|tiles| tiles.contains(&dims.tile)) {
         return Err(Error::Tile { got: dims.tile });
     }
     let max = dims.tile.rows * MAX_GROUPS;
@@ -304,7 +347,8 @@ pub fn lower(dims: Dims, jobs: &[Job]) -> Result<(Params, Vec<Record>, [u32; 3])
 
 /// Lowers one job, whose tiles start with `first_tile`.
 fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Error> {
-    let Job { inputs, outputs, weights, format, x, exponent, y, activation, accumulate } = *of;
+    let Job { inputs, outputs, weights, format, x, exponent, y, activation, store } = *of;
+    let coop = dims.tile.coop.is_some();
     if inputs == 0 || outputs == 0 {
         return Err(Error::Empty { job: at, inputs, outputs });
     }
@@ -312,13 +356,22 @@ fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Er
     if !along.is_multiple_of(stored::unit(format)) {
         return Err(Error::Row { job: at, got: along });
     }
-    if dims.tile.coop.is_some() && [inputs, x.offset, x.stride].iter().any(|n| !n.is_multiple_of(QUAD)) {
+    let by_fours = [x.offset, x.stride].iter().all(|n| n.is_multiple_of(QUAD));
+    if coop && !(by_fours && inputs.is_multiple_of(OCTET)) {
         return Err(Error::Quads { job: at, inputs, offset: x.offset, stride: x.stride });
     }
-    if exponent > MAX_EXPONENT {
-        return Err(Error::Exponent { job: at, got: exponent });
+    let stored = if let Store::Halves(exponent) = store { exponent } else { 0 };
+    let got = exponent.max(stored);
+    if got > MAX_EXPONENT {
+        return Err(Error::Exponent { job: at, got });
     }
-    if dims.rows > 1 && y.stride < outputs {
+    let halves = matches!(store, Store::Halves(_));
+    if halves && !(coop && outputs.is_multiple_of(2)) {
+        return Err(Error::Halves { job: at, outputs });
+    }
+    // Of halves two are a word.
+    let [x_words, y_words] = [(coop, inputs), (halves, outputs)].map(|(two, n)| if two { n / 2 } else { n });
+    if dims.rows > 1 && y.stride < y_words {
         return Err(Error::Overlap { job: at, outputs, stride: y.stride });
     }
     let outside = |operand, len| Error::Outside { job: at, operand, len };
@@ -334,8 +387,8 @@ fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Er
     if format.is_some() && !stored::indexable(last) {
         return Err(outside("weights", dims.weights));
     }
-    within("x", dims.x, end(x, inputs))?;
-    within("y", dims.y, end(y, outputs))?;
+    within("x", dims.x, end(x, x_words))?;
+    within("y", dims.y, end(y, y_words))?;
     // Of one row the stride, and of none the rest, may still be beyond.
     let word = |operand, len, value: usize| u32::try_from(value).map_err(|_| outside(operand, len));
     Ok(Record {
@@ -348,8 +401,8 @@ fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Er
         y: word("y", dims.y, y.offset)?,
         y_stride: word("y", dims.y, y.stride)?,
         activation: activation as u32,
-        accumulate: accumulate.into(),
-        exponent,
+        store: store.number(),
+        exponent: exponent.into(),
         format: stored::number(format),
     })
 }

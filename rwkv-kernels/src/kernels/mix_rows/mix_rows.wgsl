@@ -1,5 +1,6 @@
 // Twin: rwkv-core/src/ops/mix_rows.rs, layer norm and token shift of packed segments.
 //use reduce
+//use packed
 //
 // One workgroup per row, four channels at a time. The row before is normed again where it is in the same segment: that
 // costs reads, mostly from a cache, and no pass between the norm and the shift. Both norms are made by the same
@@ -25,7 +26,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> vectors: array<vec4<f32>>; // [2 + M, D]: gain, bias, mixes
 // [records, stride]. No record is both read and written in a pass.
 @group(0) @binding(4) var<storage, read_write> state: array<vec4<f32>>;
-@group(0) @binding(5) var<storage, read_write> out: array<vec4<f32>>; // [T, M, D]
+@group(0) @binding(5) var<storage, read_write> out: array<vec2<u32>>; // [T, M, D]
 
 struct Moments {
     mean: f32,
@@ -82,7 +83,14 @@ fn mix_rows(@builtin(workgroup_id) row: vec3<u32>, lane: Lane) {
         }
         for (var m = 0u; m < params.mixes; m++) {
             let mix = vectors[(2u + m) * quads + q];
-            out[(row.x * params.mixes + m) * quads + q] = fma(before - now, mix, now);
+            let mixed = fma(before - now, mix, now);
+            let to = 2u * (row.x * params.mixes + m) * quads;
+            if HALVES == 0u {
+                out[to + 2u * q] = bitcast<vec2<u32>>(mixed.xy);
+                out[to + 2u * q + 1u] = bitcast<vec2<u32>>(mixed.zw);
+            } else {
+                out[to + q] = vec2(packed(mixed.xy), packed(mixed.zw));
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ use rwkv_core::rng::SplitMix64;
 use super::{Dims, Error, MAX_GROUPS, VARIANTS, cursors, lower};
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::layer_norm::tests::{bits, compare, draw_rows, floats, limits};
+use crate::kernels::packed::{self, tests::EXPONENTS};
 use crate::pipeline::Pipeline;
 
 /// Operands of one call.
@@ -102,15 +103,17 @@ impl Case {
         (want, limit)
     }
 
-    fn run(&self, device: &Device, kernel: &Pipeline) -> After<f32> {
+    fn run(&self, device: &Device, kernel: &Pipeline, halves: Option<u8>) -> After<f32> {
         let (params, groups) = lower(self.dims).unwrap();
         let cursors = cursors(&self.segments, self.dims.records).unwrap();
         assert_eq!(cursors.len(), self.dims.rows, "one cursor a row");
         let vectors = [self.gain.as_slice(), &self.bias, &self.mixes].concat();
         let poison = vec![f32::NAN; self.dims.rows * self.dims.mixes * self.dims.width];
         let buffers = [bits(&self.x), cursors.concat(), bits(&vectors), bits(&self.state), bits(&poison)];
+        let width = self.dims.width;
         let mut after = device.run(kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
-        let (out, state) = (floats(after.pop().unwrap()), floats(after.pop().unwrap()));
+        let out = packed::tests::floats(&after.pop().unwrap(), width, halves);
+        let state = floats(after.pop().unwrap());
         assert_eq!(after, buffers[..3], "the operands are untouched");
         After { state, out }
     }
@@ -131,13 +134,17 @@ fn widths() -> impl Strategy<Value = usize> {
 
 #[test]
 fn agrees_with_its_twin() {
-    for lanes in [4u16, 256] {
-        let variants = variants_for_tests(VARIANTS, &[("LANES", lanes.into())]);
+    for (lanes, halves) in [(4u16, EXPONENTS[0]), (4, EXPONENTS[2]), (256, EXPONENTS[0]), (256, EXPONENTS[1])]
+    {
+        let variants = variants_for_tests(VARIANTS, &[("LANES", lanes.into()), packed::halves(halves)]);
         proptest!(config(), |(lengths in lengths(), width in widths(), mixes in 0..=6usize, seed: u64)| {
             let case = Case::draw(&lengths, width, mixes, seed);
-            let (want, limit) = case.twin(lanes.into());
+            let (mut want, mut limit) = case.twin(lanes.into());
+            for (want, limit) in want.out.iter_mut().zip(&mut limit.out) {
+                (*want, *limit) = packed::tests::rounded(*want, *limit, halves);
+            }
             for (device, kernel) in &variants {
-                let (got, label) = (case.run(device, kernel), kernel.kernel().label());
+                let (got, label) = (case.run(device, kernel, halves), kernel.kernel().label());
                 let fail = |what, e| TestCaseError::fail(format!("{label}.{what}{e}"));
                 compare(&got.out, &want.out, &limit.out).map_err(|e| fail("out", e))?;
                 // To the bit, wherever no segment keeps a row.
@@ -158,7 +165,7 @@ fn a_sequence_has_its_bits_however_it_is_split() {
         let mut at = 0;
         let starts = lengths.iter().map(|rows| (at, at += rows).0).collect::<Vec<_>>();
         for (device, kernel) in &variants {
-            let whole = case.run(device, kernel);
+            let whole = case.run(device, kernel, None);
             for (s, start) in case.segments.iter().zip(&starts) {
                 // On fewer records: 0 is read first, then 1, and 2 is left.
                 let first = split % s.rows;
@@ -174,7 +181,7 @@ fn a_sequence_has_its_bits_however_it_is_split() {
                     let dims = Dims { rows: part.len(), records: 3, ..case.dims };
                     let x = case.x[part.start * width..part.end * width].to_vec();
                     let segments = vec![Segment { rows: part.len(), from, to: vec![from + 1] }];
-                    let after = Case { dims, segments, x, state, ..case.clone() }.run(device, kernel);
+                    let after = Case { dims, segments, x, state, ..case.clone() }.run(device, kernel, None);
                     out.extend(after.out);
                     (state, from) = (after.state, from + 1);
                 }

@@ -19,8 +19,6 @@ pub struct Dims {
     pub rows: usize,
     /// H.
     pub heads: usize,
-    /// The power of two that the output is divided by where it is written as halves.
-    pub exponent: u8,
 }
 
 /// The parameters and workgroups of a call.
@@ -29,10 +27,9 @@ pub struct Dims {
 ///
 /// If the extents are not what the kernel can do.
 pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
-    let (kernel, Dims { rows, heads, exponent }) = (&VARIANTS[0], dims);
+    let (kernel, Dims { rows, heads }) = (&VARIANTS[0], dims);
     let width = heads.saturating_mul(HEAD_SIZE);
     elements(kernel, rows, width.saturating_mul(OPERANDS))?;
-    let scale = 0.5f32.powi(exponent.into());
-    let params = Params { width: elements(kernel, 1, width)?, eps: f32::of(GN_EPS), scale };
+    let params = Params { width: elements(kernel, 1, width)?, eps: f32::of(GN_EPS) };
     Ok((params, groups(kernel, [heads, rows])?))
 }

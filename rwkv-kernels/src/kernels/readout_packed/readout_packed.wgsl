@@ -1,17 +1,15 @@
 // Twin: rwkv-core/src/ops/readout.rs, the group norm, the bonus and the gate, of what `wkv7_scan` answers.
 //use reduce
-//use halves
+//use packed
 //
 // One workgroup per head of a row, two neighbouring channels by each invocation, so that halves go two to a word.
 
 const N: u32 = 64u;
 const LANES: u32 = N / 2u;
-override HALVES: bool = false; // what is written: halves, or single precision
 
 struct Params {
     width: u32, // D
     eps: f32,
-    scale: f32, // what halves are multiplied by
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -38,11 +36,11 @@ fn readout_packed(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     let scale = inverseSqrt(variance + params.eps);
     let normed = centred * scale * vectors[6u * width + channel] + vectors[7u * width + channel];
     let gated = (normed + bonus * operands[at + 5u * LANES]) * gate;
-    if HALVES {
-        out[row * width + channel] = halves(params.scale * gated);
+    let to = row * params.width;
+    if HALVES == 0u {
+        out[to + 2u * channel] = bitcast<u32>(gated.x);
+        out[to + 2u * channel + 1u] = bitcast<u32>(gated.y);
     } else {
-        let to = 2u * (row * width + channel);
-        out[to] = bitcast<u32>(gated.x);
-        out[to + 1u] = bitcast<u32>(gated.y);
+        out[to + channel] = packed(gated);
     }
 }

@@ -13,6 +13,7 @@ use crate::gpu::{Device, device_for_tests};
 use crate::kernels::MAX_GROUPS;
 use crate::kernels::heads::{Heads, NAN, swapped};
 use crate::kernels::intervals::{Interval, below, exact, floats, held};
+use crate::kernels::packed;
 use crate::kernels::testing::{bits as words, wide};
 use crate::pipeline::Pipeline;
 
@@ -103,11 +104,12 @@ impl Case {
             words(&self.of.vectors),
             words(&before.state),
             words(&before.v_first),
-            words(&before.out),
+            packed::tests::words(&before.out, self.width(), of.halves),
         ];
         let after = of.device.run(&of.kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
         assert_eq!(after[..5], buffers[..5], "the operands are untouched");
-        let [state, v_first, out] = [5, 6, 7].map(|i| floats(&after[i]));
+        let [state, v_first] = [5, 6].map(|i| floats(&after[i]));
+        let out = packed::tests::floats(&after[7], self.width(), of.halves);
         After { state, v_first, out }
     }
 
@@ -163,9 +165,10 @@ impl Case {
                     let bounds = self.bounds(row, head, &now.state[self.head(from, head)]);
                     held("twin: state", &state[head * N * N..][..N * N], &bounds[0])?;
                     held("twin: out", &out[head * N..][..N], &bounds[1])?;
+                    let written: Vec<_> = bounds[1].iter().map(|out| out.rounded(of.halves)).collect();
                     let what = |of: &str, label| format!("{label}: {of} of row {row}, head {head}");
                     held(&what("state", of.label), &next.state[self.head(to, head)], &bounds[0])?;
-                    held(&what("out", of.label), &next.out[row * width + head * N..][..N], &bounds[1])?;
+                    held(&what("out", of.label), &next.out[row * width + head * N..][..N], &written)?;
                 }
             }
             now = next;
@@ -198,6 +201,7 @@ struct Compiled {
     kernel: Pipeline,
     lanes: u32,
     lora_up: bool,
+    halves: Option<u8>,
     label: &'static str,
 }
 
@@ -209,10 +213,20 @@ fn compiled() -> Vec<Compiled> {
         // 48 words a lane, and those of a token
         lanes <= capabilities.invocations && 52 * lanes + 3000 <= capabilities.workgroup_bytes
     });
+    // Where products are given, those that read the output may be of cooperative matrices.
     let with = |(lanes, lora_up): (u32, bool)| {
-        let overrides = [("LANES", lanes.into()), ("LORA_UP", u8::from(lora_up).into())];
+        let halves = if lora_up || lanes == 128 { None } else { Some(4) };
+        let overrides =
+            [("LANES", lanes.into()), ("LORA_UP", u8::from(lora_up).into()), packed::halves(halves)];
         let kernel = device.pipeline(&VARIANTS[0], &overrides).unwrap();
-        Compiled { device, kernel, lanes, lora_up, label: format!("{lanes} {lora_up}").leak() }
+        Compiled {
+            device,
+            kernel,
+            lanes,
+            lora_up,
+            halves,
+            label: format!("{lanes} {lora_up} {halves:?}").leak(),
+        }
     };
     let of_lora =
         |lanes| [(lanes, true), (lanes, false)].into_iter().filter(|(lanes, up)| !up || *lanes >= 256);

@@ -17,6 +17,7 @@ use super::{
 use crate::gpu::{Device, device_for_tests};
 use crate::kernels::heads::{Heads, NAN, Operands, swapped, total};
 use crate::kernels::intervals::{Interval, below, exact, floats, held};
+use crate::kernels::packed;
 use crate::kernels::testing::{bits as words, wide};
 use crate::pipeline::Pipeline;
 
@@ -178,11 +179,12 @@ impl Case {
             words(&self.of.vectors),
             before.state.clone(),
             words(&before.v_first),
-            words(&before.out),
+            packed::tests::words(&before.out, self.of.width(), of.halves),
         ];
         let after = of.device.run(&of.kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
         assert_eq!(after[..5], buffers[..5], "the operands are untouched");
-        After { state: after[5].clone(), v_first: floats(&after[6]), out: floats(&after[7]) }
+        let out = packed::tests::floats(&after[7], self.of.width(), of.halves);
+        After { state: after[5].clone(), v_first: floats(&after[6]), out }
     }
 
     /// What a base holds, `[H, value, key]`.
@@ -215,13 +217,15 @@ impl Case {
     /// One row of a sequence: that what the kernel made of it is what it may be.
     fn check(
         &self,
-        label: &str,
+        of: &Compiled,
         row: u32,
         now: &After,
         at: &At,
         next: &After,
         then: &At,
     ) -> Result<(), TestCaseError> {
+        let label = &format!("{} {:?}", of.label, self.held);
+        let written = |out: &[Interval]| out.iter().map(|out| out.rounded(of.halves)).collect::<Vec<_>>();
         let (heads, width, row_at) = (self.dims.heads, self.of.width(), row as usize);
         let folds = then.base != at.base;
         let lazy = self.held.capacity > 0;
@@ -281,7 +285,7 @@ impl Case {
                     held(&format!("{label}: vector {of} of row {row}, head {head}"), &vector, bounds)?;
                 }
                 held(&format!("{label}: twin: out"), &out[own.clone()], &bounds)?;
-                held(&format!("{label}: out of row {row}, head {head}"), got, &bounds)?;
+                held(&format!("{label}: out of row {row}, head {head}"), got, &written(&bounds))?;
             } else {
                 let dithered = self.held.rounding == Rounding::DecayDither;
                 if dithered {
@@ -299,7 +303,7 @@ impl Case {
                     )?;
                     held(&format!("{label}: twin: out"), &out[own.clone()], &bounds)?;
                 }
-                held(&format!("{label}: out of row {row}, head {head}"), got, &bounds)?;
+                held(&format!("{label}: out of row {row}, head {head}"), got, &written(&bounds))?;
                 let stored = &self.base(&next.state, then.base)[head * N * N..][..N * N];
                 let rounding = self.held.rounding_at(at.step + 1);
                 self.stored(&format!("{label}: base"), stored, &swapped(&after), rounding)?;
@@ -391,8 +395,7 @@ impl Case {
         for t in 0..longest {
             let (next, then) = self.run(of, &at, t, 1, &now);
             for (s, &[first, _]) in self.lengths.iter().enumerate().filter(|(_, [_, rows])| t < *rows) {
-                let label = format!("{} {:?}", of.label, self.held);
-                self.check(&label, first + t, &now, &at[s], &next, &then[s])?;
+                self.check(of, first + t, &now, &at[s], &next, &then[s])?;
             }
             (now, at) = self.moved(next, then);
         }
@@ -471,6 +474,7 @@ struct Compiled {
     kernel: Pipeline,
     lanes: u32,
     lora_up: bool,
+    halves: Option<u8>,
     label: String,
 }
 
@@ -483,9 +487,12 @@ fn compiled(held: Held) -> Vec<Compiled> {
     let of_lora =
         |lanes| [(lanes, true), (lanes, false)].into_iter().filter(|(lanes, up)| !up || *lanes >= 256);
     let with = |(lanes, lora_up): (u32, bool)| {
+        // Where products are given, those that read the output may be of cooperative matrices.
+        let halves = if lora_up || lanes == 128 { None } else { Some(4) };
         let overrides = overrides(held.format, held.rounding, held.capacity > 0, lanes, lora_up);
+        let overrides = [&overrides[..], &[packed::halves(halves)]].concat();
         let kernel = device.pipeline(&VARIANTS[0], &overrides).unwrap();
-        Compiled { device, kernel, lanes, lora_up, label: format!("{lanes} {lora_up}") }
+        Compiled { device, kernel, lanes, lora_up, halves, label: format!("{lanes} {lora_up} {halves:?}") }
     };
     sizes.flat_map(of_lora).map(with).collect()
 }
