@@ -122,7 +122,8 @@ fn copy(device: &'static Device, bytes: u64, times: u64) -> Control {
 
 /// The engine's own products, in the largest tile of the best variant.
 fn products(device: &'static Device, n: usize) -> anyhow::Result<Control> {
-    let tiles = if device.capabilities().features.coop { &COOP_TILES_UNSPLIT[..] } else { &TILES };
+    let coop = device.capabilities().features.coop;
+    let tiles = if coop { &COOP_TILES_UNSPLIT[..] } else { &TILES };
     let tile = *tiles.last().context("no tile")?;
     let kernel = choose(tile.variants(), &device.capabilities()).context("no kernel for products")?;
     let pipeline = Pipeline::new(device.device(), kernel, &tile.overrides(false))?;
@@ -136,7 +137,7 @@ fn products(device: &'static Device, n: usize) -> anyhow::Result<Control> {
         exponent: 0,
         y: rows,
         activation: Activation::Identity,
-        accumulate: false,
+        store: matmul::Store::Put,
     };
     let dims = matmul::Dims { rows: n, tile, transposed: false, weights: n * n / 8, x: n * n, y: n * n };
     let (params, records, groups) = matmul::lower(dims, &[job])?;
@@ -146,11 +147,17 @@ fn products(device: &'static Device, n: usize) -> anyhow::Result<Control> {
     };
     let storage = wgpu::BufferUsages::STORAGE;
     // Products of a quarter and a half are exact, in halves too.
+    let halves = |x: f32, n: usize| vec![f16::from_f32(x).to_bits(); n];
+    let x = if coop {
+        init(bytemuck::cast_slice(&halves(0.25, 2 * n * n)), storage)
+    } else {
+        init(bytemuck::cast_slice(&vec![0.25f32; n * n]), storage)
+    };
     let buffers = [
         init(bytemuck::bytes_of(&params), wgpu::BufferUsages::UNIFORM),
         init(bytemuck::cast_slice(&records), storage),
-        init(bytemuck::cast_slice(&vec![f16::from_f32(0.5).to_bits(); n * n]), storage),
-        init(bytemuck::cast_slice(&vec![0.25f32; n * n]), storage),
+        init(bytemuck::cast_slice(&halves(0.5, n * n)), storage),
+        x,
         init(bytemuck::cast_slice(&vec![f32::NAN; n * n]), storage),
     ];
     let group = pipeline.bind(device.device(), buffers.iter().map(wgpu::Buffer::as_entire_buffer_binding))?;

@@ -140,8 +140,8 @@ pub(super) struct Kernels {
     mix_rows: Pipeline,
     carry: Pipeline,
     sample: Pipeline,
-    /// From the smallest tile on, for matrices as they are and transposed.
-    matmul: [Vec<(matmul::Tile, Pipeline)>; 2],
+    /// From the smallest tile on, plain and transposed.
+    matmul: Vec<(matmul::Tile, [Pipeline; 2])>,
     /// Whether products are of cooperative matrices, so that what they read is written as halves.
     pub(super) coop: bool,
     /// With the adapters' products given.
@@ -202,20 +202,19 @@ pub(super) const HIDDEN_EXPONENT: u8 = 8;
 /// The same for the gated readout, which has no bound either: up to 1e6, or 4.8e-7.
 pub(super) const READOUT_EXPONENT: u8 = 4;
 
-/// Whether a device multiplies a model's rows by cooperative matrices, which read them by eights.
+/// Whether a device multiplies a model's rows by cooperative matrices, which read halves by eights and write logits by fours.
 fn coop(device: &Device, config: &ModelConfig) -> bool {
     let Ranks { w, a, v, g } = config.ranks;
     let by_eights = [config.width, config.hidden, w, a, v, g].iter().all(|n| n.is_multiple_of(8));
-    device.capabilities().features.coop && by_eights
+    device.capabilities().features.coop && by_eights && config.vocab.is_multiple_of(4)
 }
 
 /// The tiles of the best variant of `matmul`. Where a sequence must not depend on those beside it, all give the same results.
-fn tiles(coop: bool, batch_invariant: bool, transposed: bool) -> &'static [matmul::Tile] {
-    let own = usize::from(transposed);
+const fn tiles(coop: bool, batch_invariant: bool) -> &'static [matmul::Tile] {
     match (coop, batch_invariant) {
         (false, _) => &matmul::TILES,
-        (true, false) => &matmul::COOP_TILES[own],
-        (true, true) => &matmul::COOP_TILES_UNSPLIT[own],
+        (true, false) => &matmul::COOP_TILES,
+        (true, true) => &matmul::COOP_TILES_UNSPLIT,
     }
 }
 
@@ -258,17 +257,17 @@ impl Kernels {
         let formats =
             |of: &[Matrix]| stored::formats(setup.weights.blocks(config.n_layers, of).chain([None]));
         let coop = coop(device, config);
-        let of_matmul = |transposed| {
-            let of = |&tile: &matmul::Tile| {
+        let of_matmul = |&tile: &matmul::Tile| {
+            let of = |transposed| {
                 let matrices: &[Matrix] = if transposed { &[Matrix::FfnValue] } else { &STRAIGHT };
                 let mut overrides = tile.overrides(transposed);
                 overrides.push(formats(matrices));
-                Ok::<_, Error>((tile, compile(device, tile.variants(), &overrides)?))
+                compile(device, tile.variants(), &overrides)
             };
-            let tiles = tiles(coop, setup.batch_invariant, transposed);
-            tiles.par_iter().map(of).collect::<Result<Vec<_>, _>>()
+            Ok::<_, Error>((tile, [of(false)?, of(true)?]))
         };
-        let (straight, transposed) = rayon::join(|| of_matmul(false), || of_matmul(true));
+        let of_matmul =
+            tiles(coop, setup.batch_invariant).par_iter().map(of_matmul).collect::<Result<_, _>>()?;
         let held = Held::new(setup.state, setup.fused)?;
         // What the products read: rows are normed, or gated. Without fusion each operation has single precision.
         let written = |exponent| (coop && setup.fused).then_some(exponent);
@@ -280,7 +279,7 @@ impl Kernels {
             mix_rows: compile(device, mix_rows::VARIANTS, &normed)?,
             carry: compile(device, carry::VARIANTS, &[])?,
             sample: compile(device, sample::VARIANTS, &[("LANES", f64::from(lanes(1024)))])?,
-            matmul: [straight?, transposed?],
+            matmul: of_matmul,
             coop,
             time_mix: held.compile(device, lanes(held.batch_lanes()), false, written(READOUT_EXPONENT))?,
             scan: match held {
@@ -328,16 +327,15 @@ impl Kernels {
                 groups.saturating_mul(tile.lanes()) >= FILL
             }
         };
-        let all = &self.matmul[usize::from(transposed)];
-        let mut of_rows = all.iter().filter(|(tile, _)| tile.rows <= rows);
-        let (tile, pipeline) = of_rows.rfind(|(tile, _)| fits(tile)).unwrap_or(&all[0]);
-        (*tile, pipeline)
+        let mut of_rows = self.matmul.iter().filter(|(tile, _)| tile.rows <= rows);
+        let (tile, pipelines) = of_rows.rfind(|(tile, _)| fits(tile)).unwrap_or(&self.matmul[0]);
+        (*tile, &pipelines[usize::from(transposed)])
     }
 
     /// What was chosen, of those that every form has and of others.
     pub(super) fn labels_with<'a>(&'a self, others: impl IntoIterator<Item = &'a Pipeline>) -> Vec<String> {
         let own = [&self.embedding, &self.layer_norm, &self.sample].into_iter();
-        let all = own.chain(self.matmul.iter().flatten().map(|(_, of)| of)).chain(others);
+        let all = own.chain(self.matmul.iter().flat_map(|(_, of)| of)).chain(others);
         let mut labels: Vec<_> = all.map(|pipeline| pipeline.kernel().label()).collect();
         labels.sort();
         labels.dedup();

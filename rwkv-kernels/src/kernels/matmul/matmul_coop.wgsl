@@ -49,15 +49,15 @@ struct Params {
 @group(0) @binding(1) var<storage, read> jobs: array<vec4<u32>>;    // three to a job, see `job_of`
 @group(0) @binding(2) var<storage, read> weights: array<vec4<u32>>; // see `Matrix`
 @group(0) @binding(3) var<storage, read> x: array<vec4<u32>>;       // halves, two to a word
-@group(0) @binding(4) var<storage, read_write> y: array<u32>;       // single precision, or halves
+@group(0) @binding(4) var<storage, read_write> y: array<vec4<u32>>; // single precision, or halves
 
 struct Job {
     inputs: u32,  // K, a multiple of 8
-    outputs: u32, // O, a multiple of 8 if TRANSPOSED
+    outputs: u32, // O, a multiple of 4, or of 8 if TRANSPOSED or stored as halves
     matrix: Matrix,
     x: u32,       // where row 0 starts, and the distance to the next, in vectors of four words
     x_stride: u32,
-    y: u32,       // the same, in words
+    y: u32,       // the same of y
     y_stride: u32,
     activation: u32,
     store: u32,
@@ -78,8 +78,9 @@ override W_LEN: u32 = select(COLS, STEP, TRANSPOSED) * W_PITCH;
 var<workgroup> x_step: array<vec4<f16>, X_LEN>;
 var<workgroup> w_step: array<vec4<f16>, W_LEN>;
 // One matrix of each subgroup.
-override SUMS: u32 = SIDE * SIDE * (LANES / SUBGROUP);
-var<workgroup> sums: array<f32, SUMS>;
+const PIECE: u32 = SIDE * SIDE / 4u;
+override SUMS: u32 = PIECE * (LANES / SUBGROUP);
+var<workgroup> sums: array<vec4<f32>, SUMS>;
 
 // The job that a tile belongs to.
 fn job_of(tile: vec3<u32>) -> Job {
@@ -93,7 +94,8 @@ fn job_of(tile: vec3<u32>) -> Job {
     let matrix = matrix_at(c.w, a.w, select(a.y, a.z, TRANSPOSED), select(a.z, a.y, TRANSPOSED));
     let col = (tile.x - a.x) * COLS;
     let row = tile.y * ROWS;
-    return Job(a.y, a.z, matrix, b.x / 4u, b.y / 4u, b.z, b.w, c.x, c.y, two_to(i32(c.z)), col, row);
+    let rows = b / 4u;
+    return Job(a.y, a.z, matrix, rows.x, rows.y, rows.z, rows.w, c.x, c.y, two_to(i32(c.z)), col, row);
 }
 
 fn two_to(exponent: i32) -> f32 {
@@ -317,49 +319,131 @@ fn multiply(at: Place) {
     }
 }
 
-// What is in a place of the matrices that the subgroups of a part left in `sums`.
-fn summed(first: u32, e: u32) -> f32 {
-    var sum = sums[first * SIDE * SIDE + e];
-    for (var other = 1u; other < SPLIT; other++) {
-        sum += sums[(first + other) * SIDE * SIDE + e];
-    }
-    return sum;
+// What an invocation has of a piece of y, sixteen rows by sixteen columns of a part: so many vectors of it.
+struct Piece {
+    first: vec4<u32>,
+    second: vec4<u32>,
 }
 
-// Stores what the subgroups left in `sums`, each the matrix so many rows and columns into its part of the tile. Those
-// that share a part share its elements.
-fn store(job: Job, at: Place, lane: u32, row: u32, col: u32) {
-    workgroupBarrier();
-    let first = at.subgroup - at.slice;
-    let own = at.slice * SUBGROUP + lane % SUBGROUP;
-    let y_row = job.row + at.row + row;
-    let y_col = job.col + at.col + col;
-    if job.store < HALVES {
-        for (var e = own; e < SIDE * SIDE; e += SUBGROUP * SPLIT) {
-            let to_row = y_row + e / SIDE;
-            let to_col = y_col + e % SIDE;
-            if to_row < params.rows && to_col < job.outputs {
-                let place = job.y + to_row * job.y_stride + to_col;
-                var product = activate(job.activation, summed(first, e) * job.unscale);
-                if job.store == ADD {
-                    product += bitcast<f32>(y[place]);
-                }
-                y[place] = bitcast<u32>(product);
-            }
+// The invocation's place among those that share a part.
+fn own_place(at: Place, lane: u32) -> u32 {
+    return at.slice * SUBGROUP + lane % SUBGROUP;
+}
+
+// What is in y where vector v of a piece goes, if it goes there.
+fn load_y(job: Job, at: Place, row: u32, col: u32, v: u32) -> vec4<u32> {
+    let y_row = job.row + at.row + row + v / 4u;
+    let y_col = job.col + at.col + col + v % 4u * 4u;
+    if y_row < params.rows && y_col < job.outputs {
+        return y[job.y + y_row * job.y_stride + y_col / 4u];
+    }
+    return vec4(0u);
+}
+
+// What products are added to: loaded for several pieces before the first of them is stored, since no load passes a store.
+fn load_piece(job: Job, at: Place, lane: u32, row: u32, col: u32) -> Piece {
+    var piece: Piece;
+    if job.store == ADD {
+        let v = own_place(at, lane);
+        if v < PIECE {
+            piece.first = load_y(job, at, row, col, v);
         }
-    } else {
-        let scale = two_to(i32(HALVES) - i32(job.store));
-        for (var e = 2u * own; e < SIDE * SIDE; e += 2u * SUBGROUP * SPLIT) {
-            let to_row = y_row + e / SIDE;
-            let to_col = y_col + e % SIDE;
-            if to_row < params.rows && to_col < job.outputs {
-                let one = activate(job.activation, summed(first, e) * job.unscale);
-                let other = activate(job.activation, summed(first, e + 1u) * job.unscale);
-                y[job.y + to_row * job.y_stride + to_col / 2u] = halves(scale * vec2(one, other));
-            }
+        if SPLIT == 1u {
+            piece.second = load_y(job, at, row, col, v + SUBGROUP);
+        }
+    }
+    return piece;
+}
+
+// Vector v of the sum of the matrices that the subgroups of a part left in `sums`, activated.
+fn product(job: Job, at: Place, v: u32) -> vec4<f32> {
+    let first = (at.subgroup - at.slice) * PIECE + v;
+    var sum = sums[first];
+    for (var other = 1u; other < SPLIT; other++) {
+        sum += sums[first + other * PIECE];
+    }
+    sum *= job.unscale;
+    return vec4(
+        activate(job.activation, sum.x),
+        activate(job.activation, sum.y),
+        activate(job.activation, sum.z),
+        activate(job.activation, sum.w),
+    );
+}
+
+fn store_y(job: Job, at: Place, row: u32, col: u32, v: u32, before: vec4<u32>) {
+    let y_row = job.row + at.row + row + v / 4u;
+    let y_col = job.col + at.col + col + v % 4u * 4u;
+    if y_row < params.rows && y_col < job.outputs {
+        var value = product(job, at, v);
+        if job.store == ADD {
+            value += bitcast<vec4<f32>>(before);
+        }
+        y[job.y + y_row * job.y_stride + y_col / 4u] = bitcast<vec4<u32>>(value);
+    }
+}
+
+// Stores the piece that the subgroups of a part left in `sums`, so many rows and columns into it. Those that share the
+// part share the piece.
+fn store(job: Job, at: Place, lane: u32, row: u32, col: u32, before: Piece) {
+    workgroupBarrier();
+    let v = own_place(at, lane);
+    if job.store < HALVES {
+        if v < PIECE {
+            store_y(job, at, row, col, v, before.first);
+        }
+        if SPLIT == 1u {
+            store_y(job, at, row, col, v + SUBGROUP, before.second);
+        }
+    } else if v < PIECE / 2u {
+        let y_row = job.row + at.row + row + v / 2u;
+        let y_col = job.col + at.col + col + v % 2u * 8u;
+        if y_row < params.rows && y_col < job.outputs {
+            let scale = two_to(i32(HALVES) - i32(job.store));
+            let low = scale * product(job, at, 2u * v);
+            let high = scale * product(job, at, 2u * v + 1u);
+            let octet = vec4(halves(low.xy), halves(low.zw), halves(high.xy), halves(high.zw));
+            y[job.y + y_row * job.y_stride + y_col / 8u] = octet;
         }
     }
     workgroupBarrier();
+}
+
+// Stores sixteen rows of a part.
+fn store_rows(
+    job: Job,
+    at: Place,
+    lane: u32,
+    own: u32,
+    row: u32,
+    s0: coop_mat16x16<f32, C>,
+    s1: coop_mat16x16<f32, C>,
+    s2: coop_mat16x16<f32, C>,
+    s3: coop_mat16x16<f32, C>,
+) {
+    let y0 = load_piece(job, at, lane, row, 0u);
+    var y1: Piece;
+    var y2: Piece;
+    var y3: Piece;
+    if SUB_COLS > 16u {
+        y1 = load_piece(job, at, lane, row, 16u);
+    }
+    if SUB_COLS > 32u {
+        y2 = load_piece(job, at, lane, row, 32u);
+        y3 = load_piece(job, at, lane, row, 48u);
+    }
+    coopStoreT(s0, &sums[own], SIDE / 4u);
+    store(job, at, lane, row, 0u, y0);
+    if SUB_COLS > 16u {
+        coopStoreT(s1, &sums[own], SIDE / 4u);
+        store(job, at, lane, row, 16u, y1);
+    }
+    if SUB_COLS > 32u {
+        coopStoreT(s2, &sums[own], SIDE / 4u);
+        store(job, at, lane, row, 32u, y2);
+        coopStoreT(s3, &sums[own], SIDE / 4u);
+        store(job, at, lane, row, 48u, y3);
+    }
 }
 
 @compute @workgroup_size(LANES)
@@ -396,53 +480,13 @@ fn matmul(@builtin(workgroup_id) tile: vec3<u32>, @builtin(local_invocation_inde
         multiply(at);
     }
 
-    let own = subgroup * SIDE * SIDE;
-    coopStoreT(sum00, &sums[own], SIDE);
-    store(job, at, lane, 0u, 0u);
-    if SUB_COLS > 16u {
-        coopStoreT(sum01, &sums[own], SIDE);
-        store(job, at, lane, 0u, 16u);
-    }
-    if SUB_COLS > 32u {
-        coopStoreT(sum02, &sums[own], SIDE);
-        store(job, at, lane, 0u, 32u);
-        coopStoreT(sum03, &sums[own], SIDE);
-        store(job, at, lane, 0u, 48u);
-    }
+    let own = subgroup * PIECE;
+    store_rows(job, at, lane, own, 0u, sum00, sum01, sum02, sum03);
     if SUB_ROWS > 16u {
-        coopStoreT(sum10, &sums[own], SIDE);
-        store(job, at, lane, 16u, 0u);
-        if SUB_COLS > 16u {
-            coopStoreT(sum11, &sums[own], SIDE);
-            store(job, at, lane, 16u, 16u);
-        }
-        if SUB_COLS > 32u {
-            coopStoreT(sum12, &sums[own], SIDE);
-            store(job, at, lane, 16u, 32u);
-            coopStoreT(sum13, &sums[own], SIDE);
-            store(job, at, lane, 16u, 48u);
-        }
+        store_rows(job, at, lane, own, 16u, sum10, sum11, sum12, sum13);
     }
     if SUB_ROWS > 32u {
-        coopStoreT(sum20, &sums[own], SIDE);
-        store(job, at, lane, 32u, 0u);
-        coopStoreT(sum30, &sums[own], SIDE);
-        store(job, at, lane, 48u, 0u);
-        if SUB_COLS > 16u {
-            coopStoreT(sum21, &sums[own], SIDE);
-            store(job, at, lane, 32u, 16u);
-            coopStoreT(sum31, &sums[own], SIDE);
-            store(job, at, lane, 48u, 16u);
-        }
-        if SUB_COLS > 32u {
-            coopStoreT(sum22, &sums[own], SIDE);
-            store(job, at, lane, 32u, 32u);
-            coopStoreT(sum23, &sums[own], SIDE);
-            store(job, at, lane, 32u, 48u);
-            coopStoreT(sum32, &sums[own], SIDE);
-            store(job, at, lane, 48u, 32u);
-            coopStoreT(sum33, &sums[own], SIDE);
-            store(job, at, lane, 48u, 48u);
-        }
+        store_rows(job, at, lane, own, 32u, sum20, sum21, sum22, sum23);
+        store_rows(job, at, lane, own, 48u, sum30, sum31, sum32, sum33);
     }
 }

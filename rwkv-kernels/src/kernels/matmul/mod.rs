@@ -59,30 +59,22 @@ pub struct Coop {
 /// The tiles of the portable variant. A result does not depend on them.
 pub const TILES: [Tile; 3] = [portable(32), portable(64), portable(128)];
 
-/// Those of the variant with cooperative matrices, for matrices `[O, K]` and, transposed, `[K, O]`. In the small ones, for so
-/// few rows that reading the weights is what takes the time, several subgroups share a part, so that enough of them read.
-/// Of the largest, which is for prompts, the one for `[O, K]` reads more of a row at a time, where the other's rows are as
-/// long as a tile is wide.
-pub const COOP_TILES: [[Tile; 5]; 2] = [split(0), split(1)];
+/// Those of the variant with cooperative matrices. In the small ones, for so few rows that reading the weights is what takes
+/// the time, several subgroups share a part, so that enough of them read.
+pub const COOP_TILES: [Tile; 5] = [
+    coop([16, 16], [16, 16], 8, 256, 2),
+    coop([16, 32], [16, 32], 8, 256, 1),
+    coop([32, 32], [32, 32], 4, 128, 2),
+    COOP_TILES_UNSPLIT[1],
+    COOP_TILES_UNSPLIT[2],
+];
 
 /// Those of which each part is of one subgroup. A result does not depend on which of these it is.
-pub const COOP_TILES_UNSPLIT: [[Tile; 3]; 2] = [unsplit(LARGEST[0]), unsplit(LARGEST[1])];
-
-const LARGEST: [Tile; 2] = [coop([128, 128], [64, 32], 1, 64, 1), coop([128, 128], [64, 64], 1, 32, 2)];
-
-const fn unsplit(largest: Tile) -> [Tile; 3] {
-    [coop([16, 64], [16, 16], 1, 128, 2), coop([64, 64], [32, 32], 1, 64, 2), largest]
-}
-
-const fn split(transposed: usize) -> [Tile; 5] {
-    [
-        coop([16, 16], [16, 16], 8, 256, 2),
-        coop([16, 32], [16, 32], 8, 256, 1),
-        coop([32, 32], [32, 32], 4, 128, 2),
-        COOP_TILES_UNSPLIT[transposed][1],
-        COOP_TILES_UNSPLIT[transposed][2],
-    ]
-}
+pub const COOP_TILES_UNSPLIT: [Tile; 3] = [
+    coop([16, 64], [16, 16], 1, 128, 2),
+    coop([64, 64], [32, 32], 1, 64, 2),
+    coop([128, 128], [64, 32], 1, 64, 1),
+];
 
 const fn portable(rows: u32) -> Tile {
     Tile { rows, cols: 64, coop: None }
@@ -129,9 +121,8 @@ impl Tile {
     }
 }
 
-/// Words that `x` is read by for cooperative matrices, and the halves in them.
+/// Words that cooperative matrices read and write at a time.
 const QUAD: usize = 4;
-const OCTET: usize = 2 * QUAD;
 
 /// The largest exponent: what is beyond `65504 * 2^64` is no activation.
 const MAX_EXPONENT: u8 = 64;
@@ -168,7 +159,7 @@ pub struct Job {
     pub x: Rows,
     /// The power of two that `x` was divided by where it is halves: see [above](self).
     pub exponent: u8,
-    /// Output rows in `y`, by words.
+    /// Output rows in `y`, by words. For cooperative matrices they start at multiples of 4, and have so many words.
     pub y: Rows,
     /// What the products pass through.
     pub activation: Activation,
@@ -246,16 +237,18 @@ pub enum Error {
         /// Its inputs or, transposed, outputs.
         got: usize,
     },
-    /// Cooperative matrices read `x` by four words.
+    /// Cooperative matrices read and write rows by four words.
     #[error(
-        "matmul: in job {job}, {inputs} inputs at {offset} every {stride} words are not halves in whole fours of words"
+        "matmul: in job {job}, rows of {words} words at {offset} every {stride} of {operand} are not by fours of words"
     )]
     Quads {
         /// Which job.
         job: usize,
-        /// Its inputs.
-        inputs: usize,
-        /// Where row 0 starts in `x`.
+        /// Which buffer.
+        operand: &'static str,
+        /// Words of a row.
+        words: usize,
+        /// Where row 0 starts.
         offset: usize,
         /// From row to row.
         stride: usize,
@@ -268,15 +261,11 @@ pub enum Error {
         /// Its exponent, or that of what it stores.
         got: u8,
     },
-    /// Halves are what cooperative matrices read and write, two at a time.
-    #[error(
-        "matmul: job {job} has {outputs} outputs to be stored as halves, two at a time by cooperative matrices"
-    )]
+    /// Halves are what cooperative matrices read and write, and no others.
+    #[error("matmul: job {job} is to be stored as halves, but is not of cooperative matrices")]
     Halves {
         /// Which job.
         job: usize,
-        /// Its outputs.
-        outputs: usize,
     },
     /// The rows of `y` run into each other.
     #[error("matmul: job {job} has {outputs} outputs every {stride}")]
@@ -322,9 +311,7 @@ pub enum Error {
 ///
 /// If the kernel cannot run the call, whatever the device: see [`Error`].
 pub fn lower(dims: Dims, jobs: &[Job]) -> Result<(Params, Vec<Record>, [u32; 3]), Error> {
-    let own = usize::from(dims.transposed);
-    let all = [&TILES[..], &COOP_TILES[own], &COOP_TILES_UNSPLIT[own]];
-    if !all.iter().any(|tiles| tiles.contains(&dims.tile)) {
+    if ![&TILES[..], &COOP_TILES, &COOP_TILES_UNSPLIT].iter().any(|tiles| tiles.contains(&dims.tile)) {
         return Err(Error::Tile { got: dims.tile });
     }
     let max = dims.tile.rows * MAX_GROUPS;
@@ -356,21 +343,25 @@ fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Er
     if !along.is_multiple_of(stored::unit(format)) {
         return Err(Error::Row { job: at, got: along });
     }
-    let by_fours = [x.offset, x.stride].iter().all(|n| n.is_multiple_of(QUAD));
-    if coop && !(by_fours && inputs.is_multiple_of(OCTET)) {
-        return Err(Error::Quads { job: at, inputs, offset: x.offset, stride: x.stride });
-    }
     let stored = if let Store::Halves(exponent) = store { exponent } else { 0 };
     let got = exponent.max(stored);
     if got > MAX_EXPONENT {
         return Err(Error::Exponent { job: at, got });
     }
     let halves = matches!(store, Store::Halves(_));
-    if halves && !(coop && outputs.is_multiple_of(2)) {
-        return Err(Error::Halves { job: at, outputs });
+    if halves && !coop {
+        return Err(Error::Halves { job: at });
     }
     // Of halves two are a word.
-    let [x_words, y_words] = [(coop, inputs), (halves, outputs)].map(|(two, n)| if two { n / 2 } else { n });
+    let [x_words, y_words] =
+        [(coop, inputs), (halves, outputs)].map(|(two, n)| if two { n.div_ceil(2) } else { n });
+    let odd = [coop && !inputs.is_multiple_of(2), halves && !outputs.is_multiple_of(2)];
+    for ((operand, rows, words), odd) in [("x", x, x_words), ("y", y, y_words)].into_iter().zip(odd) {
+        let Rows { offset, stride } = rows;
+        if coop && (odd || [words, offset, stride].iter().any(|n| !n.is_multiple_of(QUAD))) {
+            return Err(Error::Quads { job: at, operand, words, offset, stride });
+        }
+    }
     if dims.rows > 1 && y.stride < y_words {
         return Err(Error::Overlap { job: at, outputs, stride: y.stride });
     }

@@ -12,8 +12,8 @@ use rwkv_core::quant::Format;
 use rwkv_core::rng::SplitMix64;
 
 use super::{
-    COOP_TILES, COOP_TILES_UNSPLIT, Dims, Error, Job, MAX_EXPONENT, MAX_GROUPS, OCTET, QUAD, Store, TILES,
-    Tile, lower,
+    COOP_TILES, COOP_TILES_UNSPLIT, Dims, Error, Job, MAX_EXPONENT, MAX_GROUPS, QUAD, Store, TILES, Tile,
+    lower,
 };
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::activation::tests::{ALL, limit};
@@ -63,7 +63,7 @@ impl Case {
     /// mix's hidden values, of which most are zero: so are these in every other job.
     fn draw(call: Call, shapes: &[Shape], size: f32, seed: u64) -> Self {
         let Call { rows, transposed, coop } = call;
-        let [unit, eights] = if coop { [QUAD, OCTET] } else { [1, 1] };
+        let [unit, eights] = if coop { [QUAD, 2 * QUAD] } else { [1, 1] };
         let mut rng = SplitMix64::new(seed);
         let gap = |rng: &mut SplitMix64| (rng.next_u64() % 4) as usize;
         let (mut weights, mut matrices, mut jobs) = (Vec::<u32>::new(), Vec::new(), Vec::new());
@@ -71,12 +71,10 @@ impl Case {
         for &Shape { inputs, outputs, exponent, activation, store, format } in shapes {
             let inputs = inputs.next_multiple_of(if format.is_some() && !transposed { 32 } else { eights });
             let store = if coop || store == Store::Add { store } else { Store::Put };
-            let by_twos = if matches!(store, Store::Halves(_)) { 2 } else { 1 };
-            let blocks = if format.is_some() && transposed { 32 } else { by_twos };
-            let outputs = outputs.next_multiple_of(blocks);
+            let outputs = outputs.next_multiple_of(if format.is_some() && transposed { 32 } else { eights });
             weights.resize(weights.len() + 4 * gap(&mut rng), u32::MAX);
-            let (x, y) = (x_width + unit * gap(&mut rng), y_width + gap(&mut rng));
-            (x_width, y_width) = ((x + inputs).next_multiple_of(unit), y + outputs);
+            let [x, y] = [x_width, y_width].map(|width| width + unit * gap(&mut rng));
+            (x_width, y_width) = (x + inputs, y + outputs);
             let rows_of = |offset| Rows { offset, stride: 0 };
             let at = weights.len() / 4;
             jobs.push(Job {
@@ -96,7 +94,7 @@ impl Case {
             matrices.push(matrix);
         }
         weights.resize(weights.len() + 4 * gap(&mut rng), u32::MAX);
-        let (x_width, y_width) = (x_width + unit * gap(&mut rng), y_width + gap(&mut rng));
+        let [x_width, y_width] = [x_width, y_width].map(|width| width + unit * gap(&mut rng));
         let (mut x, mut y) = (vec![f32::NAN; rows * x_width], vec![f32::NAN; rows * y_width]);
         for (i, job) in jobs.iter_mut().enumerate() {
             (job.x.stride, job.y.stride) = (x_width, y_width);
@@ -264,8 +262,7 @@ fn tiles(transposed: bool) -> Vec<(Tile, &'static Device, Pipeline)> {
     };
     let portable = TILES.iter().flat_map(of);
     // The others of those that are not split are among both.
-    let own = usize::from(transposed);
-    let coop = [COOP_TILES_UNSPLIT[own][0]].into_iter().chain(COOP_TILES[own]);
+    let coop = [COOP_TILES_UNSPLIT[0]].into_iter().chain(COOP_TILES);
     portable.chain(coop.map(|tile| of(&tile)).take_while(|compiled| !compiled.is_empty()).flatten()).collect()
 }
 
@@ -474,17 +471,25 @@ fn refuses_what_it_cannot_run() {
 
     let got = Tile { rows: 48, ..TILES[0] };
     assert_eq!(lowered(Dims { tile: got, ..dims }, job), Err(Error::Tile { got }), "tile");
-    let coop = Dims { tile: COOP_TILES[0][1], ..dims };
-    let quads = |inputs, offset, stride| Err(Error::Quads { job: 0, inputs, offset, stride });
-    let fours = Job { x: rows(0, 20), ..job };
-    assert_eq!(lowered(coop, fours), Ok([3, 3, 1]), "16 rows by 32 outputs");
-    assert_eq!(lowered(coop, job), quads(16, 2, 20), "the offset of x");
-    assert_eq!(lowered(coop, Job { x: rows(0, 18), ..job }), quads(16, 0, 18), "its stride");
-    let five = Job { inputs: 5, outputs: 64, ..fours };
-    assert_eq!(lowered(Dims { transposed: true, ..coop }, five), quads(5, 0, 20), "inputs");
-    // 16 rows by 32 outputs, of which two are a word
-    let halves = Job { outputs: 66, weights: 0, store: Store::Halves(3), ..fours };
-    let least = Dims { x: 32 * 20 + 8, y: 1 + 32 * 70 + 33, ..coop };
+    let coop = Dims { tile: COOP_TILES[1], ..dims };
+    let quads = |operand, words, offset, stride| Err(Error::Quads { job: 0, operand, words, offset, stride });
+    let fours = Job { outputs: 68, weights: 0, x: rows(0, 20), y: rows(4, 72), ..job };
+    // 16 rows by 32 outputs
+    let coop = Dims { y: 4 + 32 * 72 + 68, weights: 136, ..coop };
+    assert_eq!(lowered(coop, fours), Ok([3, 3, 1]), "by fours");
+    let x = |offset, stride| lowered(coop, Job { x: rows(offset, stride), ..fours });
+    assert_eq!((x(2, 20), x(0, 18)), (quads("x", 8, 2, 20), quads("x", 8, 0, 18)), "rows of x");
+    let y = |offset, stride| lowered(coop, Job { y: rows(offset, stride), ..fours });
+    assert_eq!((y(2, 72), y(4, 70)), (quads("y", 68, 2, 72), quads("y", 68, 4, 70)), "rows of y");
+    assert_eq!(lowered(coop, Job { outputs: 66, ..fours }), quads("y", 66, 4, 72), "outputs");
+    let transposed = Dims { transposed: true, tile: COOP_TILES[1], ..coop };
+    for inputs in [4, 5] {
+        let few = Job { inputs, outputs: 64, ..fours };
+        assert_eq!(lowered(transposed, few), quads("x", inputs.div_ceil(2), 0, 20), "inputs");
+    }
+    // Two are a word.
+    let halves = Job { outputs: 72, store: Store::Halves(3), ..fours };
+    let least = Dims { x: 32 * 20 + 8, y: 4 + 32 * 72 + 36, weights: 144, ..coop };
     assert_eq!(lowered(least, halves), Ok([3, 3, 1]), "as halves");
     let short = Dims { y: least.y - 1, ..least };
     assert_eq!(
@@ -492,12 +497,12 @@ fn refuses_what_it_cannot_run() {
         Err(Error::Outside { job: 0, operand: "y", len: short.y }),
         "half of a row's words"
     );
+    assert_eq!(lowered(coop, Job { outputs: 68, ..halves }), quads("y", 34, 4, 72), "halves by eights");
     assert_eq!(
-        lowered(coop, Job { outputs: 65, ..halves }),
-        Err(Error::Halves { job: 0, outputs: 65 }),
-        "by twos"
+        lowered(Dims { tile: TILES[0], ..least }, halves),
+        Err(Error::Halves { job: 0 }),
+        "in a portable tile"
     );
-    assert_eq!(lowered(dims, halves), Err(Error::Halves { job: 0, outputs: 66 }), "in a portable tile");
     let got = MAX_EXPONENT + 1;
     assert_eq!(
         lowered(coop, Job { store: Store::Halves(got), ..halves }),
