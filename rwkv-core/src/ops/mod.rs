@@ -5,6 +5,7 @@
 
 pub mod activation;
 pub mod add;
+pub mod add_planes;
 pub mod carry;
 pub mod channel_mix;
 pub mod channel_mix_value;

@@ -3,6 +3,7 @@
 
 pub mod activation;
 pub mod add;
+pub mod add_planes;
 pub mod carry;
 pub mod channel_mix_value;
 pub mod decay;

@@ -5,6 +5,7 @@
 //! | [`Layers::step`] | one token of one sequence | `mix_in`, `time_mix`, `linear`, `mix_in`, `channel_mix_value` |
 //! | [`Layers::batch`] | any rows | `mix_rows`, `matmul`, `matmul`, `time_mix`, `matmul`, `mix_rows`, `matmul`, `matmul` |
 //! | the same, long | prompts | with `time_mix_operands`, `wkv7_scan`, `readout_packed` for `time_mix` |
+//! | the same, of few rows | cooperative matrices | with `matmul`, `add_planes` for the last `matmul` |
 
 use rayon::prelude::*;
 use rwkv_core::ModelConfig;
@@ -19,8 +20,8 @@ use rwkv_kernels::kernels::sample::SamplerRow;
 use rwkv_kernels::kernels::time_mix_resident::{Format, Rounding};
 use rwkv_kernels::kernels::weights as stored;
 use rwkv_kernels::kernels::{
-    carry, channel_mix_value, embedding, layer_norm, linear, matmul, mix_in, mix_rows, packed,
-    readout_packed, sample, time_mix, time_mix_operands, time_mix_resident, wkv7_scan,
+    add_planes, carry, channel_mix_value, embedding, extents, layer_norm, linear, matmul, mix_in, mix_rows,
+    packed, readout_packed, sample, time_mix, time_mix_operands, time_mix_resident, wkv7_scan,
 };
 use rwkv_kernels::pipeline::{Pipeline, checked};
 use rwkv_kernels::{Capabilities, Kernel, choose};
@@ -144,6 +145,8 @@ pub(super) struct Kernels {
     matmul: Vec<(matmul::Tile, [Pipeline; 2])>,
     /// Whether products are of cooperative matrices, so that what they read is written as halves.
     pub(super) coop: bool,
+    /// Adds up products whose inputs are divided, if they may be.
+    add_planes: Option<Pipeline>,
     /// With the adapters' products given.
     time_mix: Pipeline,
     /// For prompts, if states are held so that there is such a form.
@@ -194,6 +197,10 @@ struct StepKernels {
 /// Invocations that keep a GPU busy: those that the tiles were measured on, an H100 and an H200, have 132 processors. With
 /// fewer in a dispatch, a smaller tile is faster.
 const FILL: u32 = 132 * 174;
+
+/// Rows up to which the product with the most inputs has too few tiles of outputs to keep an H100 busy, so that its inputs are
+/// divided. Measured there, of 1.5B: XXX.
+const FEW: u32 = 256;
 
 /// What the hidden units of the channel mix are divided by before they are rounded to halves, as a power of two: they are
 /// squares. books-10m has some beyond 1e5; up to 1.6e7 they are off by no more than half a unit, or 7.6e-6.
@@ -281,6 +288,11 @@ impl Kernels {
             sample: compile(device, sample::VARIANTS, &[("LANES", f64::from(lanes(1024)))])?,
             matmul: of_matmul,
             coop,
+            add_planes: if coop && !setup.batch_invariant {
+                Some(compile(device, add_planes::VARIANTS, &[])?)
+            } else {
+                None
+            },
             time_mix: held.compile(device, lanes(held.batch_lanes()), false, written(READOUT_EXPONENT))?,
             scan: match held {
                 Held::Plain if setup.fused => Some(ScanKernels::new(device, written(READOUT_EXPONENT))?),
@@ -1053,15 +1065,31 @@ impl Layers<'_> {
             )?),
         }
         time_mix.push(product(all("output", &weights.output, (&s.readout, s.len.x), x, vec![output]))?);
-        let channel_mix = vec![
+        let mut channel_mix = vec![
             mix("ln2", layout.ffn_shift, 1, &weights.ffn)?,
             product(all("key", &weights.key, mixed, hidden_rows, vec![key]))?,
-            product(Product {
-                transposed: true,
-                ..all("value", &weights.value, hidden_rows, x, vec![value])
-            })?,
         ];
+        let value_into = |y, jobs| {
+            product(Product { transposed: true, ..all("value", &weights.value, hidden_rows, y, jobs) })
+        };
+        match &self.kernels.add_planes {
+            Some(sum) if rows <= FEW && value.format.is_none() && hidden.is_multiple_of(8 * ADAPTERS) => {
+                // The adapters' products were read.
+                channel_mix.push(value_into((&s.up, s.len.up), divided(value))?);
+                channel_mix.push(self.add_planes(sum)?);
+            }
+            _ => channel_mix.push(value_into(x, vec![value])?),
+        }
         Ok(Mixes { time_mix, channel_mix })
+    }
+
+    /// Adds the planes of `up` to the residual stream.
+    fn add_planes(&self, pipeline: &Pipeline) -> Result<Step, Error> {
+        let (s, width) = (self.scratch, self.config.width);
+        let dims = extents::Dims { rows: s.rows, width };
+        let (params, [each, ..]) = add_planes::lower(dims, ADAPTERS).map_err(refused("value"))?;
+        let buffers = [&s.up, &s.x].map(Bound::Whole);
+        self.planner().step("value, summed", pipeline, params, &buffers, Grid::EachRow(each), 0)
     }
 
     /// How products are stored that other products read, divided by two to such a power if they are halves.
@@ -1197,6 +1225,19 @@ impl Layers<'_> {
             c => base + base / c + entry * (c - 1) / 2 + entry,
         }
     }
+}
+
+/// A product whose inputs are divided among as many jobs as `up` has planes, each of which takes one.
+fn divided(of: matmul::Job) -> Vec<matmul::Job> {
+    let (inputs, width) = (of.inputs / ADAPTERS, of.outputs);
+    let part = |p| {
+        // Halves are two to a word, weights eight to an element.
+        let x = Rows { offset: of.x.offset + p * inputs / 2, ..of.x };
+        let y = Rows { offset: p * width, stride: ADAPTERS * width };
+        let weights = of.weights + p * inputs * width / 8;
+        matmul::Job { inputs, weights, x, y, store: matmul::Store::Put, ..of }
+    };
+    (0..ADAPTERS).map(part).collect()
 }
 
 /// The matrices that read the shifted token, as they are stacked.
