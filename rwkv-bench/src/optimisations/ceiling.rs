@@ -133,6 +133,7 @@ fn products(device: &'static Device, n: usize) -> anyhow::Result<Control> {
         inputs: n,
         outputs: n,
         weights: 0,
+        row: n,
         x: rows,
         exponent: 0,
         y: rows,

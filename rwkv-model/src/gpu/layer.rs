@@ -147,8 +147,9 @@ pub(super) struct Kernels {
     pub(super) coop: bool,
     /// Adds up products whose inputs are divided, if they may be.
     add_planes: Option<Pipeline>,
-    /// With the adapters' products given.
+    /// With the adapters' products given; of few sequences, more lanes to each.
     time_mix: Pipeline,
+    time_mix_few: Pipeline,
     /// For prompts, if states are held so that there is such a form.
     scan: Option<ScanKernels>,
     /// For one token, if the device has the memory for them.
@@ -198,9 +199,15 @@ struct StepKernels {
 /// fewer in a dispatch, a smaller tile is faster.
 const FILL: u32 = 132 * 174;
 
+const FEW_SEQUENCES: u32 = 64;
+const FEW_LANES: u32 = 256;
+
 /// Rows up to which the product with the most inputs has too few tiles of outputs to keep an H100 busy, so that its inputs are
 /// divided. Measured there, of 1.5B: XXX.
 const FEW: u32 = 256;
+
+/// So many inputs, at least, are worth the sum of what they come to.
+const MANY_INPUTS: usize = 4096;
 
 /// What the hidden units of the channel mix are divided by before they are rounded to halves, as a power of two: they are
 /// squares. books-10m has some beyond 1e5; up to 1.6e7 they are off by no more than half a unit, or 7.6e-6.
@@ -279,6 +286,7 @@ impl Kernels {
         // What the products read: rows are normed, or gated. Without fusion each operation has single precision.
         let written = |exponent| (coop && setup.fused).then_some(exponent);
         let normed = [norm[0], packed::halves(written(0))];
+        let of_heads = |wanted| held.compile(device, lanes(wanted), false, written(READOUT_EXPONENT));
         Ok(Self {
             held,
             embedding: compile(device, embedding::VARIANTS, &norm)?,
@@ -293,7 +301,8 @@ impl Kernels {
             } else {
                 None
             },
-            time_mix: held.compile(device, lanes(held.batch_lanes()), false, written(READOUT_EXPONENT))?,
+            time_mix: of_heads(held.batch_lanes())?,
+            time_mix_few: of_heads(if setup.batch_invariant { held.batch_lanes() } else { FEW_LANES })?,
             scan: match held {
                 Held::Plain if setup.fused => Some(ScanKernels::new(device, written(READOUT_EXPONENT))?),
                 _ => None,
@@ -1005,7 +1014,8 @@ impl Layers<'_> {
         let (mut adapters, mut rank) = (Vec::new(), 0);
         for (i, own) in [r.w, r.a, r.v, r.g].into_iter().enumerate().filter(|(_, own)| *own > 0) {
             let (x, y) = ((3 * width + rank, per_row), (i * width, ADAPTERS * width));
-            adapters.push(job(own, width, rank * width / 8, x, y, Activation::Identity));
+            let job = job(own, width, rank * width / 8, x, y, Activation::Identity);
+            adapters.push(matmul::Job { row: width, ..job });
             rank += own;
         }
         let product = |product| self.product(rows, product);
@@ -1033,6 +1043,7 @@ impl Layers<'_> {
             ..job(width, hidden, 0, (0, width), (0, hidden), Activation::SquaredRelu)
         };
         let value = matmul::Job {
+            row: width,
             exponent: HIDDEN_EXPONENT,
             store: matmul::Store::Add,
             format: weights.format(Matrix::FfnValue),
@@ -1051,7 +1062,11 @@ impl Layers<'_> {
             Some(kernels) if long => time_mix.extend(self.scan(kernels, weights, records)?),
             _ => time_mix.push(self.heads(
                 Heads {
-                    pipeline: &self.kernels.time_mix,
+                    pipeline: if rows <= FEW_SEQUENCES {
+                        &self.kernels.time_mix_few
+                    } else {
+                        &self.kernels.time_mix
+                    },
                     lora_up: None,
                     rows: s.rows,
                     segments: Bound::Whole(&s.segments),
@@ -1064,32 +1079,34 @@ impl Layers<'_> {
                 records,
             )?),
         }
-        time_mix.push(product(all("output", &weights.output, (&s.readout, s.len.x), x, vec![output]))?);
+        let readout_to_x = all("output", &weights.output, (&s.readout, s.len.x), x, vec![output]);
+        time_mix.extend(self.added(rows, readout_to_x)?);
         let mut channel_mix = vec![
             mix("ln2", layout.ffn_shift, 1, &weights.ffn)?,
             product(all("key", &weights.key, mixed, hidden_rows, vec![key]))?,
         ];
-        let value_into = |y, jobs| {
-            product(Product { transposed: true, ..all("value", &weights.value, hidden_rows, y, jobs) })
-        };
-        match &self.kernels.add_planes {
-            Some(sum) if rows <= FEW && value.format.is_none() && hidden.is_multiple_of(8 * ADAPTERS) => {
-                // The adapters' products were read.
-                channel_mix.push(value_into((&s.up, s.len.up), divided(value))?);
-                channel_mix.push(self.add_planes(sum)?);
-            }
-            _ => channel_mix.push(value_into(x, vec![value])?),
-        }
+        let hidden_to_x =
+            Product { transposed: true, ..all("value", &weights.value, hidden_rows, x, vec![value]) };
+        channel_mix.extend(self.added(rows, hidden_to_x)?);
         Ok(Mixes { time_mix, channel_mix })
     }
 
-    /// Adds the planes of `up` to the residual stream.
-    fn add_planes(&self, pipeline: &Pipeline) -> Result<Step, Error> {
-        let (s, width) = (self.scratch, self.config.width);
-        let dims = extents::Dims { rows: s.rows, width };
-        let (params, [each, ..]) = add_planes::lower(dims, ADAPTERS).map_err(refused("value"))?;
-        let buffers = [&s.up, &s.x].map(Bound::Whole);
-        self.planner().step("value, summed", pipeline, params, &buffers, Grid::EachRow(each), 0)
+    /// A product that is added to the residual stream, its inputs divided where that is faster.
+    fn added(&self, rows: u32, of: Product<'_>) -> Result<Vec<Step>, Error> {
+        let (s, job, width) = (self.scratch, of.jobs[0], self.config.width);
+        let long = job.inputs >= MANY_INPUTS && job.inputs.is_multiple_of(8 * ADAPTERS);
+        match &self.kernels.add_planes {
+            Some(pipeline) if rows <= FEW && long && job.format.is_none() => {
+                // The adapters' products were read.
+                let (part, jobs) = (of.part, divided(job, of.transposed));
+                let planes = self.product(rows, Product { y: (&s.up, s.len.up), jobs, ..of })?;
+                let dims = extents::Dims { rows: s.rows, width };
+                let (params, [each, ..]) = add_planes::lower(dims, ADAPTERS).map_err(refused(part))?;
+                let (buffers, grid) = ([&s.up, &s.x].map(Bound::Whole), Grid::EachRow(each));
+                Ok(vec![planes, self.planner().step("sum", pipeline, params, &buffers, grid, 0)?])
+            }
+            _ => Ok(vec![self.product(rows, of)?]),
+        }
     }
 
     /// How products are stored that other products read, divided by two to such a power if they are halves.
@@ -1227,14 +1244,14 @@ impl Layers<'_> {
     }
 }
 
-/// A product whose inputs are divided among as many jobs as `up` has planes, each of which takes one.
-fn divided(of: matmul::Job) -> Vec<matmul::Job> {
+/// A product whose inputs, halves, are divided among as many jobs as `up` has planes, each of which takes one.
+fn divided(of: matmul::Job, transposed: bool) -> Vec<matmul::Job> {
     let (inputs, width) = (of.inputs / ADAPTERS, of.outputs);
     let part = |p| {
         // Halves are two to a word, weights eight to an element.
         let x = Rows { offset: of.x.offset + p * inputs / 2, ..of.x };
         let y = Rows { offset: p * width, stride: ADAPTERS * width };
-        let weights = of.weights + p * inputs * width / 8;
+        let weights = of.weights + p * inputs * if transposed { width } else { 1 } / 8;
         matmul::Job { inputs, weights, x, y, store: matmul::Store::Put, ..of }
     };
     (0..ADAPTERS).map(part).collect()
@@ -1257,7 +1274,7 @@ fn stack(weights: &Layer, width: usize) -> Vec<mix_in::Stacked> {
     all.into_iter().filter(|(outputs, ..)| *outputs > 0).map(stacked).collect()
 }
 
-/// A job of `matmul`, of inputs that halves hold as they are; rows by offset and stride.
+/// A job of `matmul`, not transposed, of inputs that halves hold as they are; rows by offset and stride.
 fn job(
     inputs: usize,
     outputs: usize,
@@ -1269,5 +1286,6 @@ fn job(
     let rows = |(offset, stride)| Rows { offset, stride };
     let (x, y) = (rows(x), rows(y));
     let store = matmul::Store::Put;
-    matmul::Job { inputs, outputs, weights, format: None, x, exponent: 0, y, activation, store }
+    let row = inputs;
+    matmul::Job { inputs, outputs, weights, row, format: None, x, exponent: 0, y, activation, store }
 }

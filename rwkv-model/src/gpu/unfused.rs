@@ -491,6 +491,7 @@ impl<'a> Steps<'a> {
             inputs: of.inputs,
             outputs: of.outputs,
             weights: start / 8,
+            row: if transposed { of.outputs } else { of.inputs },
             format: None,
             x: x_rows,
             exponent,

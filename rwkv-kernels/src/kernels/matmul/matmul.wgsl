@@ -60,8 +60,8 @@ fn job_of(tile: vec3<u32>) -> Job {
     }
     let a = jobs[at];      // first tile, inputs, outputs, weights
     let b = jobs[at + 1u]; // x, x_stride, y, y_stride
-    let c = jobs[at + 2u]; // activation, whether to add, exponent, format
-    let matrix = matrix_at(c.w, a.w, select(a.y, a.z, TRANSPOSED), select(a.z, a.y, TRANSPOSED));
+    let c = jobs[at + 2u]; // activation, whether to add, weights of a row, format
+    let matrix = matrix_at(c.w & 0xFFu, a.w, c.z, select(a.z, a.y, TRANSPOSED));
     return Job(a.y, a.z, matrix, b.x, b.y, b.z, b.w, c.x, c.y != 0u, (tile.x - a.x) * COLS, tile.y * ROWS);
 }
 

@@ -52,7 +52,7 @@ struct Params {
 @group(0) @binding(4) var<storage, read_write> y: array<vec4<u32>>; // single precision, or halves
 
 struct Job {
-    inputs: u32,  // K, a multiple of 8
+    inputs: u32,  // K, a multiple of 8, of the matrix's or a part of them
     outputs: u32, // O, a multiple of 4, or of 8 if TRANSPOSED or stored as halves
     matrix: Matrix,
     x: u32,       // where row 0 starts, and the distance to the next, in vectors of four words
@@ -90,12 +90,12 @@ fn job_of(tile: vec3<u32>) -> Job {
     }
     let a = jobs[at];      // first tile, inputs, outputs, weights
     let b = jobs[at + 1u]; // x, x_stride, y, y_stride
-    let c = jobs[at + 2u]; // activation, how to store, exponent of what x was divided by, format
-    let matrix = matrix_at(c.w, a.w, select(a.y, a.z, TRANSPOSED), select(a.z, a.y, TRANSPOSED));
+    let c = jobs[at + 2u]; // activation, how to store, weights of a row, format and exponent of what x was divided by
+    let matrix = matrix_at(c.w & 0xFFu, a.w, c.z, select(a.z, a.y, TRANSPOSED));
     let col = (tile.x - a.x) * COLS;
     let row = tile.y * ROWS;
     let rows = b / 4u;
-    return Job(a.y, a.z, matrix, rows.x, rows.y, rows.z, rows.w, c.x, c.y, two_to(i32(c.z)), col, row);
+    return Job(a.y, a.z, matrix, rows.x, rows.y, rows.z, rows.w, c.x, c.y, two_to(i32(c.w >> 8u)), col, row);
 }
 
 fn two_to(exponent: i32) -> f32 {

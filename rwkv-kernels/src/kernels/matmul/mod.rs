@@ -153,6 +153,9 @@ pub struct Job {
     pub outputs: usize,
     /// Where the matrix starts, in elements.
     pub weights: usize,
+    /// Weights from one of its rows to the next: as many as it has in a row, or more if it is a part of one, of halves, whose
+    /// inputs others take.
+    pub row: usize,
     /// What it is in.
     pub format: Option<Format>,
     /// Input rows in `x`, by words. For cooperative matrices they are halves, and start at multiples of 4.
@@ -204,8 +207,8 @@ pub struct Record {
     y_stride: u32,
     activation: u32,
     store: u32,
-    exponent: u32,
-    format: u32,
+    row: u32,
+    format: u32, // and the exponent, in the bits from the eighth on
 }
 
 const _: () = assert!(size_of::<Record>() == 3 * 16, "three `vec4<u32>`");
@@ -229,13 +232,15 @@ pub enum Error {
         /// Its outputs.
         outputs: usize,
     },
-    /// Weights are read by eights, or by blocks, along a row of the matrix.
-    #[error("matmul: rows of {got} weights, in job {job}, are not whole eights or blocks")]
+    /// Weights are read by eights, or by blocks, along a row of the matrix, of which blocks are whole ones.
+    #[error("matmul: rows of {got} of {row} weights, in job {job}, are not whole eights, or blocks of all")]
     Row {
         /// Which job.
         job: usize,
         /// Its inputs or, transposed, outputs.
         got: usize,
+        /// From row to row.
+        row: usize,
     },
     /// Cooperative matrices read and write rows by four words.
     #[error(
@@ -334,14 +339,16 @@ pub fn lower(dims: Dims, jobs: &[Job]) -> Result<(Params, Vec<Record>, [u32; 3])
 
 /// Lowers one job, whose tiles start with `first_tile`.
 fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Error> {
-    let Job { inputs, outputs, weights, format, x, exponent, y, activation, store } = *of;
+    let Job { inputs, outputs, weights, row, format, x, exponent, y, activation, store } = *of;
     let coop = dims.tile.coop.is_some();
     if inputs == 0 || outputs == 0 {
         return Err(Error::Empty { job: at, inputs, outputs });
     }
-    let along = if dims.transposed { outputs } else { inputs };
-    if !along.is_multiple_of(stored::unit(format)) {
-        return Err(Error::Row { job: at, got: along });
+    let [along, rows] = if dims.transposed { [outputs, inputs] } else { [inputs, outputs] };
+    let unit = stored::unit(format);
+    let whole = along.is_multiple_of(unit) && row.is_multiple_of(unit);
+    if !whole || row < along || (row > along && format.is_some()) {
+        return Err(Error::Row { job: at, got: along, row });
     }
     let stored = if let Store::Halves(exponent) = store { exponent } else { 0 };
     let got = exponent.max(stored);
@@ -373,7 +380,8 @@ fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Er
         None => Some(0),
         Some(last) => last.checked_mul(of.stride)?.checked_add(of.offset)?.checked_add(width),
     };
-    let matrix = inputs.checked_mul(outputs).and_then(|n| weights.checked_add(stored::len(format, n)));
+    let matrix = row.checked_mul(rows - 1).and_then(|before| before.checked_add(along));
+    let matrix = matrix.and_then(|n| weights.checked_add(stored::len(format, n)));
     let last = within("weights", dims.weights, matrix)?;
     if format.is_some() && !stored::indexable(last) {
         return Err(outside("weights", dims.weights));
@@ -393,7 +401,7 @@ fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Er
         y_stride: word("y", dims.y, y.stride)?,
         activation: activation as u32,
         store: store.number(),
-        exponent: exponent.into(),
-        format: stored::number(format),
+        row: word("weights", dims.weights, row)?,
+        format: stored::number(format) | u32::from(exponent) << 8,
     })
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use half::f16;
 use proptest::prelude::*;
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::linear::Matrix;
@@ -77,10 +78,12 @@ impl Case {
             (x_width, y_width) = (x + inputs, y + outputs);
             let rows_of = |offset| Rows { offset, stride: 0 };
             let at = weights.len() / 4;
+            let extents = if transposed { [inputs, outputs] } else { [outputs, inputs] };
             jobs.push(Job {
                 inputs,
                 outputs,
                 weights: at,
+                row: extents[1],
                 format,
                 x: rows_of(x),
                 exponent,
@@ -88,7 +91,6 @@ impl Case {
                 activation,
                 store,
             });
-            let extents = if transposed { [inputs, outputs] } else { [outputs, inputs] };
             let matrix = Weights::draw(&mut rng, format, extents);
             weights.extend(matrix.words());
             matrices.push(matrix);
@@ -348,6 +350,58 @@ fn a_row_has_its_bits_whatever_is_beside_it() {
     }
 }
 
+/// Jobs that divide the inputs of one add up to it, in exact products of small whole numbers.
+#[test]
+fn inputs_may_be_divided() {
+    let (rows, inputs, outputs, parts) = (33, 192, 64, 3);
+    let mut rng = SplitMix64::new(3);
+    for transposed in [false, true] {
+        let extents = if transposed { [inputs, outputs] } else { [outputs, inputs] };
+        let mut whole = |n: usize| (0..n).map(|_| (rng.next_u64() % 9) as f32 - 4.0).collect::<Vec<f32>>();
+        let (matrix, x) = (whole(inputs * outputs), whole(rows * inputs));
+        let words = bytemuck::pod_collect_to_vec(
+            &matrix.iter().map(|&w| f16::from_f32(w).to_bits()).collect::<Vec<_>>(),
+        );
+        for (tile, device, kernel) in tiles(transposed) {
+            let of_x = if tile.coop.is_some() { 2 } else { 1 };
+            let own = inputs / parts;
+            let job = |p: usize| Job {
+                inputs: own,
+                outputs,
+                weights: p * own * if transposed { outputs } else { 1 } / 8,
+                row: extents[1],
+                format: None,
+                x: Rows { offset: p * own / of_x, stride: inputs },
+                exponent: 0,
+                y: Rows { offset: p * outputs, stride: parts * outputs },
+                activation: Activation::Identity,
+                store: Store::Put,
+            };
+            let jobs: Vec<_> = (0..parts).map(job).collect();
+            let dims = Dims {
+                rows,
+                tile,
+                transposed,
+                weights: words.len() / 4,
+                x: x.len(),
+                y: rows * parts * outputs,
+            };
+            let (params, records, groups) = lower(dims, &jobs).unwrap();
+            let lying = packed::tests::words(&x, inputs, tile.coop.map(|_| 0));
+            let poison = vec![f32::NAN.to_bits(); dims.y];
+            let buffers = [bytemuck::cast_slice(&records).to_vec(), words.clone(), lying, poison];
+            let after = device.run(&kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
+            let got = floats(after[3].clone());
+            for (t, o) in (0..rows).flat_map(|t| (0..outputs).map(move |o| (t, o))) {
+                let at = |k: usize| if transposed { k * outputs + o } else { o * inputs + k };
+                let want: f32 = (0..inputs).map(|k| x[t * inputs + k] * matrix[at(k)]).sum();
+                let sum: f32 = (0..parts).map(|p| got[(t * parts + p) * outputs + o]).sum();
+                assert_eq!(sum, want, "{tile:?}, row {t}, output {o}");
+            }
+        }
+    }
+}
+
 /// The products of a layer as an engine asks for them, from what `mix_rows` leaves to the residual stream.
 #[test]
 fn the_jobs_of_a_layer() {
@@ -382,6 +436,7 @@ fn the_jobs_of_a_layer() {
             inputs: width,
             outputs,
             weights,
+            row: width,
             format,
             x,
             exponent: 0,
@@ -409,6 +464,7 @@ fn the_jobs_of_a_layer() {
             inputs,
             outputs: width,
             weights,
+            row: width,
             format: None,
             x,
             exponent: 4,
@@ -450,6 +506,7 @@ fn refuses_what_it_cannot_run() {
         inputs: 16,
         outputs: 65,
         weights: 3,
+        row: 16,
         format: None,
         x: rows(2, 20),
         exponent: 3,
@@ -462,7 +519,7 @@ fn refuses_what_it_cannot_run() {
     let (params, records, groups) = lower(dims, &[job, job]).unwrap();
     assert_eq!((params.rows, params.jobs, groups), (33, 2, [4, 2, 1]), "plain");
     let words: &[u32] = bytemuck::cast_slice(&records);
-    assert_eq!(words[..12], [0, 16, 65, 3, 2, 20, 1, 70, 1, 1, 3, 0], "first");
+    assert_eq!(words[..12], [0, 16, 65, 3, 2, 20, 1, 70, 1, 1, 16, 3 << 8], "first");
     assert_eq!(words[12..16], [2, 16, 65, 3], "second");
     let lowered = |dims, job| lower(dims, &[job]).map(|(.., groups)| groups);
     assert_eq!(lowered(Dims { tile: TILES[1], ..dims }, job), Ok([2, 1, 1]), "other tiles");
@@ -484,7 +541,7 @@ fn refuses_what_it_cannot_run() {
     assert_eq!(lowered(coop, Job { outputs: 66, ..fours }), quads("y", 66, 4, 72), "outputs");
     let transposed = Dims { transposed: true, tile: COOP_TILES[1], ..coop };
     for inputs in [4, 5] {
-        let few = Job { inputs, outputs: 64, ..fours };
+        let few = Job { inputs, outputs: 64, row: 64, ..fours };
         assert_eq!(lowered(transposed, few), quads("x", inputs.div_ceil(2), 0, 20), "inputs");
     }
     // Two are a word.
@@ -516,14 +573,40 @@ fn refuses_what_it_cannot_run() {
         let empty = Error::Empty { job: 0, inputs, outputs };
         assert_eq!(lowered(dims, Job { inputs, outputs, ..job }), Err(empty), "empty");
     }
-    assert_eq!(lowered(dims, Job { inputs: 12, ..job }), Err(Error::Row { job: 0, got: 12 }), "inputs");
+    assert_eq!(
+        lowered(dims, Job { inputs: 12, ..job }),
+        Err(Error::Row { job: 0, got: 12, row: 16 }),
+        "inputs"
+    );
     let transposed = Dims { transposed: true, ..dims };
-    assert_eq!(lowered(transposed, job), Err(Error::Row { job: 0, got: 65 }), "outputs");
-    assert_eq!(lowered(transposed, Job { inputs: 5, outputs: 64, ..job }), Ok([1, 2, 1]), "a rank of 5");
+    assert_eq!(lowered(transposed, job), Err(Error::Row { job: 0, got: 65, row: 16 }), "outputs");
+    assert_eq!(
+        lowered(transposed, Job { inputs: 5, outputs: 64, row: 64, ..job }),
+        Ok([1, 2, 1]),
+        "a rank of 5"
+    );
     let blocks = Job { format: Some(Format::Int4), ..job };
-    assert_eq!(lowered(dims, blocks), Err(Error::Row { job: 0, got: 16 }), "half a block");
+    assert_eq!(lowered(dims, blocks), Err(Error::Row { job: 0, got: 16, row: 16 }), "half a block");
     // 65 rows of an element, and 9 of scales
-    let blocks = Job { inputs: 32, x: rows(0, 32), ..blocks };
+    let blocks = Job { inputs: 32, row: 32, x: rows(0, 32), ..blocks };
+    let part = |row, weights| lowered(Dims { weights, ..dims }, Job { row, ..job });
+    // 64 rows of 24, and 16 of the last
+    assert_eq!(part(24, 3 + 64 * 3 + 2), Ok([2, 2, 1]), "a part of its rows");
+    assert_eq!(
+        part(24, 3 + 64 * 3 + 1),
+        Err(Error::Outside { job: 0, operand: "weights", len: 196 }),
+        "without the last of it"
+    );
+    for row in [8, 20] {
+        assert_eq!(
+            part(row, 4096),
+            Err(Error::Row { job: 0, got: 16, row }),
+            "less than a row, or no eights"
+        );
+    }
+    let of_blocks = Job { row: 64, ..blocks };
+    let refused = Err(Error::Row { job: 0, got: 32, row: 64 });
+    assert_eq!(lowered(Dims { weights: 4096, x: 4096, ..dims }, of_blocks), refused, "a part of blocks");
     let room = |weights| lowered(Dims { weights, x: 4096, ..dims }, blocks);
     assert_eq!(room(3 + 65 + 9), Ok([2, 2, 1]), "blocks and their scales");
     assert_eq!(
@@ -556,7 +639,7 @@ fn refuses_what_it_cannot_run() {
         outside("x", usize::MAX),
         "a stride that is not used"
     );
-    let wide = Job { inputs: 8, outputs: 64 * 65_536, y: rows(0, 64 * 65_536), ..job };
+    let wide = Job { inputs: 8, row: 8, outputs: 64 * 65_536, y: rows(0, 64 * 65_536), ..job };
     let tiles = Error::Tiles { got: 65_536, max: MAX_GROUPS };
     assert_eq!(lowered(endless, wide), Err(tiles), "outputs");
     let most = Job { outputs: 64 * 65_535, ..wide };
