@@ -15,7 +15,7 @@ use rwkv_core::rng::SplitMix64;
 use rwkv_model::{Engine, EngineOptions, Error, FinishReason, Sampler, Session, TextOptions, Tokenizer};
 use support::{BUNDLED, alone, engine, on_cpu, on_gpu, random_model, safetensors, shown, together};
 
-const VOCAB: usize = 50;
+const VOCAB: usize = 52;
 
 /// Where the contract holds: on the CPU, and on the GPU if there is one.
 fn setups() -> Vec<EngineOptions> {
@@ -24,7 +24,7 @@ fn setups() -> Vec<EngineOptions> {
 }
 
 fn small(options: EngineOptions) -> Engine {
-    engine(safetensors(&random_model([2, 2, 64, 100, VOCAB, 6], 7)), options)
+    engine(safetensors(&random_model([2, 2, 64, 104, VOCAB, 8], 7)), options)
 }
 
 /// The small model in all setups, for the tests to share.

@@ -35,7 +35,7 @@ use support::{
 
 const FACTOR: f64 = 6.0;
 
-const VOCAB: usize = 50;
+const VOCAB: usize = 52;
 
 // ---- Engines ----
 

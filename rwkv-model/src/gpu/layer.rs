@@ -141,8 +141,8 @@ pub(super) struct Kernels {
     mix_rows: Pipeline,
     carry: Pipeline,
     sample: Pipeline,
-    /// From the smallest tile on, plain and transposed.
-    matmul: Vec<(matmul::Tile, [Pipeline; 2])>,
+    /// From the smallest tile on, for what products become, plain and transposed.
+    matmul: Vec<(matmul::Tile, Vec<Multiply>)>,
     /// Whether products are of cooperative matrices, so that what they read is written as halves.
     pub(super) coop: bool,
     /// Adds up products whose inputs are divided, if they may be.
@@ -154,6 +154,35 @@ pub(super) struct Kernels {
     scan: Option<ScanKernels>,
     /// For one token, if the device has the memory for them.
     step: Option<StepKernels>,
+}
+
+/// `matmul` for some products.
+#[derive(Debug)]
+struct Multiply {
+    transposed: bool,
+    /// What becomes of them, if the tile asks.
+    kinds: Option<matmul::Kinds>,
+    pipeline: Pipeline,
+}
+
+impl Multiply {
+    /// What becomes of the products of a layer and of the head, with cooperative matrices.
+    fn kinds() -> Vec<(bool, Option<matmul::Kinds>)> {
+        let of = |of: &[(matmul::Store, Activation)]| {
+            let job =
+                |&(store, activation)| matmul::Job { store, ..job(8, 8, 0, (0, 8), (0, 8), activation) };
+            matmul::Kinds::of(&of.iter().map(job).collect::<Vec<_>>())
+        };
+        let (put, add, halves) = (matmul::Store::Put, matmul::Store::Add, matmul::Store::Halves(0));
+        let (identity, tanh, sigmoid) = (Activation::Identity, Activation::Tanh, Activation::Sigmoid);
+        let (put, added) = (of(&[(put, identity)]), of(&[(add, identity)]));
+        // The adapters' first factors are beside the projections.
+        let stack = of(&[(matmul::Store::Put, identity), (halves, tanh), (halves, sigmoid)]);
+        let squared = of(&[(halves, Activation::SquaredRelu)]);
+        let all =
+            [(false, put), (false, added), (false, squared), (false, stack), (true, put), (true, added)];
+        all.map(|(transposed, kinds)| (transposed, Some(kinds))).to_vec()
+    }
 }
 
 /// What is in the place of `time_mix` for prompts.
@@ -272,13 +301,17 @@ impl Kernels {
             |of: &[Matrix]| stored::formats(setup.weights.blocks(config.n_layers, of).chain([None]));
         let coop = coop(device, config);
         let of_matmul = |&tile: &matmul::Tile| {
-            let of = |transposed| {
+            let of = |transposed, kinds: Option<matmul::Kinds>| {
                 let matrices: &[Matrix] = if transposed { &[Matrix::FfnValue] } else { &STRAIGHT };
                 let mut overrides = tile.overrides(transposed);
                 overrides.push(formats(matrices));
-                compile(device, tile.variants(), &overrides)
+                overrides.extend(kinds.into_iter().flat_map(matmul::Kinds::overrides));
+                let pipeline = compile(device, tile.variants(), &overrides)?;
+                Ok::<_, Error>(Multiply { transposed, kinds, pipeline })
             };
-            Ok::<_, Error>((tile, [of(false)?, of(true)?]))
+            let kinds = if coop { Multiply::kinds() } else { vec![(false, None), (true, None)] };
+            let all = kinds.into_par_iter().map(|(transposed, kinds)| of(transposed, kinds));
+            Ok::<_, Error>((tile, all.collect::<Result<_, _>>()?))
         };
         let of_matmul =
             tiles(coop, setup.batch_invariant).par_iter().map(of_matmul).collect::<Result<_, _>>()?;
@@ -326,37 +359,41 @@ impl Kernels {
 
     /// The rows that a pass of so many is laid down for: with more, up to those, it would have the same tiles.
     pub(super) fn class(rows: u32) -> u32 {
-        rows.next_power_of_two().clamp(16, 512)
+        rows.next_power_of_two().clamp(16, 2048)
     }
 
-    /// The tile for a product of so many rows with matrices of so many outputs, and its pipeline.
+    /// The tile for products of so many rows, and its pipeline.
     ///
     /// Of cooperative matrices, the largest that leaves no processor idle and is not mostly without rows, or else the
     /// smallest.
     pub(super) fn matmul(
         &self,
+        part: &'static str,
         rows: u32,
-        outputs: impl Iterator<Item = usize> + Clone,
+        jobs: &[matmul::Job],
         transposed: bool,
-    ) -> (matmul::Tile, &Pipeline) {
-        let rows = Self::class(rows);
+    ) -> Result<(matmul::Tile, &Pipeline), Error> {
+        let (rows, kinds) = (Self::class(rows), matmul::Kinds::of(jobs));
         let fits = |tile: &matmul::Tile| match tile.coop {
             None => true,
             Some(_) => {
-                let cols: u32 = outputs.clone().map(|n| count(n).div_ceil(tile.cols)).sum();
+                let cols: u32 = jobs.iter().map(|job| count(job.outputs).div_ceil(tile.cols)).sum();
                 let groups = cols.saturating_mul(rows.div_ceil(tile.rows));
                 groups.saturating_mul(tile.lanes()) >= FILL
             }
         };
         let mut of_rows = self.matmul.iter().filter(|(tile, _)| tile.rows <= rows);
         let (tile, pipelines) = of_rows.rfind(|(tile, _)| fits(tile)).unwrap_or(&self.matmul[0]);
-        (*tile, &pipelines[usize::from(transposed)])
+        let suits =
+            |of: &&Multiply| of.transposed == transposed && of.kinds.is_none_or(|own| own.contains(kinds));
+        let none = || refused(part)("no kernel does with its products what is asked");
+        Ok((*tile, &pipelines.iter().find(suits).ok_or_else(none)?.pipeline))
     }
 
     /// What was chosen, of those that every form has and of others.
     pub(super) fn labels_with<'a>(&'a self, others: impl IntoIterator<Item = &'a Pipeline>) -> Vec<String> {
         let own = [&self.embedding, &self.layer_norm, &self.sample].into_iter();
-        let all = own.chain(self.matmul.iter().flat_map(|(_, of)| of)).chain(others);
+        let all = own.chain(self.matmul.iter().flat_map(|(_, of)| of).map(|of| &of.pipeline)).chain(others);
         let mut labels: Vec<_> = all.map(|pipeline| pipeline.kernel().label()).collect();
         labels.sort();
         labels.dedup();
@@ -1173,8 +1210,7 @@ impl Layers<'_> {
     /// A product of so many rows.
     fn product(&self, rows: u32, of: Product<'_>) -> Result<Step, Error> {
         let s = self.scratch;
-        let (tile, pipeline) =
-            self.kernels.matmul(rows, of.jobs.iter().map(|job| job.outputs), of.transposed);
+        let (tile, pipeline) = self.kernels.matmul(of.part, rows, &of.jobs, of.transposed)?;
         let dims = matmul::Dims {
             rows: if of.of_logits { s.logit_rows } else { s.rows },
             tile,

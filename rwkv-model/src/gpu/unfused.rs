@@ -477,16 +477,6 @@ impl<'a> Steps<'a> {
         // What is added is of the hidden units.
         let exponent = if accumulate { HIDDEN_EXPONENT } else { READOUT_EXPONENT };
         let ((weights, start), (x, x_rows)) = (of.weights, self.halved(&of, exponent)?);
-        let outputs = std::iter::once(of.outputs);
-        let (tile, pipeline) = self.of.kernels.matmul(count(self.rows), outputs, transposed);
-        let dims = matmul::Dims {
-            rows: self.rows,
-            tile,
-            transposed,
-            weights: len(weights, 16),
-            x: len(x, 4),
-            y: len(of.y, 4),
-        };
         let job = matmul::Job {
             inputs: of.inputs,
             outputs: of.outputs,
@@ -498,6 +488,15 @@ impl<'a> Steps<'a> {
             y: plain(of.outputs),
             activation: Activation::Identity,
             store: if accumulate { matmul::Store::Add } else { matmul::Store::Put },
+        };
+        let (tile, pipeline) = self.of.kernels.matmul(of.part, count(self.rows), &[job], transposed)?;
+        let dims = matmul::Dims {
+            rows: self.rows,
+            tile,
+            transposed,
+            weights: len(weights, 16),
+            x: len(x, 4),
+            y: len(of.y, 4),
         };
         let (params, jobs, groups) = matmul::lower(dims, &[job]).map_err(refused(of.part))?;
         let jobs = self.of.planner().table(&jobs);

