@@ -188,8 +188,8 @@ fn mistakes_harm_nothing() {
         let mut session = alone(engine, prompt);
         let before = shown(&session);
 
-        let outside = session.prefill(&[1, 2, 50]).unwrap_err();
-        assert!(matches!(outside, Error::Token { token: 50, index: 2, vocab: 50 }), "{outside}");
+        let outside = session.prefill(&[1, 2, VOCAB as u32]).unwrap_err();
+        assert!(matches!(outside, Error::Token { token: 52, index: 2, vocab: VOCAB }), "{outside}");
         assert!(matches!(session.step(u32::MAX), Err(Error::Token { token: u32::MAX, .. })), "far outside");
         assert!(matches!(session.prefill(&[]), Err(Error::NoTokens)), "no tokens");
         assert!(matches!(session.score(&[]), Err(Error::NoTokens)), "no tokens");
@@ -208,13 +208,13 @@ fn mistakes_harm_nothing() {
         let tokens: Vec<_> = session.generate(hot).take(5).collect();
         assert!(matches!(tokens[..], [Err(Error::Sample(_))]), "one error, then none");
         assert!(
-            matches!(session.text(TextOptions::default()), Err(Error::NoTokenizer { vocab: 50 })),
+            matches!(session.text(TextOptions::default()), Err(Error::NoTokenizer { vocab: VOCAB })),
             "no vocabulary"
         );
 
         // one bad request among good ones
         let mut neighbour = engine.session();
-        let mut batch = [(&mut session, &[1, 2][..]), (&mut neighbour, &[3, 50])];
+        let mut batch = [(&mut session, &[1, 2][..]), (&mut neighbour, &[3, VOCAB as u32])];
         assert!(matches!(engine.step(&mut batch), Err(Error::Token { .. })), "the second is bad");
         let mut batch = [(&mut session, &[1, 2][..]), (&mut other, &[3])];
         assert!(

@@ -465,7 +465,7 @@ fn a_token_that_is_none_harms_nothing() {
         let prompt = prompt(9, 6);
         let mut session = alone(engine, &prompt);
         let before = shown(&session);
-        for bad in [50, 65_535, u32::MAX] {
+        for bad in [VOCAB as u32, 65_535, u32::MAX] {
             assert!(matches!(session.step(bad), Err(Error::Token { token, .. }) if token == bad), "{bad}");
             let long = [vec![1; 700], vec![bad]].concat();
             assert!(

@@ -11,7 +11,7 @@ pub fn add_planes<R: Real>(width: usize, planes: usize, x: &[R], y: &mut [R]) {
     assert_eq!(x.len(), y.len() * planes, "x is not {planes} planes of y");
     for (x, y) in x.chunks_exact((planes * width).max(1)).zip(y.chunks_exact_mut(width.max(1))) {
         for (i, y) in y.iter_mut().enumerate() {
-            *y = *y + x[i..].iter().step_by(width).fold(R::zero(), |sum, &x| sum + x);
+            *y += x[i..].iter().step_by(width).fold(R::zero(), |sum, &x| sum + x);
         }
     }
 }
