@@ -202,11 +202,13 @@ struct ScanKernels {
 }
 
 impl ScanKernels {
-    fn new(device: &Device, held: Held, written: Option<u8>) -> Result<Self, Error> {
+    /// `paired` is for where results may depend, but for rounding, on how tokens are spread over passes.
+    fn new(device: &Device, held: Held, paired: bool, written: Option<u8>) -> Result<Self, Error> {
         let (format, rounding, lazy) = held.parts();
+        let of_scan = wkv7_scan::overrides(format, rounding, lazy, paired);
         Ok(Self {
             operands: compile(device, time_mix_operands::VARIANTS, &[])?,
-            scan: compile(device, wkv7_scan::VARIANTS, &wkv7_scan::overrides(format, rounding, lazy))?,
+            scan: compile(device, wkv7_scan::VARIANTS, &of_scan)?,
             readout: compile(device, readout_packed::VARIANTS, &[packed::halves(written)])?,
         })
     }
@@ -348,7 +350,7 @@ impl Kernels {
             // It rounds a state once in a pass: where it must not show how tokens were spread over passes, it is for those
             // that are not rounded and of which nothing is pending.
             scan: if setup.fused && (setup.state.is_plain() || !setup.batch_invariant) {
-                Some(ScanKernels::new(device, held, written(READOUT_EXPONENT))?)
+                Some(ScanKernels::new(device, held, !setup.batch_invariant, written(READOUT_EXPONENT))?)
             } else {
                 None
             },

@@ -19,7 +19,8 @@
 //! ```
 //!
 //! and the results of a sequence depend on how its tokens were spread over calls, within what its format rounds. Those of
-//! single precision without `LAZY` do not, bit for bit.
+//! single precision without `LAZY` do not, bit for bit, but with `PAIRED`, which takes tokens two at a time: they do then but for
+//! rounding, since what the second of two asks is summed in another way where it is the first.
 
 #[cfg(test)]
 #[cfg(feature = "gpu")]
@@ -74,11 +75,12 @@ pub struct Pending {
 
 /// What a pipeline is specialised for.
 #[must_use]
-pub fn overrides(format: Format, rounding: Rounding, lazy: bool) -> [(&'static str, f64); 3] {
+pub fn overrides(format: Format, rounding: Rounding, lazy: bool, paired: bool) -> [(&'static str, f64); 4] {
     [
         ("FORMAT", f64::from(format as u8)),
         ("ROUNDING", f64::from(rounding as u8)),
         ("LAZY", f64::from(u8::from(lazy))),
+        ("PAIRED", f64::from(u8::from(paired))),
     ]
 }
 

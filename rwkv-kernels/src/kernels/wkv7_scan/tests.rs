@@ -122,7 +122,8 @@ fn config() -> ProptestConfig {
 
 #[test]
 fn agrees_with_its_twin() {
-    let variants = variants_for_tests(VARIANTS, &[]);
+    let of = |paired| variants_for_tests(VARIANTS, &overrides(Format::F32, Rounding::Nearest, false, paired));
+    let variants: Vec<_> = [false, true].into_iter().flat_map(of).collect();
     proptest!(config(), |(heads in 1..=5usize, lengths in lengths(), seed: u64)| {
         let call = Call::draw(heads, &lengths, seed);
         for of in &variants {
@@ -156,7 +157,7 @@ fn agrees_with_its_twin() {
     });
 }
 
-/// A segment has its bits whatever is beside it, and in two calls those of one.
+/// A segment has its bits whatever is beside it; and one token at a time, in two calls those of one.
 #[test]
 fn a_segment_has_its_bits_alone_and_in_parts() {
     let variants = variants_for_tests(VARIANTS, &[]);
@@ -426,8 +427,9 @@ fn inputs(x: &[Vec<f64>; 6]) -> Inputs<'_, f64> {
     Inputs { r, lw, k, v, a, b }
 }
 
-fn held_so(held: Held) {
-    let overrides = overrides(held.format, held.rounding, held.capacity > 0);
+/// `paired`: two tokens at a time.
+fn held_so(held: Held, paired: bool) {
+    let overrides = overrides(held.format, held.rounding, held.capacity > 0, paired);
     let variants = variants_for_tests(VARIANTS, &overrides);
     let config = ProptestConfig { cases: 6, ..ProptestConfig::with_source_file(file!()) };
     proptest!(config, |(heads in 1..=3usize, lengths in lengths(), seed: u64)| {
@@ -458,27 +460,31 @@ fn held_so(held: Held) {
 
 #[test]
 fn single_precision_that_is_written_seldom() {
-    held_so(Held { format: Format::F32, rounding: Rounding::Nearest, capacity: 1 });
-    held_so(Held { format: Format::F32, rounding: Rounding::Nearest, capacity: 7 });
+    let held = Held { format: Format::F32, rounding: Rounding::Nearest, capacity: 7 };
+    held_so(held, false);
+    held_so(held, true);
+    held_so(Held { capacity: 1, ..held }, true);
 }
 
 #[test]
 fn halves() {
-    held_so(Held { format: Format::F16, rounding: Rounding::Nearest, capacity: 5 });
-    held_so(Held { format: Format::F16, rounding: Rounding::Dither, capacity: 2 });
+    held_so(Held { format: Format::F16, rounding: Rounding::Nearest, capacity: 5 }, true);
+    held_so(Held { format: Format::F16, rounding: Rounding::Dither, capacity: 2 }, false);
 }
 
 #[test]
 fn halves_without_a_list() {
-    for rounding in [Rounding::Nearest, Rounding::Dither, Rounding::DecayDither] {
-        held_so(Held { format: Format::F16, rounding, capacity: 0 });
+    for (rounding, paired) in
+        [(Rounding::Nearest, true), (Rounding::Dither, false), (Rounding::DecayDither, true)]
+    {
+        held_so(Held { format: Format::F16, rounding, capacity: 0 }, paired);
     }
 }
 
 #[test]
 fn bytes() {
-    held_so(Held { format: Format::Int8, rounding: Rounding::Nearest, capacity: 16 });
-    held_so(Held { format: Format::Int8, rounding: Rounding::Dither, capacity: 3 });
+    held_so(Held { format: Format::Int8, rounding: Rounding::Nearest, capacity: 16 }, true);
+    held_so(Held { format: Format::Int8, rounding: Rounding::Dither, capacity: 3 }, false);
 }
 
 #[test]

@@ -18,11 +18,19 @@ const ROWS: u32 = LANES / TEAM; // of a state, to a workgroup
 const QUADS: u32 = N / 4u / TEAM; // of the keys of a row, to an invocation
 const CHUNK: u32 = 8u;          // tokens at a time
 const TOKEN: u32 = 6u * N / 4u; // vectors of a token in a head
+// Vectors of a token after w - 1.
+const K: u32 = N / 4u;
+const KAPPA: u32 = 2u * K;
+const B: u32 = 3u * K;
+const R: u32 = 4u * K;
+const V: u32 = 5u * K;
 const EACH: u32 = CHUNK * TOKEN / LANES; // vectors that an invocation loads at a time
 
 override FORMAT: u32 = 0u;
 override ROUNDING: u32 = 0u;
 override LAZY: bool = false;
+// Two tokens at a time: then a sequence's results depend, but for rounding, on how its tokens are spread over calls.
+override PAIRED: bool = false;
 
 struct Params {
     heads: u32,
@@ -46,6 +54,8 @@ var<workgroup> tokens: array<vec4<f32>, CHUNK * TOKEN>;
 // Of row i of the state, the keys 4 (m TEAM + member) and the next three for each m; and the row's exponent in the base.
 var<private> s: array<vec4<f32>, QUADS>;
 var<private> exponent: i32;
+// Its part of what the last token is answered, or the last two.
+var<private> answers: vec2<f32>;
 // What an invocation has loaded of the next tokens.
 var<private> held: array<vec4<f32>, EACH>;
 // Product of w since the base, of key i.
@@ -87,37 +97,111 @@ fn stage(at: Place) {
     workgroupBarrier();
 }
 
-// Moves the state on over the first of the tokens that are staged, from row `first` on. What a token is answered is summed
-// together with what the next one asks, since a sum is mostly waiting.
-fn advance(first: u32, count: u32, keep: bool, segment: Segment, at: Place) {
+// Value i of a token that is staged.
+fn value_of(t: u32, i: u32) -> f32 {
+    return tokens[t * TOKEN + V + i / 4u][i % 4u];
+}
+
+// Moves the state on over the first of the tokens that are staged, of which the first is row `first` of those from `start` on.
+// What a token is answered is summed together with what the next one asks, since a sum is mostly waiting.
+fn advance(start: u32, first: u32, count: u32, keep: bool, segment: Segment, at: Place) {
     let to = first * params.y_stride + at.head * N + at.i;
-    var answer = 0.0;
     for (var t = 0u; t < count; t++) {
         let vectors = t * TOKEN + at.member;
         var part = vec4(0.0);
         for (var m = 0u; m < QUADS; m++) {
-            part = fma(s[m], tokens[vectors + 2u * N / 4u + m * TEAM], part);
+            part = fma(s[m], tokens[vectors + KAPPA + m * TEAM], part);
         }
-        let sums = team_sums(vec2((part.x + part.y) + (part.z + part.w), answer));
-        if t > 0u && at.member == 0u {
-            y[to + (t - 1u) * params.y_stride] = sums.y;
+        let sums = team_sums(vec2(total(part), answers.x));
+        if first + t > start && at.member == 0u {
+            y[to + t * params.y_stride - params.y_stride] = sums.y;
         }
-        let v_i = tokens[t * TOKEN + 5u * N / 4u + at.i / 4u][at.i % 4u];
+        let v_i = value_of(t, at.i);
         if LAZY && keep && at.member == 0u {
             write_entry(segment.slots + first + t - segment.first, t, -sums.x, v_i, at);
         }
         part = vec4(0.0);
         for (var m = 0u; m < QUADS; m++) {
             let quad = vectors + m * TEAM;
-            let added = fma(vec4(-sums.x), tokens[quad + 3u * N / 4u], v_i * tokens[quad + N / 4u]);
+            let added = fma(vec4(-sums.x), tokens[quad + B], v_i * tokens[quad + K]);
             s[m] += fma(s[m], tokens[quad], added);
-            part = fma(s[m], tokens[quad + 4u * N / 4u], part);
+            part = fma(s[m], tokens[quad + R], part);
         }
-        answer = (part.x + part.y) + (part.z + part.w);
+        answers.x = total(part);
     }
-    let sums = team_sums(vec2(0.0, answer));
-    if at.member == 0u {
-        y[to + (count - 1u) * params.y_stride] = sums.y;
+}
+
+// The same, two tokens at a time, with one sum for both. With `u` what the first token makes of the state but for what it
+// removes, which is not known yet, and `x` what tokens ask,
+//
+//     u = s + (s (w - 1) + v k)     x = s kappa     s' = u - x b     x' = s' kappa' = u kappa' - x (b kappa')
+//
+// Rounding is as above, but for `u` in `x'` and the product that is taken from it.
+fn advance_pairs(start: u32, first: u32, count: u32, keep: bool, segment: Segment, at: Place) {
+    let to = first * params.y_stride + at.head * N + at.i;
+    for (var t = 0u; t < count; t += 2u) {
+        let one = t * TOKEN + at.member;
+        let two = one + TOKEN;
+        let v_one = value_of(t, at.i);
+        var added: array<vec4<f32>, QUADS>;
+        var asked = vec4(0.0);
+        var later = vec4(0.0);
+        var overlap = vec4(0.0);
+        for (var m = 0u; m < QUADS; m++) {
+            let quad = one + m * TEAM;
+            let kappa_two = tokens[two + KAPPA + m * TEAM];
+            added[m] = fma(s[m], tokens[quad], v_one * tokens[quad + K]);
+            asked = fma(s[m], tokens[quad + KAPPA], asked);
+            later = fma(s[m] + added[m], kappa_two, later);
+            overlap = fma(tokens[quad + B], kappa_two, overlap);
+        }
+        let between = team_sums(vec2(total(overlap), 0.0)).x;
+        let sums = team_sums(vec2(total(asked), total(later)));
+        let answered = team_sums(answers);
+        if first + t > start && at.member == 0u {
+            let place = to + t * params.y_stride;
+            y[place - 2u * params.y_stride] = answered.x;
+            y[place - params.y_stride] = answered.y;
+        }
+        if LAZY && keep && at.member == 0u {
+            write_entry(segment.slots + first + t - segment.first, t, -sums.x, v_one, at);
+        }
+        var part = vec4(0.0);
+        for (var m = 0u; m < QUADS; m++) {
+            let quad = one + m * TEAM;
+            s[m] += fma(vec4(-sums.x), tokens[quad + B], added[m]);
+            part = fma(s[m], tokens[quad + R], part);
+        }
+        answers.x = total(part);
+
+        if t + 1u < count {
+            let x_two = fma(-sums.x, between, sums.y);
+            let v_two = value_of(t + 1u, at.i);
+            if LAZY && keep && at.member == 0u {
+                write_entry(segment.slots + first + t + 1u - segment.first, t + 1u, -x_two, v_two, at);
+            }
+            part = vec4(0.0);
+            for (var m = 0u; m < QUADS; m++) {
+                let quad = two + m * TEAM;
+                let of_two = fma(vec4(-x_two), tokens[quad + B], v_two * tokens[quad + K]);
+                s[m] += fma(s[m], tokens[quad], of_two);
+                part = fma(s[m], tokens[quad + R], part);
+            }
+            answers.y = total(part);
+        }
+    }
+}
+
+fn total(x: vec4<f32>) -> f32 {
+    return (x.x + x.y) + (x.z + x.w);
+}
+
+// Moves the state on over tokens that are staged.
+fn advance_chunk(start: u32, first: u32, count: u32, keep: bool, segment: Segment, at: Place) {
+    if PAIRED {
+        advance_pairs(start, first, count, keep, segment, at);
+    } else {
+        advance(start, first, count, keep, segment, at);
     }
 }
 
@@ -130,10 +214,21 @@ fn scan(start: u32, end: u32, keep: bool, segment: Segment, at: Place) {
         for (; first + CHUNK < end; first += CHUNK) {
             stage(at);
             fetch(first + CHUNK, end, segment, at);
-            advance(first, CHUNK, keep, segment, at);
+            advance_chunk(start, first, CHUNK, keep, segment, at);
         }
         stage(at);
-        advance(first, end - first, keep, segment, at);
+        advance_chunk(start, first, end - first, keep, segment, at);
+        // The last one or two wait for their answers.
+        let answered = team_sums(answers);
+        if at.member == 0u {
+            let last = (end - 1u) * params.y_stride + at.head * N + at.i;
+            if PAIRED && (end - start) % 2u == 0u {
+                y[last - params.y_stride] = answered.x;
+                y[last] = answered.y;
+            } else {
+                y[last] = answered.x;
+            }
+        }
     }
 }
 
@@ -151,8 +246,8 @@ fn write_entry(place: u32, t: u32, q: f32, v: f32, at: Place) {
     let to = entry_at(place, at.head) + at.i;
     state[to] = bitcast<u32>(q);
     state[to + width] = bitcast<u32>(v);
-    state[to + 2u * width] = bitcast<u32>(tokens[own + 3u * N / 4u][at.i % 4u] * undecayed);
-    state[to + 3u * width] = bitcast<u32>(tokens[own + N / 4u][at.i % 4u] * undecayed);
+    state[to + 2u * width] = bitcast<u32>(tokens[own + B][at.i % 4u] * undecayed);
+    state[to + 3u * width] = bitcast<u32>(tokens[own + K][at.i % 4u] * undecayed);
     state[to + 4u * width] = bitcast<u32>(since);
 }
 
