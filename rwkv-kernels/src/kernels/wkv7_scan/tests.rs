@@ -47,7 +47,7 @@ impl Call {
             let [first, len, from, to] =
                 [rows, tokens, record(), record()].map(|n| u32::try_from(n).unwrap());
             segments.push(Segment { first, rows: len, from, to });
-            cases.push(Case::draw(wkv7::Dims { tokens, heads, head_size: N }, rng.next_u64()));
+            cases.push(drawn(wkv7::Dims { tokens, heads, head_size: N }, &mut rng));
             rows += tokens;
         }
         rows += 1;
@@ -96,6 +96,18 @@ impl Call {
         let rows = (of.first..of.first + of.rows).map(|row| &y[row as usize * y_stride..][..heads * N]);
         [swapped(self.cases[s].dims, record), rows.flatten().copied().collect()]
     }
+}
+
+/// A case in which one token in four has the key of the one before it: what they ask is nearly the same then.
+fn drawn(dims: wkv7::Dims, rng: &mut SplitMix64) -> Case {
+    let (mut case, width) = (Case::draw(dims, rng.next_u64()), dims.heads * N);
+    for t in (1..dims.tokens).filter(|_| rng.next_u64().is_multiple_of(4)) {
+        let [_, _, k, _, a, b] = &mut case.operands;
+        for of in [k, a, b] {
+            of.copy_within((t - 1) * width..t * width, t * width);
+        }
+    }
+    case
 }
 
 /// Writes the operands of a case as the kernel reads them, `[T, H, 6, N]`, from a row on.
@@ -235,7 +247,7 @@ impl HeldCall {
             let slot = |n: usize| u32::try_from(own + n).unwrap();
             let pending = below(&mut rng, u32::try_from(ring).unwrap());
             sequences.push(Sequence {
-                case: Case::draw(wkv7::Dims { tokens, heads, head_size: N }, rng.next_u64()),
+                case: drawn(wkv7::Dims { tokens, heads, head_size: N }, &mut rng),
                 first: u32::try_from(rows).unwrap(),
                 pending: (0..pending as usize).map(slot).collect(),
                 // As few as suffice: those of tokens that are folded are taken again.
