@@ -19,6 +19,7 @@ use serde_json::json;
 
 use crate::random_model::{self, shape_of};
 use crate::speed::Times;
+use crate::variant::{GRAMMAR, Variant};
 
 /// Measures the GPU.
 #[derive(Args)]
@@ -85,6 +86,9 @@ pub(crate) struct ProfileArgs {
     /// With one dispatch for each operation.
     #[arg(long)]
     unfused: bool,
+    /// Another way to run the engine.
+    #[arg(long, value_name = "SETTINGS", long_help = GRAMMAR)]
+    with: Option<Variant>,
     /// Where a Chrome trace goes.
     #[arg(long, value_name = "FILE", default_value = "target/profile.json")]
     trace: PathBuf,
@@ -338,6 +342,9 @@ pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
         timestamps: true,
         ..EngineOptions::default()
     };
+    let with = args.with.clone().unwrap_or_else(Variant::plain);
+    ensure!(with.rest.is_none(), "{}: states do not rest within a pass", with.name);
+    let options = with.apply(options);
     let open = |path: &Path| Ok(Engine::open_with(path, options, &|_| {})?);
     let engine = match &args.shape {
         None => open(&args.model)?,
@@ -345,6 +352,7 @@ pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
     };
     println!("model   {}", args.shape.clone().unwrap_or_else(|| args.model.display().to_string()));
     println!("device  {}", engine.report()?.device);
+    println!("with    {}", with.name);
 
     // Each once to make the device busy, and once to measure.
     let mut all = Profile::default();

@@ -235,8 +235,9 @@ pub struct EngineOptions {
     /// What the weights of matrices are quantised to as they are read. Those that the file has quantised stay as they are.
     pub weights: Recipe,
     /// GPU: whether a sequence's results are the same bits whatever runs beside it and however its tokens are split over
-    /// passes, at the cost of speed for single sequences. Otherwise they agree but for rounding. On the CPU they are
-    /// always the same bits.
+    /// passes, at the cost of speed for single sequences, and for prompts where [`Self::state`] is not the default.
+    /// Otherwise they agree but for rounding, and states in halves or bytes are rounded once in a pass over a prompt, not each
+    /// time that they would be token by token. On the CPU they are always the same bits.
     pub batch_invariant: bool,
     /// GPU: whether operations are fused. Without, each is a dispatch of its own, for measurements.
     pub fused: bool,

@@ -12,7 +12,9 @@
 //! | [`Resident::f16_dithered`] | 8256 | to halves, at every token, by a dither that keeps slow decays from freezing |
 //! | [`Resident::int8`] | 4672 and 1280 for each pending token | to bytes, every `C` tokens |
 //!
-//! The shifts are single precision in all of them: they are replaced at every token.
+//! The shifts are single precision in all of them: they are replaced at every token. An executor that reads many tokens in
+//! a pass may leave out all roundings but the last, as [`LazyState::update`](crate::lazy::LazyState::update) does; which
+//! tokens are pending afterwards, [`Resident::advance`] says for all.
 
 use std::ops::Range;
 

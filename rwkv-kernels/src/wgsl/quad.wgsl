@@ -1,4 +1,4 @@
-// Sums over the invocations that share a row of a state: here each has a row of its own.
+// Sums and more over the invocations that share a row of a state: here each has a row of its own.
 //
 // `quad_subgroup.wgsl` declares the same names.
 
@@ -16,5 +16,10 @@ fn place_of(quad: Quad) -> u32 {
 
 // The sums of `x` over a team, in each of its invocations.
 fn team_sums(x: vec2<f32>) -> vec2<f32> {
+    return x;
+}
+
+// The largest of `x`, in the same way.
+fn team_max(x: vec4<f32>) -> vec4<f32> {
     return x;
 }

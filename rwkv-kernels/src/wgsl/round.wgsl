@@ -28,9 +28,9 @@ fn renewed(previous: i32, most: f32) -> i32 {
     return select(fresh(most), previous, scaled >= 0.25 && scaled <= 16384.0);
 }
 
-// A stored value at its row's size, saturated.
-fn raised(x: f32, size: f32) -> f32 {
-    return clamp(x * size, -3.40282347e38, 3.40282347e38);
+// Stored values at their row's size, saturated.
+fn raised(x: vec4<f32>, size: f32) -> vec4<f32> {
+    return clamp(x * size, vec4(-3.40282347e38), vec4(3.40282347e38));
 }
 
 // The golden ratio's walk around the circle, in units of 2^-32 turns.

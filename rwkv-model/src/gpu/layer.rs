@@ -130,6 +130,14 @@ impl Held {
             }
         }
     }
+
+    /// What bases are stored in, how they are rounded, and whether tokens are pending.
+    const fn parts(self) -> (Format, Rounding, bool) {
+        match self {
+            Self::Plain => (Format::F32, Rounding::Nearest, false),
+            Self::Resident { format, rounding, lazy } => (format, rounding, lazy),
+        }
+    }
 }
 
 /// The kernels of a model, compiled.
@@ -150,7 +158,7 @@ pub(super) struct Kernels {
     /// With the adapters' products given; of few sequences, more lanes to each.
     time_mix: Pipeline,
     time_mix_few: Pipeline,
-    /// For prompts, if states are held so that there is such a form.
+    /// For prompts, if there may be such a form.
     scan: Option<ScanKernels>,
     /// For one token, if the device has the memory for them.
     step: Option<StepKernels>,
@@ -194,10 +202,13 @@ struct ScanKernels {
 }
 
 impl ScanKernels {
-    fn new(device: &Device, written: Option<u8>) -> Result<Self, Error> {
+    /// `paired` is for where results may depend, but for rounding, on how tokens are spread over passes.
+    fn new(device: &Device, held: Held, paired: bool, written: Option<u8>) -> Result<Self, Error> {
+        let (format, rounding, lazy) = held.parts();
+        let of_scan = wkv7_scan::overrides(format, rounding, lazy, paired);
         Ok(Self {
             operands: compile(device, time_mix_operands::VARIANTS, &[])?,
-            scan: compile(device, wkv7_scan::VARIANTS, &[])?,
+            scan: compile(device, wkv7_scan::VARIANTS, &of_scan)?,
             readout: compile(device, readout_packed::VARIANTS, &[packed::halves(written)])?,
         })
     }
@@ -337,9 +348,12 @@ impl Kernels {
             },
             time_mix: of_heads(held.batch_lanes())?,
             time_mix_few: of_heads(if setup.batch_invariant { held.batch_lanes() } else { FEW_LANES })?,
-            scan: match held {
-                Held::Plain if setup.fused => Some(ScanKernels::new(device, written(READOUT_EXPONENT))?),
-                _ => None,
+            // It rounds a state once in a pass: where it must not show how tokens were spread over passes, it is for those
+            // that are not rounded and of which nothing is pending.
+            scan: if setup.fused && (setup.state.is_plain() || !setup.batch_invariant) {
+                Some(ScanKernels::new(device, held, !setup.batch_invariant, written(READOUT_EXPONENT))?)
+            } else {
+                None
             },
             step: if setup.fused { StepKernels::new(device, config, &setup.weights, held)? } else { None },
         })
@@ -1168,6 +1182,7 @@ impl Layers<'_> {
         let (s, layout, planner) = (self.scratch, self.records.layout, self.planner());
         let ModelConfig { n_heads: heads, width, .. } = *self.config;
         let (rows, each) = (s.rows, Grid::EachRow(count(heads)));
+        let (format, _, lazy) = self.kernels.held.parts();
 
         let first_layer = weights.ranks.v == 0;
         let dims = time_mix_operands::Dims { rows, heads, inputs: weights.inputs(width), first_layer };
@@ -1176,7 +1191,14 @@ impl Layers<'_> {
         let operands = planner.step("operands", &kernels.operands, params, &buffers, each, 0)?;
 
         let (stride, y_stride) = (layout.base_words, ADAPTERS * width);
-        let dims = wkv7_scan::Dims { rows, segments: 1, heads, stride, offset: 0, y_stride };
+        let pending = lazy.then(|| wkv7_scan::Pending {
+            capacity: self.records.resident.capacity,
+            slots: self.records.slots(),
+            start: self.records.slot_start(),
+            stride: layout.slot_words,
+            entry: layout.entry,
+        });
+        let dims = wkv7_scan::Dims { rows, segments: 1, heads, format, stride, offset: 0, y_stride, pending };
         let kernel = kernels.scan.kernel();
         let (params, [groups, ..]) = wkv7_scan::lower(kernel, dims).map_err(refused(HEADS))?;
         let buffers = [&s.segments, &s.mixed, records, &s.up].map(Bound::Whole);

@@ -17,7 +17,7 @@
 
 #[cfg(test)]
 #[cfg(feature = "gpu")]
-mod tests;
+pub(super) mod tests;
 
 use rwkv_core::config::Ranks;
 use rwkv_core::ops::decay::DECAY_SCALE;

@@ -23,14 +23,14 @@ use crate::pipeline::Pipeline;
 
 /// How states are held.
 #[derive(Clone, Copy, Debug)]
-struct Held {
-    format: Format,
-    rounding: Rounding,
-    capacity: usize,
+pub(in crate::kernels) struct Held {
+    pub(in crate::kernels) format: Format,
+    pub(in crate::kernels) rounding: Rounding,
+    pub(in crate::kernels) capacity: usize,
 }
 
 impl Held {
-    const fn stored(self) -> StateFormat {
+    pub(in crate::kernels) const fn stored(self) -> StateFormat {
         match self.format {
             Format::F32 => StateFormat::F32,
             Format::F16 => StateFormat::F16,
@@ -38,11 +38,46 @@ impl Held {
         }
     }
 
-    const fn rounding_at(self, step: u32) -> Stored {
+    pub(in crate::kernels) const fn rounding_at(self, step: u32) -> Stored {
         match self.rounding {
             Rounding::Dither => Stored::Dither { step },
             Rounding::Nearest | Rounding::DecayDither => Stored::Nearest,
         }
+    }
+
+    /// That values `[value, key]` of a base are those of the intervals, but for what storing them rounds.
+    pub(in crate::kernels) fn check_stored(
+        self,
+        what: &str,
+        got: &[f32],
+        bounds: &[Interval],
+        rounding: Stored,
+    ) -> Result<(), TestCaseError> {
+        let widened: Vec<Interval> = got
+            .chunks_exact(N)
+            .zip(bounds.chunks_exact(N))
+            .flat_map(|(_, row)| {
+                let most = row.iter().map(|x| x.size()).fold(0.0, f64::max);
+                #[expect(clippy::cast_possible_truncation, reason = "a bound, rounded up below")]
+                let single = |x: f64| (x * (1.0 + 1e-6)) as f32;
+                let of_block = |j: usize| {
+                    let block = &row[j / int8::BLOCK * int8::BLOCK..][..int8::BLOCK];
+                    single(block.iter().map(|x| x.size()).fold(0.0, f64::max))
+                };
+                let error = move |j: usize| match self.format {
+                    Format::F32 => 0.0,
+                    // A kept exponent has the row within its window.
+                    Format::F16 => {
+                        float16::error_bound(single(row[j].size()), exponent::fresh(single(most)), rounding)
+                            .max(rounding.units() * most * 2f64.powi(-22))
+                    }
+                    // A quotient is off by some units of its last place, which may round it the other way.
+                    Format::Int8 => int8::error_bound(of_block(j), single(most), rounding) * (1.0 + 1e-5),
+                };
+                (0..N).map(move |j| row[j].widened(error(j))).collect::<Vec<_>>()
+            })
+            .collect();
+        held(what, got, &widened)
     }
 }
 
@@ -241,7 +276,12 @@ impl Case {
                 let bounds: Vec<Interval> = (0..N * N).map(|k| folded(k / N, k % N)).collect();
                 held(&format!("{label}: twin: folded"), &exact[head * N * N..][..N * N], &bounds)?;
                 let rounding = self.held.rounding_at(at.step);
-                self.stored(&format!("{label}: base"), &stored[head * N * N..][..N * N], &bounds, rounding)?;
+                self.held.check_stored(
+                    &format!("{label}: base"),
+                    &stored[head * N * N..][..N * N],
+                    &bounds,
+                    rounding,
+                )?;
             }
             base = wide(&stored);
             log = Undecayed::new(heads, N);
@@ -306,7 +346,7 @@ impl Case {
                 held(&format!("{label}: out of row {row}, head {head}"), got, &written(&bounds))?;
                 let stored = &self.base(&next.state, then.base)[head * N * N..][..N * N];
                 let rounding = self.held.rounding_at(at.step + 1);
-                self.stored(&format!("{label}: base"), stored, &swapped(&after), rounding)?;
+                self.held.check_stored(&format!("{label}: base"), stored, &swapped(&after), rounding)?;
             }
         }
         Ok(())
@@ -349,41 +389,6 @@ impl Case {
         let y = each(&|i| total((0..N).map(|j| sum[j * N + i] * (since[j] * x.r[j]))));
         let out = x.out(&y);
         ([q, x.value.clone(), b, key, since], out)
-    }
-
-    /// That values `[value, key]` of a base are those of the intervals, but for what storing them rounds.
-    fn stored(
-        &self,
-        what: &str,
-        got: &[f32],
-        bounds: &[Interval],
-        rounding: Stored,
-    ) -> Result<(), TestCaseError> {
-        let widened: Vec<Interval> = got
-            .chunks_exact(N)
-            .zip(bounds.chunks_exact(N))
-            .flat_map(|(_, row)| {
-                let most = row.iter().map(|x| x.size()).fold(0.0, f64::max);
-                #[expect(clippy::cast_possible_truncation, reason = "a bound, rounded up below")]
-                let single = |x: f64| (x * (1.0 + 1e-6)) as f32;
-                let of_block = |j: usize| {
-                    let block = &row[j / int8::BLOCK * int8::BLOCK..][..int8::BLOCK];
-                    single(block.iter().map(|x| x.size()).fold(0.0, f64::max))
-                };
-                let error = move |j: usize| match self.held.format {
-                    Format::F32 => 0.0,
-                    // A kept exponent has the row within its window.
-                    Format::F16 => {
-                        float16::error_bound(single(row[j].size()), exponent::fresh(single(most)), rounding)
-                            .max(rounding.units() * most * 2f64.powi(-22))
-                    }
-                    // A quotient is off by some units of its last place, which may round it the other way.
-                    Format::Int8 => int8::error_bound(of_block(j), single(most), rounding) * (1.0 + 1e-5),
-                };
-                (0..N).map(move |j| row[j].widened(error(j))).collect::<Vec<_>>()
-            })
-            .collect();
-        held(what, got, &widened)
     }
 
     /// Row by row each is within its bounds of the twin, which goes on from where the kernel is; and all together have the
@@ -449,7 +454,7 @@ impl Case {
                 let (sum, since) = self.undecayed(&now.state, at, head);
                 let bounds: Vec<_> = (0..N * N).map(|k| sum[k % N * N + k / N] * since[k % N]).collect();
                 let rounding = self.held.rounding_at(at.step);
-                self.stored("folded", &stored[head * N * N..][..N * N], &bounds, rounding)?;
+                self.held.check_stored("folded", &stored[head * N * N..][..N * N], &bounds, rounding)?;
             }
         }
         Ok(())
@@ -457,7 +462,7 @@ impl Case {
 }
 
 /// Whether tokens fold what is pending, and how many are pending afterwards: one by one.
-fn advance(capacity: usize, mut pending: usize, tokens: usize) -> (bool, usize) {
+pub(in crate::kernels) fn advance(capacity: usize, mut pending: usize, tokens: usize) -> (bool, usize) {
     let mut folds = false;
     for _ in 0..tokens {
         if pending == capacity {

@@ -1,6 +1,7 @@
 // Twin: rwkv-core/src/ops/time_mix_resident.rs, all that happens in a head, on a state that is written seldom.
 //use head
-//use round
+//use base
+//use segment
 //
 // As `time_mix`, with states in less than single precision, and written seldom. One workgroup per head and segment;
 // invocation (i, g) has value row i of the keys of group g.
@@ -25,13 +26,6 @@ override LAZY: bool = true;
 // Entries that are read at once. More of them take memory from other workgroups: with eight, 512 sequences took 418 us on an
 // H100, with one 272.
 const STAGED: u32 = 2u;
-
-const F32: u32 = 0u;
-const F16: u32 = 1u;
-const INT8: u32 = 2u;
-
-// In place of a base that is written.
-const NONE: u32 = 0xFFFFFFFFu;
 
 struct Params {
     width: u32,       // D
@@ -64,22 +58,8 @@ struct Params {
 @group(0) @binding(7) var<storage, read_write> v_first: array<f32>;  // [T, D]
 @group(0) @binding(8) var<storage, read_write> out: array<u32>;      // [T, D]
 
-const SEGMENT: u32 = 8u; // words
-
-struct Segment {
-    first: u32,   // its first row
-    rows: u32,
-    read: u32,    // base read
-    written: u32, // base written, if any
-    pending: u32, // entries since the base that is read
-    entries: u32, // where their slots are listed
-    slots: u32,   // where the slots of its rows are listed
-    step: u32,    // tokens read before
-}
-
 // Product of w since the base, after this token, by channel.
 var<workgroup> since: array<f32, N>;
-var<workgroup> exponents: array<u32, N>;
 
 // Entries, four vectors of 16 fours each: q, v, b and k.
 var<workgroup> staged: array<vec4<f32>, STAGED * N>;
@@ -90,69 +70,16 @@ var<private> exponent: i32;
 // Of bytes, the largest magnitudes in the blocks of 16 keys, where a group has several.
 var<private> blocks: array<f32, N / 16u>;
 
-fn segment_of(index: u32) -> Segment {
-    let at = index * SEGMENT;
-    return Segment(
-        segments[at],
-        segments[at + 1u],
-        segments[at + 2u],
-        segments[at + 3u],
-        segments[at + 4u],
-        segments[at + 5u],
-        segments[at + 6u],
-        segments[at + 7u],
-    );
-}
-
-// A head of a base, in words: its values, a word of one row's neighbouring keys, [keys / keys of a word, N]; for bytes the
-// scales of the row's blocks of 16 keys, two to a word, [2, N]; but for single precision the exponents, [N / 4].
-fn values_len() -> u32 {
-    if FORMAT == F16 {
-        return N * N / 2u;
-    }
-    if FORMAT == INT8 {
-        return N * N / 4u;
-    }
-    return N * N;
-}
-
-fn head_len() -> u32 {
-    if FORMAT == F16 {
-        return N * N / 2u + N / 4u;
-    }
-    if FORMAT == INT8 {
-        return N * N / 4u + 2u * N + N / 4u;
-    }
-    return N * N;
-}
-
 // Reads a base.
 fn load_base(base: u32, i: u32, g: u32) {
     let keys = N / (LANES / N);
-    if FORMAT == F32 {
-        for (var j = 0u; j < keys; j++) {
-            s[j] = bitcast<f32>(state[base + (g * keys + j) * N + i]);
-        }
-        return;
-    }
-    exponent = extractBits(bitcast<i32>(state[base + head_len() - N / 4u + i / 4u]), 8u * (i % 4u), 8u);
-    let size = power_of_two(exponent);
-    if FORMAT == F16 {
-        for (var w = 0u; w < keys / 2u; w++) {
-            let pair = unpack2x16float(state[base + (g * keys / 2u + w) * N + i]);
-            s[2u * w] = raised(pair.x, size);
-            s[2u * w + 1u] = raised(pair.y, size);
-        }
-        return;
-    }
+    exponent = exponent_of(base, i);
     for (var w = 0u; w < keys / 4u; w++) {
-        let block = (g * keys + 4u * w) / 16u;
-        let scales = unpack2x16float(state[base + values_len() + block / 2u * N + i]);
-        let scale = select(scales.x, scales.y, block % 2u == 1u);
-        let word = bitcast<i32>(state[base + (g * keys / 4u + w) * N + i]);
-        for (var b = 0u; b < 4u; b++) {
-            s[4u * w + b] = raised(f32(extractBits(word, 8u * b, 8u)) * scale, size);
-        }
+        let quad = load_quad(base, i, g * keys / 4u + w, exponent);
+        s[4u * w] = quad.x;
+        s[4u * w + 1u] = quad.y;
+        s[4u * w + 2u] = quad.z;
+        s[4u * w + 3u] = quad.w;
     }
 }
 
@@ -161,90 +88,64 @@ fn load_base(base: u32, i: u32, g: u32) {
 fn settle(base: u32, keep: bool, head: u32, step: u32, i: u32, g: u32, l: u32) {
     let groups = LANES / N;
     let keys = N / groups;
-    if FORMAT == F32 {
-        if keep {
-            for (var j = 0u; j < keys; j++) {
-                state[base + (g * keys + j) * N + i] = bitcast<u32>(s[j]);
-            }
+    let together = max(groups / 4u, 1u); // groups that share a block
+    if FORMAT != F32 {
+        var most = 0.0;
+        for (var j = 0u; j < keys; j++) {
+            most = max(most, abs(s[j]));
         }
-        return;
-    }
-    var most = 0.0;
-    for (var j = 0u; j < keys; j++) {
-        most = max(most, abs(s[j]));
-    }
-    if FORMAT == INT8 && keys > 16u {
-        for (var b = 0u; b < keys / 16u; b++) {
-            var of_block = 0.0;
-            for (var j = 0u; j < 16u; j++) {
-                of_block = max(of_block, abs(s[16u * b + j]));
-            }
-            blocks[b] = of_block;
-        }
-    }
-    parts[l] = most;
-    workgroupBarrier();
-    most = 0.0;
-    for (var p = 0u; p < groups; p++) {
-        most = max(most, parts[p * N + i]);
-    }
-    let first = (head * N + i) * N + g * keys; // its element's place in the layer's state
-
-    if FORMAT == F16 {
-        exponent = renewed(exponent, most);
-        let down = power_of_two(-exponent);
-        let size = power_of_two(exponent);
-        for (var w = 0u; w < keys / 2u; w++) {
-            let a = half_near(s[2u * w] * down, ROUNDING, step, first + 2u * w);
-            let b = half_near(s[2u * w + 1u] * down, ROUNDING, step, first + 2u * w + 1u);
-            s[2u * w] = raised(a, size);
-            s[2u * w + 1u] = raised(b, size);
-            if keep {
-                state[base + (g * keys / 2u + w) * N + i] = pack2x16float(vec2(a, b));
-            }
-        }
-    } else {
-        exponent = fresh(most);
-        let down = power_of_two(-exponent);
-        let size = power_of_two(exponent);
-        let together = max(groups / 4u, 1u); // groups that share a block
-        for (var w = 0u; w < keys / 4u; w++) {
-            let scale = scale_of(block_most((g * keys + 4u * w) / 16u, together, i) * down);
-            var word = 0u;
-            for (var b = 0u; b < 4u; b++) {
-                let x = s[4u * w + b] * down;
-                var units = 0.0;
-                if scale != 0.0 {
-                    units = min(rounded(abs(x) / scale, ROUNDING, step, first + 4u * w + b), 127.0);
+        if FORMAT == INT8 && keys > 16u {
+            for (var b = 0u; b < keys / 16u; b++) {
+                var of_block = 0.0;
+                for (var j = 0u; j < 16u; j++) {
+                    of_block = max(of_block, abs(s[16u * b + j]));
                 }
-                let whole = i32(units * sign(x));
-                s[4u * w + b] = raised(f32(whole) * scale, size);
-                word = insertBits(word, bitcast<u32>(whole), 8u * b, 8u);
-            }
-            if keep {
-                state[base + (g * keys / 4u + w) * N + i] = word;
+                blocks[b] = of_block;
             }
         }
-        if keep {
-            // Of two blocks, those who have both or, where nobody has, the first groups.
-            for (var pair = g; pair < 2u; pair += min(groups, 2u)) {
-                let low = scale_of(block_most(2u * pair, together, i) * down);
-                let high = scale_of(block_most(2u * pair + 1u, together, i) * down);
-                state[base + values_len() + pair * N + i] = pack2x16float(vec2(low, high));
-            }
+        parts[l] = most;
+        workgroupBarrier();
+        most = 0.0;
+        for (var p = 0u; p < groups; p++) {
+            most = max(most, parts[p * N + i]);
+        }
+        exponent = next_exponent(exponent, most);
+    }
+    let first = (head * N + i) * N; // the row's place in the layer's state
+    for (var w = 0u; w < keys / 4u; w++) {
+        let quad = g * keys / 4u + w;
+        var scale = 0.0;
+        if FORMAT == INT8 {
+            scale = block_scale(quad / 4u, together, i);
+        }
+        let x = vec4(s[4u * w], s[4u * w + 1u], s[4u * w + 2u], s[4u * w + 3u]);
+        let near = settle_quad(x, exponent, scale, step, first + 4u * quad, base, i, quad, keep);
+        s[4u * w] = near.x;
+        s[4u * w + 1u] = near.y;
+        s[4u * w + 2u] = near.z;
+        s[4u * w + 3u] = near.w;
+    }
+    if FORMAT == INT8 && keep {
+        // Of two blocks, those who have both or, where nobody has, the first groups.
+        for (var pair = g; pair < 2u; pair += min(groups, 2u)) {
+            let low = block_scale(2u * pair, together, i);
+            store_scales(base, i, pair, vec2(low, block_scale(2u * pair + 1u, together, i)));
         }
     }
-    if g == 0u {
-        exponents[i] = bitcast<u32>(exponent);
-    }
-    workgroupBarrier();
-    if keep && l < N / 4u {
-        var word = 0u;
-        for (var b = 0u; b < 4u; b++) {
-            word = insertBits(word, exponents[4u * l + b], 8u * b, 8u);
+    if FORMAT != F32 {
+        if g == 0u {
+            exponents[i] = bitcast<u32>(exponent);
         }
-        state[base + head_len() - N / 4u + l] = word;
+        workgroupBarrier();
+        if keep && l < N / 4u {
+            store_exponents(base, l);
+        }
     }
+}
+
+// The scale of a block of row i.
+fn block_scale(block: u32, together: u32, i: u32) -> f32 {
+    return scale_of(block_most(block, together, i) * power_of_two(-exponent));
 }
 
 // The largest magnitude in a block of 16 keys of row i, of which so many groups have a part.
