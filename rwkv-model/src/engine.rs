@@ -356,10 +356,13 @@ impl Cpu {
     }
 
     fn forward(&self, segments: &mut [Segment<'_, ResidentState>], skip: Skip<'_>) -> Vec<f32> {
-        let mut run = || self.model.forward(segments, Options { skip, ..self.forward });
+        self.on_threads(|| self.model.forward(segments, Options { skip, ..self.forward }))
+    }
+
+    /// Runs something on a thread of the engine's, so that it does not change threads at each of its parallel loops.
+    fn on_threads<T: Send>(&self, run: impl FnOnce() -> T + Send) -> T {
         match &self.threads {
             Some(pool) => pool.install(run),
-            // on a worker, so that the pass does not change threads at each of its parallel loops
             None => rayon::scope(|_| run()),
         }
     }
@@ -741,6 +744,14 @@ impl Engine {
     /// The layers that a sequence leaves out at its next token, and at how many of the next `tokens` it does.
     pub(crate) fn mask(&self, position: u64, decodes: bool, tokens: usize) -> (Mask, usize) {
         Mask::next(self.skips(), self.config().n_layers, position, decodes, tokens)
+    }
+
+    /// Runs something on a thread of the engine's, which is told how many passes can run side by side: one on a GPU.
+    pub(crate) fn on_threads<T: Send>(&self, run: impl FnOnce(usize) -> T + Send) -> T {
+        match &*self.0.executor {
+            Executor::Cpu(cpu) => cpu.on_threads(|| run(rayon::current_num_threads())),
+            Executor::Gpu(_) => run(1),
+        }
     }
 
     /// What its sessions' states are held in.

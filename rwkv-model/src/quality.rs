@@ -74,7 +74,7 @@ pub fn windows(
 pub struct SideBySide {
     /// Tokens predicted in a window.
     pub window: usize,
-    /// Windows at a time. More need more memory; the results are the same.
+    /// Windows at a time, on the CPU shared out among its threads. More need more memory; the results are the same.
     pub sessions: usize,
     /// Whether their states are put to rest on the way.
     pub rest: Option<Rest>,
@@ -125,10 +125,30 @@ pub fn side_by_side(
 
 /// The natural logarithms of the tokens' probabilities, of sequences side by side, each from an empty state; of the first
 /// token there is none.
+///
+/// Each thread of a CPU has sequences of its own, which never wait for those of others: the parts of a pass of few tokens
+/// are too small to be shared.
 fn score(engine: &Engine, sequences: &[&[u32]], rest: Option<Rest>) -> Result<Vec<Vec<f64>>, Error> {
+    let scores = engine.on_threads(|passes| {
+        let (each, threads) =
+            (sequences.len().div_ceil(passes).max(1), rayon::current_num_threads() / passes);
+        let parts = sequences.par_chunks(each).map(|own| score_together(engine, own, rest, threads));
+        parts.collect::<Result<Vec<_>, _>>()
+    });
+    Ok(scores?.concat())
+}
+
+/// The same of sequences that share passes, and so many threads that put states to rest.
+fn score_together(
+    engine: &Engine,
+    sequences: &[&[u32]],
+    rest: Option<Rest>,
+    threads: usize,
+) -> Result<Vec<Vec<f64>>, Error> {
     let mut sessions: Vec<Session> = sequences.iter().map(|_| engine.session()).collect();
     let mut scores = vec![Vec::new(); sequences.len()];
     let every = rest.map_or(usize::MAX, |rest| rest.every.max(1));
+    let mut beds: Vec<Bed> = (0..threads).map(|_| Bed::default()).collect();
     let mut start = 0;
     loop {
         let mut parts = Vec::with_capacity(sequences.len());
@@ -141,7 +161,10 @@ fn score(engine: &Engine, sequences: &[&[u32]], rest: Option<Rest>) -> Result<Ve
             return Ok(scores);
         }
         if let Some(Rest { format, .. }) = rest.filter(|_| start > 0) {
-            parts.par_iter_mut().try_for_each(|(session, ..)| put_to_rest(session, format))?;
+            let each = parts.len().div_ceil(beds.len());
+            parts.par_chunks_mut(each).zip(&mut beds).try_for_each(|(parts, bed)| {
+                parts.iter_mut().try_for_each(|(session, ..)| bed.rest(session, format))
+            })?;
         }
         let mut batch: Vec<_> =
             parts.iter_mut().map(|(session, _, tokens)| (&mut **session, *tokens)).collect();
@@ -192,11 +215,30 @@ pub fn last_word(engine: &Engine, text: &str) -> Result<Option<LastWord>, Error>
 ///
 /// If a value of the state is not finite, or the GPU failed; the session is as it was.
 pub fn put_to_rest(session: &mut Session, format: StateFormat) -> Result<(), Error> {
-    let logits = session.last_logits()?.map_or_else(Shown::default, Shown::of);
-    let state = EncodedState::encode(&session.engine().state_layout(), &session.state()?, format)?.decode();
-    let (position, counts) = (session.position(), session.sequence.counts.clone());
-    session.start_from(&state)?;
-    let sequence = &mut session.sequence;
-    (sequence.shown, sequence.position, sequence.counts) = (logits, position, counts);
-    Ok(())
+    Bed::default().rest(session, format)
+}
+
+/// Memory in which states are put to rest, one after another.
+#[derive(Debug, Default)]
+struct Bed {
+    state: Vec<f32>,
+    encoded: Vec<u8>,
+}
+
+impl Bed {
+    /// See [`put_to_rest`].
+    fn rest(&mut self, session: &mut Session, format: StateFormat) -> Result<(), Error> {
+        let logits = session.last_logits()?.map_or_else(Shown::default, Shown::of);
+        session.state_in(&mut self.state)?;
+        let layout = session.engine().state_layout();
+        let encoded =
+            EncodedState::encode_in(std::mem::take(&mut self.encoded), &layout, &self.state, format)?;
+        encoded.decode_in(&mut self.state);
+        self.encoded = encoded.into_bytes();
+        let (position, counts) = (session.position(), session.sequence.counts.clone());
+        session.start_from(&self.state)?;
+        let sequence = &mut session.sequence;
+        (sequence.shown, sequence.position, sequence.counts) = (logits, position, counts);
+        Ok(())
+    }
 }

@@ -391,14 +391,22 @@ impl Session {
     ///
     /// If the GPU failed.
     pub fn state(&self) -> Result<Vec<f32>, Error> {
+        let mut state = Vec::new();
+        self.state_in(&mut state)?;
+        Ok(state)
+    }
+
+    /// As [`Self::state`], in the memory of `state`; what is in it is lost.
+    pub(crate) fn state_in(&self, state: &mut Vec<f32>) -> Result<(), Error> {
         let layout = self.engine.state_layout();
         match (&self.sequence.memory, self.engine.gpu()) {
-            (Memory::Host(state), _) => Ok(state.to_canonical()),
+            (Memory::Host(of), _) => of.to_canonical_in(state),
             (Memory::Device(record), Some(gpu)) => {
-                Ok(layout.from_device(self.engine.resident(), &gpu.state(record)?)?)
+                *state = layout.from_device(self.engine.resident(), &gpu.state(record)?)?;
             }
-            (Memory::Device(_), None) => Err(Error::ForeignState),
+            (Memory::Device(_), None) => return Err(Error::ForeignState),
         }
+        Ok(())
     }
 
     /// Starts over from a state in canonical order. What led to it is unknown: the position is zero, the penalties know of

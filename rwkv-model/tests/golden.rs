@@ -8,6 +8,8 @@
 
 mod support;
 
+use std::num::NonZeroUsize;
+
 use rwkv_core::compare::{magnitude, max_abs};
 use rwkv_core::fast::linear::Packed;
 use rwkv_core::model::{
@@ -19,6 +21,7 @@ use rwkv_model::checkpoint::{Checkpoint, LoadMatrix};
 use rwkv_model::quality::{Rest, SideBySide};
 use rwkv_model::skip::{Listed, Skipping};
 use rwkv_model::{Engine, EngineOptions, StateFormat, quality};
+use rwkv_state::format::SparseRule;
 use support::{BUNDLED, Tensor, get, on_cpu, open, read, safetensors, tokens, vectors};
 
 const FACTOR: f64 = 4.0;
@@ -318,5 +321,37 @@ fn windows_side_by_side() {
             let got: quality::Score = scores.into_iter().sum();
             assert_eq!((got.tokens, got.bytes), (sum.tokens, sum.bytes), "{len} bytes, {options:?}");
         }
+    }
+}
+
+/// Whatever states rest in, however many windows there are and threads for them: each is scored as alone, where its state
+/// rests after every so many tokens.
+#[test]
+fn states_rest_on_every_thread() {
+    let text = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/books-10m/valid.txt")).unwrap();
+    let (text, window, every) = (&text[..100], 9, 2);
+    let tokens: Vec<u32> = text.iter().map(|&byte| byte.into()).collect();
+    let rules = [SparseRule::default(), SparseRule::TopK { k: 16 }].map(StateFormat::Sparse);
+    let options = EngineOptions { threads: NonZeroUsize::new(3), ..on_cpu() };
+    let engine = Engine::open_with(BUNDLED, options, &|_| {}).unwrap();
+    for format in [StateFormat::F16, StateFormat::Int8Scaled].into_iter().chain(rules) {
+        let alone = (0..tokens.len() - 1).step_by(window).map(|start| {
+            let (mut session, mut nats) = (engine.session(), 0.0);
+            for (at, tokens) in tokens[start..tokens.len().min(start + window + 1)].chunks(every).enumerate()
+            {
+                if at > 0 {
+                    quality::put_to_rest(&mut session, format).unwrap();
+                }
+                nats -= session.score(tokens).unwrap().iter().sum::<f64>();
+            }
+            nats
+        });
+        let rest = Some(Rest { format, every });
+        let scores = quality::side_by_side(&engine, text, SideBySide { window, sessions: 7, rest }, |_| {});
+        let together: Vec<f64> = scores.unwrap().iter().map(|of| of.nats).collect();
+        for (got, want) in together.iter().zip(alone.collect::<Vec<_>>()) {
+            assert!((got - want).abs() <= 1e-12 * want, "{format:?}, {got}, {want} alone");
+        }
+        assert_eq!(together.len(), 11, "{format:?}: windows");
     }
 }

@@ -356,12 +356,19 @@ impl LazyState {
     /// The state in canonical order, `[H, N, N]`.
     #[must_use]
     pub fn materialize(&self) -> Vec<f32> {
+        let mut state = Vec::new();
+        self.append_to(&mut state);
+        state
+    }
+
+    /// Appends the state in canonical order, `[H, N, N]`.
+    pub(crate) fn append_to(&self, state: &mut Vec<f32>) {
         let base = self.base().load();
         match &self.form {
-            Form::Materialized(_) => base.into_owned(),
+            Form::Materialized(_) => state.extend_from_slice(&base),
             Form::Deferred { pending, .. } => {
                 let heads = base.chunks_exact(base.len() / pending.len()).zip(pending);
-                heads.flat_map(|(base, pending)| pending.materialize(base)).collect()
+                heads.for_each(|(base, pending)| state.extend(pending.materialize(base)));
             }
         }
     }
@@ -607,7 +614,9 @@ impl LazyLayers {
     /// The state in canonical order, `[L, H, N, N]`.
     #[must_use]
     pub fn materialize(&self) -> Vec<f32> {
-        self.0.iter().flat_map(LazyState::materialize).collect()
+        let mut state = Vec::new();
+        self.0.iter().for_each(|layer| layer.append_to(&mut state));
+        state
     }
 
     /// Folds every layer.

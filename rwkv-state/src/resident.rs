@@ -248,8 +248,19 @@ impl ResidentState {
     /// It in canonical order.
     #[must_use]
     pub fn to_canonical(&self) -> Vec<f32> {
+        let mut state = Vec::new();
+        self.to_canonical_in(&mut state);
+        state
+    }
+
+    /// As [`Self::to_canonical`], in the memory of `state`; what is in it is lost.
+    pub fn to_canonical_in(&self, state: &mut Vec<f32>) {
         let (att, ffn) = self.now().split_at(self.layout.part_len(Part::AttShift));
-        [att, &self.wkv.materialize(), ffn].concat()
+        state.clear();
+        state.reserve(self.layout.len());
+        state.extend_from_slice(att);
+        self.wkv.layers().iter().for_each(|layer| layer.append_to(state));
+        state.extend_from_slice(ffn);
     }
 
     /// What it is held in.

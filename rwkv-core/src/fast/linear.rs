@@ -19,6 +19,7 @@ use half::{bf16, f16};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::vectorised;
 use crate::model::{Compute, Wkv, WkvSegment};
 use crate::ops::linear::{Job, Linear, rows};
 use crate::ops::wkv7_chunked;
@@ -466,7 +467,7 @@ impl<W: Stored> Panel for &[[W; PANEL]] {
 
 /// Widens as many scales as there are on both sides, for units as they are read.
 fn widen_scales<W: Units>(stored: &[f16], scales: &mut [f32]) {
-    Arch::new().dispatch(
+    vectorised(
         #[inline(always)]
         || {
             for (scale, stored) in scales.iter_mut().zip(stored) {

@@ -33,10 +33,20 @@ pub struct NotFinite {
 /// # Errors
 ///
 /// If a value is not finite.
+#[inline(always)]
 pub fn largest(row: &[f32]) -> Result<f32, NotFinite> {
-    row.iter().enumerate().try_fold(0.0f32, |largest, (index, &value)| {
-        if value.is_finite() { Ok(largest.max(value.abs())) } else { Err(NotFinite { index, value }) }
-    })
+    let largest = f32::from_bits(row.iter().fold(0, |largest, &value| magnitude(value).max(largest)));
+    if largest.is_finite() {
+        return Ok(largest);
+    }
+    let index = row.iter().position(|value| !value.is_finite()).unwrap_or(0);
+    Err(NotFinite { index, value: row[index] })
+}
+
+/// The bits of `|x|`, whose order is that of the magnitudes: what is not finite comes last.
+#[inline(always)]
+pub(super) const fn magnitude(x: f32) -> u32 {
+    x.abs().to_bits()
 }
 
 /// The exponent of a row whose largest magnitude is `largest`; 0 for a row of zeros.
@@ -56,16 +66,19 @@ pub fn renewed(previous: i8, largest: f32) -> i8 {
 }
 
 /// `x * 2^e`. Saturates, because rounding up near [`f32::MAX`] may reach `2^128`.
+#[inline(always)]
 pub(super) fn raise(x: f32, e: i8) -> f32 {
     (x * power_of_two(i32::from(e))).clamp(f32::MIN, f32::MAX)
 }
 
 /// `x * 2^-e`: exact, but where the result is below `2^-126`.
+#[inline(always)]
 pub(super) fn lower(x: f32, e: i8) -> f32 {
     x * power_of_two(-i32::from(e))
 }
 
 /// `2^e`, for `e` in -126..=127.
+#[inline(always)]
 pub(super) const fn power_of_two(e: i32) -> f32 {
     f32::from_bits((e + 127).cast_unsigned() << 23)
 }

@@ -15,13 +15,17 @@
 //! largest magnitude, is lost to rounding to nearest at every step, unless [`encode_with_feedback`] carries it over.
 
 use half::f16;
+use rwkv_core::fast::vectorised;
 
 use super::Fault;
-use super::exponent::{NotFinite, RANGE, fresh, largest, lower, raise};
+use super::exponent::{NotFinite, RANGE, fresh, largest, lower, magnitude, raise};
 use super::rounding::Rounding;
 
 /// Consecutive elements of a row that share a scale.
 pub const BLOCK: usize = 16;
+
+/// Elements that are worked on at a time: blocks alone are too short for vectors.
+const AT_ONCE: usize = 4 * BLOCK;
 
 /// Encodes a row and returns its exponent. `scales` holds one for each [`BLOCK`]; `first` is the index of the row's
 /// first element in its state, of which [`Rounding::Stochastic`] and [`Rounding::Dither`] are functions.
@@ -33,10 +37,6 @@ pub const BLOCK: usize = 16;
 /// # Panics
 ///
 /// If the slices' lengths disagree.
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "at most 127 units, since 127 scales reach the largest magnitude"
-)]
 pub fn encode(
     row: &[f32],
     rounding: Rounding,
@@ -45,19 +45,61 @@ pub fn encode(
     scales: &mut [f16],
 ) -> Result<i8, NotFinite> {
     check_lengths(row, values, scales);
+    match rounding {
+        Rounding::Nearest => vectorised(
+            #[inline(always)]
+            || encode_by(|units, _| units.round_ties_even(), row, values, scales),
+        ),
+        _ => encode_by(
+            |units, index| rounding.round(units, first.wrapping_add(index as u64)),
+            row,
+            values,
+            scales,
+        ),
+    }
+}
+
+/// As [`encode`]; `round` rounds the units of the element of an index.
+#[inline(always)]
+fn encode_by(
+    round: impl Fn(f32, usize) -> f32,
+    row: &[f32],
+    values: &mut [i8],
+    scales: &mut [f16],
+) -> Result<i8, NotFinite> {
     let exponent = fresh(largest(row)?);
-    let blocks = row.chunks(BLOCK).zip(values.chunks_mut(BLOCK)).zip(scales).enumerate();
-    for (b, ((block, values), stored_scale)) in blocks {
-        *stored_scale = scale_of(block.iter().fold(0.0, |most, &x| lower(x, exponent).abs().max(most)));
-        let scale = stored_scale.to_f32();
-        for (j, (&x, value)) in block.iter().zip(values).enumerate() {
-            let y = lower(x, exponent);
-            let index = first.wrapping_add((b * BLOCK + j) as u64);
-            let units = if scale == 0.0 { 0.0 } else { rounding.round(y.abs() / scale, index) };
-            *value = units.copysign(y) as i8;
+    let mut each = [0.0; AT_ONCE];
+    let stretches =
+        row.chunks(AT_ONCE).zip(values.chunks_mut(AT_ONCE)).zip(scales.chunks_mut(AT_ONCE / BLOCK));
+    for (((row, values), scales), first) in stretches.zip((0..).step_by(AT_ONCE)) {
+        for ((block, stored), each) in row.chunks(BLOCK).zip(scales).zip(each.chunks_mut(BLOCK)) {
+            let largest = block.iter().fold(0, |largest, &x| magnitude(lower(x, exponent)).max(largest));
+            *stored = scale_of(f32::from_bits(largest));
+            each.fill(stored.to_f32());
         }
+        encode_stretch(&round, first, row, exponent, &each, values);
     }
     Ok(exponent)
+}
+
+/// Encodes elements, of which the first has index `first`, by the scale of each.
+#[inline(always)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "at most 127 units, since 127 scales reach the largest magnitude; of zeros 0 / 0, which is cast to 0"
+)]
+fn encode_stretch(
+    round: impl Fn(f32, usize) -> f32,
+    first: usize,
+    row: &[f32],
+    exponent: i8,
+    scales: &[f32],
+    values: &mut [i8],
+) {
+    for (j, ((&x, &scale), value)) in row.iter().zip(scales).zip(values).enumerate() {
+        let y = lower(x, exponent);
+        *value = round(y.abs() / scale, first + j).copysign(y) as i32 as i8;
+    }
 }
 
 /// Encodes `row + residual` and leaves in `residual` what that lost, so that no change is ever lost for good: over any
@@ -98,11 +140,21 @@ pub fn encode_with_feedback(
 /// If the slices' lengths disagree.
 pub fn decode(values: &[i8], scales: &[f16], exponent: i8, row: &mut [f32]) {
     check_lengths(row, values, scales);
-    for ((block, values), scale) in row.chunks_mut(BLOCK).zip(values.chunks(BLOCK)).zip(scales) {
-        for (x, &value) in block.iter_mut().zip(values) {
-            *x = raise(f32::from(value) * scale.to_f32(), exponent);
-        }
-    }
+    vectorised(
+        #[inline(always)]
+        || {
+            let mut each = [0.0; AT_ONCE];
+            let stretches = row.chunks_mut(AT_ONCE).zip(values.chunks(AT_ONCE));
+            for ((row, values), scales) in stretches.zip(scales.chunks(AT_ONCE / BLOCK)) {
+                for (each, scale) in each.chunks_mut(BLOCK).zip(scales) {
+                    each.fill(scale.to_f32());
+                }
+                for ((x, &value), scale) in row.iter_mut().zip(values).zip(&each) {
+                    *x = raise(f32::from(value) * scale, exponent);
+                }
+            }
+        },
+    );
 }
 
 /// Bounds the error of every element of a block, from the largest magnitudes of the block and of its row:
@@ -123,6 +175,7 @@ pub fn error_bound(block_largest: f32, row_largest: f32, rounding: Rounding) -> 
 }
 
 /// The least half of which 127 reach `largest`, a scaled magnitude below `2^7`.
+#[inline(always)]
 fn scale_of(largest: f32) -> f16 {
     let nearest = f16::from_f32(largest / 127.0);
     // The product is exact: 11 bits times 7.

@@ -250,22 +250,41 @@ impl EncodedState {
     ///
     /// If `state` has another length, or a value is not finite.
     pub fn encode(layout: &StateLayout, state: &[f32], format: StateFormat) -> Result<Self, Error> {
+        Self::encode_in(Vec::new(), layout, state, format)
+    }
+
+    /// As [`EncodedState::encode`], in the memory of `bytes`, of what was encoded before for instance
+    /// ([`EncodedState::into_bytes`]); what is in it is lost.
+    ///
+    /// # Errors
+    ///
+    /// As those of [`EncodedState::encode`].
+    pub fn encode_in(
+        mut bytes: Vec<u8>,
+        layout: &StateLayout,
+        state: &[f32],
+        format: StateFormat,
+    ) -> Result<Self, Error> {
         if state.len() != layout.len() {
             return Err(WrongLength { found: state.len(), expected: layout.len(), layout: *layout }.into());
         }
-        let mut bytes = Vec::with_capacity(bytes(layout, format));
+        bytes.clear();
+        bytes.reserve(self::bytes(layout, format));
+        // The first plane is written where it stays.
+        let [mut middle, mut last] = [const { Vec::new() }; 2];
         for part in Part::ALL {
             let (values, Extents { rows, n }) = (&state[layout.range(part)], Extents::new(layout, part));
-            let mut planes = [const { Vec::new() }; 3];
+            let mut row = Row::new(format.of(part), n);
             for r in 0..rows {
-                let row = Row::encode(format.of(part), &values[r * n..][..n]);
                 let at = |NotFinite { index, value }| Error::At {
                     place: Place::new(layout, part, r * n + index),
                     fault: Fault::NotFinite { value },
                 };
-                row.map_err(at)?.write(&mut planes);
+                row.encode(&values[r * n..][..n]).map_err(at)?;
+                row.write([&mut bytes, &mut middle, &mut last]);
             }
-            planes.into_iter().for_each(|plane| bytes.extend(plane));
+            bytes.append(&mut middle);
+            bytes.append(&mut last);
         }
         Ok(Self { layout: *layout, format, bytes })
     }
@@ -280,9 +299,11 @@ impl EncodedState {
         state.check_len()?;
         for part in Part::ALL {
             let (mut planes, Extents { rows, n }) = (state.planes(part), Extents::new(layout, part));
+            let mut row = Row::new(format.of(part), n);
             for r in 0..rows {
                 let at = |(index, fault)| Error::At { place: Place::new(layout, part, r * n + index), fault };
-                Row::read(format.of(part), n, &mut planes).check(n).map_err(at)?;
+                row.read(&mut planes);
+                row.check(n).map_err(at)?;
             }
         }
         Ok(state)
@@ -291,15 +312,23 @@ impl EncodedState {
     /// Decodes it, to canonical order.
     #[must_use]
     pub fn decode(&self) -> Vec<f32> {
-        let mut state = vec![0.0; self.layout.len()];
+        let mut state = Vec::new();
+        self.decode_in(&mut state);
+        state
+    }
+
+    /// As [`EncodedState::decode`], in the memory of `state`; what is in it is lost.
+    pub fn decode_in(&self, state: &mut Vec<f32>) {
+        state.resize(self.layout.len(), 0.0);
         for part in Part::ALL {
             let (mut planes, Extents { rows, n }) = (self.planes(part), Extents::new(&self.layout, part));
             let out = &mut state[self.layout.range(part)];
+            let mut row = Row::new(self.format.of(part), n);
             for r in 0..rows {
-                Row::read(self.format.of(part), n, &mut planes).decode(&mut out[r * n..][..n]);
+                row.read(&mut planes);
+                row.decode(&mut out[r * n..][..n]);
             }
         }
-        state
     }
 
     /// Its layout.
@@ -499,6 +528,11 @@ mod tests {
             if format == StateFormat::F32 {
                 prop_assert!(state.iter().zip(&back).all(|(x, y)| x.to_bits() == y.to_bits()), "bit for bit");
             }
+            let (used, mut other) = (vec![7; 3 * state.len()], vec![f32::NAN; 2]);
+            let in_used = EncodedState::encode_in(used, &layout, &state, format);
+            prop_assert_eq!(in_used.as_ref(), Ok(&encoded), "in memory that was used");
+            encoded.decode_in(&mut other);
+            prop_assert!(other.iter().map(|x| x.to_bits()).eq(back.iter().map(|x| x.to_bits())), "memory that was used");
             let again = EncodedState::from_bytes(&layout, format, encoded.as_bytes().to_vec());
             prop_assert_eq!(again, Ok(encoded), "bytes that were written can be read");
         }

@@ -1,42 +1,57 @@
 //! A row at rest in any format, and its way into and out of the planes of bytes.
 
 use half::f16;
+use rwkv_core::fast::vectorised;
 
 use super::exponent::{NotFinite, largest};
-use super::{Fault, Rounding, StateFormat, float16, int8, sparse};
+use super::{Fault, Rounding, SparseRule, StateFormat, float16, int8, sparse};
 
-/// A row at rest.
+/// A row at rest, or room for one.
 pub(super) enum Row {
     F32 { values: Vec<f32> },
     F16 { values: Vec<f16>, exponent: i8 },
     Int8Scaled { values: Vec<i8>, scales: Vec<f16>, exponent: i8 },
-    Sparse { bitmap: Vec<u8>, values: Vec<f32> },
+    Sparse { rule: SparseRule, bitmap: Vec<u8>, values: Vec<f32> },
 }
 
 impl Row {
-    pub(super) fn encode(format: StateFormat, row: &[f32]) -> Result<Self, NotFinite> {
-        let n = row.len();
-        Ok(match format {
-            StateFormat::F32 => {
-                largest(row)?;
-                Self::F32 { values: row.to_vec() }
-            }
-            StateFormat::F16 => {
-                let mut values = vec![f16::ZERO; n];
-                let exponent = float16::encode(row, None, Rounding::Nearest, 0, &mut values)?;
-                Self::F16 { values, exponent }
-            }
-            StateFormat::Int8Scaled => {
-                let (mut values, mut scales) = (vec![0; n], vec![f16::ZERO; n.div_ceil(int8::BLOCK)]);
-                let exponent = int8::encode(row, Rounding::Nearest, 0, &mut values, &mut scales)?;
-                Self::Int8Scaled { values, scales, exponent }
-            }
+    /// Room for rows of `n`, one after another.
+    pub(super) fn new(format: StateFormat, n: usize) -> Self {
+        match format {
+            StateFormat::F32 => Self::F32 { values: vec![0.0; n] },
+            StateFormat::F16 => Self::F16 { values: vec![f16::ZERO; n], exponent: 0 },
+            StateFormat::Int8Scaled => Self::Int8Scaled {
+                values: vec![0; n],
+                scales: vec![f16::ZERO; n.div_ceil(int8::BLOCK)],
+                exponent: 0,
+            },
             StateFormat::Sparse(rule) => {
-                let (mut bitmap, mut values) = (vec![0; sparse::bitmap_len(n)], Vec::new());
-                sparse::encode(row, rule, &mut bitmap, &mut values)?;
-                Self::Sparse { bitmap, values }
+                Self::Sparse { rule, bitmap: vec![0; sparse::bitmap_len(n)], values: Vec::with_capacity(n) }
             }
-        })
+        }
+    }
+
+    pub(super) fn encode(&mut self, row: &[f32]) -> Result<(), NotFinite> {
+        match self {
+            Self::F32 { values } => {
+                vectorised(
+                    #[inline(always)]
+                    || largest(row),
+                )?;
+                values.copy_from_slice(row);
+            }
+            Self::F16 { values, exponent } => {
+                *exponent = float16::encode(row, None, Rounding::Nearest, 0, values)?;
+            }
+            Self::Int8Scaled { values, scales, exponent } => {
+                *exponent = int8::encode(row, Rounding::Nearest, 0, values, scales)?;
+            }
+            Self::Sparse { rule, bitmap, values } => {
+                values.clear();
+                sparse::encode(row, *rule, bitmap, values)?;
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn decode(&self, row: &mut [f32]) {
@@ -44,7 +59,7 @@ impl Row {
             Self::F32 { values } => row.copy_from_slice(values),
             Self::F16 { values, exponent } => float16::decode(values, *exponent, row),
             Self::Int8Scaled { values, scales, exponent } => int8::decode(values, scales, *exponent, row),
-            Self::Sparse { bitmap, values } => {
+            Self::Sparse { bitmap, values, .. } => {
                 sparse::decode(bitmap, values, row);
             }
         }
@@ -66,60 +81,57 @@ impl Row {
     }
 
     /// Appends it to the planes.
-    pub(super) fn write(&self, [first, middle, last]: &mut [Vec<u8>; 3]) {
+    pub(super) fn write(&self, [first, middle, last]: [&mut Vec<u8>; 3]) {
         match self {
-            Self::F32 { values } => first.extend(values.iter().flat_map(|v| v.to_le_bytes())),
+            Self::F32 { values } => put(first, values, f32::to_le_bytes),
             Self::F16 { values, exponent } => {
-                first.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+                put(first, values, f16::to_le_bytes);
                 last.push(exponent.cast_unsigned());
             }
             Self::Int8Scaled { values, scales, exponent } => {
-                first.extend(values.iter().map(|v| v.cast_unsigned()));
-                middle.extend(scales.iter().flat_map(|v| v.to_le_bytes()));
+                put(first, values, i8::to_le_bytes);
+                put(middle, scales, f16::to_le_bytes);
                 last.push(exponent.cast_unsigned());
             }
-            Self::Sparse { bitmap, values } => {
+            Self::Sparse { bitmap, values, .. } => {
                 first.extend_from_slice(bitmap);
-                middle.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+                put(middle, values, f32::to_le_bytes);
             }
         }
     }
 
-    /// Takes a row of `n` from the front of the planes, which hold it.
-    pub(super) fn read(format: StateFormat, n: usize, [first, middle, last]: &mut [&[u8]; 3]) -> Self {
-        match format {
-            StateFormat::F32 => Self::F32 { values: f32s(take(first, 4 * n)) },
-            StateFormat::F16 => {
-                Self::F16 { values: f16s(take(first, 2 * n)), exponent: i8s(take(last, 1))[0] }
+    /// Takes a row from the front of the planes, which hold it.
+    pub(super) fn read(&mut self, [first, middle, last]: &mut [&[u8]; 3]) {
+        match self {
+            Self::F32 { values } => take(first, values, f32::from_le_bytes),
+            Self::F16 { values, exponent } => {
+                take(first, values, f16::from_le_bytes);
+                take(last, std::slice::from_mut(exponent), i8::from_le_bytes);
             }
-            StateFormat::Int8Scaled => Self::Int8Scaled {
-                values: i8s(take(first, n)),
-                scales: f16s(take(middle, 2 * n.div_ceil(int8::BLOCK))),
-                exponent: i8s(take(last, 1))[0],
-            },
-            StateFormat::Sparse(_) => {
-                let bitmap = take(first, sparse::bitmap_len(n)).to_vec();
-                let values = f32s(take(middle, 4 * sparse::marks(&bitmap)));
-                Self::Sparse { bitmap, values }
+            Self::Int8Scaled { values, scales, exponent } => {
+                take(first, values, i8::from_le_bytes);
+                take(middle, scales, f16::from_le_bytes);
+                take(last, std::slice::from_mut(exponent), i8::from_le_bytes);
+            }
+            Self::Sparse { bitmap, values, .. } => {
+                take(first, bitmap, u8::from_le_bytes);
+                values.resize(sparse::marks(bitmap), 0.0);
+                take(middle, values, f32::from_le_bytes);
             }
         }
     }
 }
 
-fn take<'a>(plane: &mut &'a [u8], len: usize) -> &'a [u8] {
-    let (head, tail) = plane.split_at(len);
-    *plane = tail;
-    head
+/// Appends numbers of `N` bytes to a plane.
+fn put<const N: usize, T: Copy>(plane: &mut Vec<u8>, values: &[T], bytes: impl Fn(T) -> [u8; N]) {
+    let start = plane.len();
+    plane.resize(start + N * values.len(), 0);
+    plane[start..].as_chunks_mut().0.iter_mut().zip(values).for_each(|(to, &value)| *to = bytes(value));
 }
 
-fn f32s(bytes: &[u8]) -> Vec<f32> {
-    bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
-}
-
-fn f16s(bytes: &[u8]) -> Vec<f16> {
-    bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b)).collect()
-}
-
-fn i8s(bytes: &[u8]) -> Vec<i8> {
-    bytes.iter().map(|b| b.cast_signed()).collect()
+/// Takes numbers of `N` bytes from the front of a plane.
+fn take<const N: usize, T>(plane: &mut &[u8], values: &mut [T], value: impl Fn([u8; N]) -> T) {
+    let (own, rest) = plane.split_at(N * values.len());
+    values.iter_mut().zip(own.as_chunks().0).for_each(|(to, &bytes)| *to = value(bytes));
+    *plane = rest;
 }

@@ -3,8 +3,11 @@
 //! Bit `j % 8` of byte `j / 8` of a row's bitmap says that element `j` is kept; the kept ones follow in order, as `f32`,
 //! exactly. The others decode to zero. Zeros are never kept.
 
+use rwkv_core::Real;
+use rwkv_core::fast::vectorised;
+
 use super::Fault;
-use super::exponent::{NotFinite, largest};
+use super::exponent::{NotFinite, largest, magnitude};
 
 /// Which values of a row are significant. It matters to encoding alone: any sparse row can be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -38,24 +41,51 @@ impl SparseRule {
         }
     }
 
-    /// Which elements of a row are kept.
-    fn kept(self, row: &[f32], largest: f32) -> Vec<bool> {
+    /// What is kept of a row, whose largest magnitude is `largest`.
+    #[inline(always)]
+    fn cut(self, row: &[f32], largest: f32) -> Cut {
         match self {
             Self::Threshold { per_mille } => {
                 // Exact: 16 bits times 24.
                 let least = f64::from(per_mille) * f64::from(largest);
-                row.iter().map(|&x| x != 0.0 && f64::from(x).abs() * 1000.0 >= least).collect()
+                // The first magnitude that reaches it is the nearest to the quotient, or the next.
+                let near = f32::of(least / 1000.0);
+                let first = magnitude(near) + u32::from(f64::from(near) * 1000.0 < least);
+                Cut { above: first.saturating_sub(1), equal: 0 }
             }
             Self::TopK { k } => {
-                let mut order: Vec<usize> = (0..row.len()).filter(|&j| row[j] != 0.0).collect();
-                order.sort_by(|&i, &j| row[j].abs().total_cmp(&row[i].abs()));
-                let mut kept = vec![false; row.len()];
-                order.into_iter().take(k).for_each(|j| kept[j] = true);
-                kept
+                // The greatest that k magnitudes reach, bit by bit, is the k-th of them.
+                let mut least = 0;
+                for bit in (0..SIGN).rev().map(|bit| 1 << bit) {
+                    match count_above(row, (least | bit) - 1) {
+                        reach if reach == k => return Cut { above: (least | bit) - 1, equal: 0 },
+                        reach if reach > k => least |= bit,
+                        _ => {}
+                    }
+                }
+                let equal = if least == 0 { 0 } else { k.saturating_sub(count_above(row, least)) };
+                Cut { above: least, equal }
             }
         }
     }
 }
+
+/// How many magnitudes are above one, as bits.
+#[inline(always)]
+fn count_above(row: &[f32], bits: u32) -> usize {
+    row.iter().map(|&x| u32::from(magnitude(x) > bits)).sum::<u32>() as usize
+}
+
+/// Which magnitudes of a row are kept, as bits.
+struct Cut {
+    /// Those above this one,
+    above: u32,
+    /// and the first so many that equal it.
+    equal: usize,
+}
+
+/// The bit of the sign.
+const SIGN: u32 = 31;
 
 /// Bytes of the bitmap of a row of `n`.
 #[must_use]
@@ -79,11 +109,24 @@ pub fn encode(
     values: &mut Vec<f32>,
 ) -> Result<(), NotFinite> {
     assert_eq!(bitmap.len(), bitmap_len(row.len()), "bytes of the bitmap");
-    let kept = rule.kept(row, largest(row)?);
-    bitmap.fill(0);
-    for (j, &x) in row.iter().enumerate().filter(|&(j, _)| kept[j]) {
-        bitmap[j / 8] |= 1 << (j % 8);
-        values.push(x);
+    let Cut { above, mut equal } = vectorised(
+        #[inline(always)]
+        || largest(row).map(|largest| rule.cut(row, largest)),
+    )?;
+    for (row, marks) in row.chunks(8).zip(bitmap) {
+        *marks = 0;
+        let (mut own, mut count) = ([0.0; 8], 0);
+        for (j, &x) in row.iter().enumerate() {
+            let magnitude = magnitude(x);
+            let tied = (magnitude == above) & (equal > 0);
+            let kept = (magnitude > above) | tied;
+            equal -= usize::from(tied);
+            *marks |= u8::from(kept) << j;
+            // Written over by the next, if it is not kept.
+            own[count % 8] = x;
+            count += usize::from(kept);
+        }
+        values.extend_from_slice(&own[..count]);
     }
     Ok(())
 }
@@ -95,11 +138,16 @@ pub fn encode(
 /// If the bitmap is not [`bitmap_len`] long, or marks more values than there are.
 pub fn decode<'a>(bitmap: &[u8], mut values: &'a [f32], row: &mut [f32]) -> &'a [f32] {
     assert_eq!(bitmap.len(), bitmap_len(row.len()), "bytes of the bitmap");
-    for (j, x) in row.iter_mut().enumerate() {
-        *x = 0.0;
-        if bitmap[j / 8] >> (j % 8) & 1 == 1 {
-            (*x, values) = (values[0], &values[1..]);
+    for (row, &marks) in row.chunks_mut(8).zip(bitmap) {
+        let (mut own, mut next) = ([0.0; 8], 0);
+        let (kept, others) = values.split_at(marks.count_ones() as usize);
+        own[..kept.len()].copy_from_slice(kept);
+        for (j, x) in row.iter_mut().enumerate() {
+            let kept = marks >> j & 1;
+            *x = if kept == 1 { own[next % 8] } else { 0.0 };
+            next += usize::from(kept);
         }
+        values = others;
     }
     values
 }
