@@ -126,7 +126,9 @@ pub fn encode(
             own[count % 8] = x;
             count += usize::from(kept);
         }
-        values.extend_from_slice(&own[..count]);
+        // All eight, since copies of a known length are faster.
+        values.extend_from_slice(&own);
+        values.truncate(values.len() - own.len() + count);
     }
     Ok(())
 }
@@ -139,9 +141,12 @@ pub fn encode(
 pub fn decode<'a>(bitmap: &[u8], mut values: &'a [f32], row: &mut [f32]) -> &'a [f32] {
     assert_eq!(bitmap.len(), bitmap_len(row.len()), "bytes of the bitmap");
     for (row, &marks) in row.chunks_mut(8).zip(bitmap) {
-        let (mut own, mut next) = ([0.0; 8], 0);
         let (kept, others) = values.split_at(marks.count_ones() as usize);
-        own[..kept.len()].copy_from_slice(kept);
+        let (mut own, mut next) = ([0.0; 8], 0);
+        match values.first_chunk() {
+            Some(eight) => own = *eight, // copies of a known length are faster
+            None => own[..kept.len()].copy_from_slice(kept),
+        }
         for (j, x) in row.iter_mut().enumerate() {
             let kept = marks >> j & 1;
             *x = if kept == 1 { own[next % 8] } else { 0.0 };
