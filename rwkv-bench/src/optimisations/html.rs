@@ -74,7 +74,7 @@ fn gains(report: &Report) -> anyhow::Result<String> {
         let area = SVGBackend::with_string(&mut svg, (u32::try_from(width)?, u32::try_from(height)?))
             .into_drawing_area();
         area.fill(&WHITE).map_err(fail)?;
-        let title = "Tokens a second gained, in percent; lines reach from quarter to quarter";
+        let title = "Tokens a second gained, in percent; lines are what medians may be off";
         area.draw(&Text::new(title, (12, 8), (FONT, 18))).map_err(fail)?;
         let bottom = height - 16;
         area.draw(&PathElement::new([(place(0.0), 34), (place(0.0), bottom)], BLACK)).map_err(fail)?;

@@ -4,30 +4,50 @@ use serde::{Deserialize, Serialize};
 
 use crate::table::Table;
 
-/// A figure that was taken several times: its median, and the quarters around it.
+/// A figure that was taken several times: its median, and where that of all there could be lies with a confidence of
+/// [`CONFIDENCE`], whatever their distribution.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize, Serialize)]
 pub(crate) struct Figure {
     pub(crate) median: f64,
-    /// A quarter are lower.
+    /// At least there.
     pub(crate) low: f64,
-    /// A quarter are higher.
+    /// At most there.
     pub(crate) high: f64,
     pub(crate) count: usize,
 }
+
+/// How sure [`Figure::low`] and [`Figure::high`] are, of five times or more: of fewer, the least and the most say less.
+const CONFIDENCE: f64 = 0.9;
 
 impl Figure {
     /// Of what was taken.
     pub(crate) fn new(mut taken: Vec<f64>) -> Self {
         taken.sort_by(f64::total_cmp);
-        let at = |share: usize| taken.get((taken.len().saturating_sub(1) * share + 2) / 4).copied();
-        let [low, median, high] = [1, 2, 3].map(|share| at(share).unwrap_or(f64::NAN));
-        Self { median, low, high, count: taken.len() }
+        let (count, at) = (taken.len(), |index: usize| taken.get(index).copied().unwrap_or(f64::NAN));
+        let out = beyond(count);
+        let last = count.saturating_sub(1);
+        Self { median: at(count / 2), low: at(out), high: at(last - out), count }
     }
 
-    /// From quarter to quarter, relative to the median.
+    /// From the one to the other, relative to the median.
     pub(crate) fn spread(&self) -> f64 {
         (self.high - self.low) / self.median
     }
+}
+
+/// Of so many values in order, how many at each end can be left out so that the median is among the others with a
+/// confidence of [`CONFIDENCE`]. Each value is below the median with a probability of one half, so that `k` of `n` are with
+/// one of `binomial(n, k) / 2^n`.
+fn beyond(n: usize) -> usize {
+    let (mut ways, mut outside) = ((-(n as f64)).exp2(), 0.0);
+    for k in 0..n / 2 {
+        outside += 2.0 * ways;
+        if outside > 1.0 - CONFIDENCE {
+            return k.saturating_sub(1);
+        }
+        ways *= (n - k) as f64 / (k + 1) as f64;
+    }
+    0
 }
 
 /// What was measured.
@@ -137,7 +157,7 @@ impl Case {
         100.0 * (self.ratio.median - 1.0)
     }
 
-    /// The ratio's quarters, in percent to both sides.
+    /// What the ratio may be off, in percent to both sides.
     pub(crate) fn gain_spread(&self) -> f64 {
         100.0 * (self.ratio.high - self.ratio.low) / 2.0
     }
@@ -241,7 +261,7 @@ impl Report {
         let mut tables = vec![
             (
                 format!(
-                    "Gains in tokens a second (half the distance between quarters), and changes of bits per byte on {} bytes (standard error)",
+                    "Gains in tokens a second (half of what the median may be off, with 90 % confidence), and changes of bits per byte on {} bytes (standard error)",
                     self.text_bytes
                 ),
                 main,
@@ -338,7 +358,9 @@ pub(crate) fn moved(old: &Report, new: &Report) -> Vec<Moved> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Case, Figure, Moved, Report, Row, moved};
+    use rwkv_core::rng::SplitMix64;
+
+    use super::{CONFIDENCE, Case, Figure, Moved, Report, Row, moved};
 
     fn figure(median: f64, spread: f64) -> Figure {
         Figure { median, low: median * (1.0 - spread / 2.0), high: median * (1.0 + spread / 2.0), count: 9 }
@@ -358,11 +380,30 @@ mod tests {
     }
 
     #[test]
-    fn figures_are_medians_and_quarters() {
+    fn figures_are_medians_and_what_they_may_be_off() {
         let of = Figure::new(vec![9.0, 1.0, 5.0, 3.0, 7.0]);
-        assert_eq!((of.low, of.median, of.high, of.count), (3.0, 5.0, 7.0, 5), "five");
+        assert_eq!((of.low, of.median, of.high, of.count), (1.0, 5.0, 9.0, 5), "five");
         let one = Figure::new(vec![2.0]);
         assert_eq!((one.low, one.median, one.high, one.spread()), (2.0, 2.0, 2.0, 0.0), "one");
+        assert!(Figure::new(Vec::new()).median.is_nan(), "none");
+    }
+
+    /// The median of what is drawn, of a lopsided distribution too, is where it is said to be as often as that says.
+    #[test]
+    fn the_median_is_where_it_is_said_to_be() {
+        const DRAWS: usize = 4000;
+        let mut rng = SplitMix64::new(11);
+        for count in [5, 9, 11, 30] {
+            let found = (0..DRAWS).filter(|_| {
+                // u^2 is at most 1 for half of u in [-1, 3].
+                let drawn = (0..count).map(|_| f64::from(rng.uniform(-1.0, 3.0)).powi(2).exp()).collect();
+                let of = Figure::new(drawn);
+                (of.low..=of.high).contains(&1f64.exp())
+            });
+            let share = found.count() as f64 / DRAWS as f64;
+            // Three standard deviations of a share of 0.9 are 0.014.
+            assert!(share > CONFIDENCE - 0.014 && share < 0.99, "{share} of {count}");
+        }
     }
 
     #[test]
