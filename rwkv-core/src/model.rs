@@ -214,6 +214,14 @@ impl<R, M> Model<R, M> {
         };
         self.blocks.iter().flat_map(of_block).chain([&self.head])
     }
+
+    /// The factors of its adapters.
+    pub fn adapter_factors(&mut self) -> impl Iterator<Item = &mut M> {
+        self.blocks.iter_mut().flat_map(|Block { time_mix: TimeMix { w, a, v, g, .. }, .. }| {
+            let adapters = [Some(w), Some(a), v.as_mut(), Some(g)].into_iter().flatten();
+            adapters.flat_map(|of| [&mut of.down, &mut of.up])
+        })
+    }
 }
 
 /// What a sequence leaves behind: all that later tokens can see of it.

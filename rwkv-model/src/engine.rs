@@ -222,8 +222,12 @@ pub struct EngineOptions {
     /// GPU: sequences side by side for which there is memory from the start, as much as they need at most. More is made
     /// when it is needed, for which all that there is is copied.
     pub sessions: usize,
-    /// CPU: whether the channel mix skips the weights of hidden units that are zero. The results are the same.
+    /// Whether the channel mix skips the weights of hidden units that are zero: on a GPU of a token of one sequence, on the
+    /// CPU of a few too. The results are the same, on a GPU but for rounding.
     pub skip_zeros: bool,
+    /// CPU: whether the factors of adapters are widened to single precision as they are read, for measurements: by default
+    /// they are held as the file has them. The results are the same.
+    pub wide_adapters: bool,
     /// CPU: the form of the state update over prompts; by default the fastest for their length, which is one token after
     /// another at every length: chunks, in plain loops, are there to be measured. Their sums are of another order: with
     /// them a sequence's results depend on how its tokens are split over calls, but for rounding.
@@ -260,6 +264,7 @@ impl Default for EngineOptions {
             state: Resident::default(),
             sessions: 1,
             skip_zeros: true,
+            wide_adapters: false,
             wkv: None,
             skip: None,
             threads: None,
@@ -345,10 +350,13 @@ impl Cpu {
     ) -> Result<Self, Error> {
         let threads = options.threads.map(|threads| pool(threads.get())).transpose()?;
         let load = || checkpoint.load_with(&options.weights, progress);
-        let model = match &threads {
+        let mut model: Model<f32, Packed> = match &threads {
             Some(pool) => pool.install(load),
             None => load(),
         }?;
+        if options.wide_adapters {
+            model.adapter_factors().for_each(Packed::widen);
+        }
         let empty = ResidentState::new(&StateLayout::new(&model.config), options.state)?;
         let wkv = options.wkv.unwrap_or_default();
         let forward = Options { wkv, skip_zeros: options.skip_zeros, skip: Skip::default() };
@@ -380,6 +388,7 @@ impl Executor {
             state: options.state,
             sessions: options.sessions,
             pass_tokens: options.pass_tokens.max(1),
+            skip_zeros: options.skip_zeros,
             batch_invariant: options.batch_invariant,
             fused: options.fused,
             portable: options.portable,

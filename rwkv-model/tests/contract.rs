@@ -116,6 +116,9 @@ fn threads_and_skipped_zeros_do_not_matter() {
         let engine = small(EngineOptions { skip_zeros: false, pass_tokens, ..options() });
         assert_eq!(shown(&alone(&engine, prompt)), want, "zeros multiplied, passes of {pass_tokens}");
     }
+    let (engine, halves) = (small(EngineOptions { wide_adapters: true, ..options() }), small(options()));
+    assert_eq!(shown(&alone(&engine, prompt)), want, "wide adapters");
+    assert!(engine.weight_bytes() >= halves.weight_bytes(), "of no less bytes");
 }
 
 /// 300 sessions in a step, decoding and reading prompts in any mix.

@@ -181,6 +181,13 @@ impl Packed {
         Self { inputs, outputs, panels }
     }
 
+    /// Holds the weights in single precision from now on, unless they are in blocks. Products are what they were.
+    pub fn widen(&mut self) {
+        if let Panels::Plain(weights) = &mut self.panels {
+            *weights = Elements::F32(std::mem::replace(weights, Elements::F32(Vec::new())).widen());
+        }
+    }
+
     /// Bytes of the weights.
     #[must_use]
     pub const fn bytes(&self) -> usize {

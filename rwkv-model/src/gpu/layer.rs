@@ -34,7 +34,7 @@ use super::plan::{Bound, Grid, Mixes, PART_BYTES, Plan, Planner, Shape, Step};
 use super::records::{Move, Records};
 use super::weights::{Layer, Weights};
 use super::{Error, Setup, count};
-use crate::recipe::{Matrix, Recipe};
+use crate::recipe::Matrix;
 
 /// Where the mixes of the time mix are among them.
 pub(super) const MIX_R: u32 = 0;
@@ -355,7 +355,7 @@ impl Kernels {
             } else {
                 None
             },
-            step: if setup.fused { StepKernels::new(device, config, &setup.weights, held)? } else { None },
+            step: if setup.fused { StepKernels::new(device, config, setup, held)? } else { None },
         })
     }
 
@@ -430,12 +430,7 @@ impl Kernels {
 
 impl StepKernels {
     /// The kernels, or none where a row does not fit into the memory of a workgroup.
-    fn new(
-        device: &Device,
-        config: &ModelConfig,
-        recipe: &Recipe,
-        held: Held,
-    ) -> Result<Option<Self>, Error> {
+    fn new(device: &Device, config: &ModelConfig, setup: &Setup, held: Held) -> Result<Option<Self>, Error> {
         let capabilities = device.capabilities();
         let lanes = lanes(device);
         let width = count(config.width);
@@ -452,9 +447,9 @@ impl StepKernels {
                 lanes(if fits { 512 } else { 256 }).max(256)
             }
         };
-        let blocks = |of: &[Matrix]| recipe.blocks(config.n_layers, of).collect::<Vec<_>>();
+        let blocks = |of: &[Matrix]| setup.weights.blocks(config.n_layers, of).collect::<Vec<_>>();
         let (linear, linear_tile) = linear_of(device, config, &blocks(&[Matrix::Output]))?;
-        let (value, columns) = value_of(device, config, &blocks(&[Matrix::FfnValue]))?;
+        let (value, columns) = value_of(device, config, &blocks(&[Matrix::FfnValue]), setup.skip_zeros)?;
         let formats = stored::formats(blocks(&STRAIGHT).into_iter().chain([None]));
         let f = f64::from;
         Ok(Some(Self {
@@ -509,6 +504,7 @@ pub(super) fn value_of(
     device: &Device,
     config: &ModelConfig,
     formats: &[Option<quant::Format>],
+    skip_zeros: bool,
 ) -> Result<(Pipeline, u32), Error> {
     let (lanes, columns) = (half(device), if config.width <= 1024 { 16 } else { 32 });
     // As few as suffice for all hidden units at once, if eight do.
@@ -517,6 +513,7 @@ pub(super) fn value_of(
         ("LANES", lanes.into()),
         ("COLUMNS", columns.into()),
         ("PARTS", parts.into()),
+        ("ALL", f64::from(u8::from(!skip_zeros))),
         stored::formats(formats.iter().copied()),
     ];
     Ok((compile(device, channel_mix_value::VARIANTS, &overrides)?, columns))

@@ -162,6 +162,7 @@ pub(crate) struct Setup {
     pub(crate) state: Resident,
     pub(crate) sessions: usize,
     pub(crate) pass_tokens: usize,
+    pub(crate) skip_zeros: bool,
     pub(crate) batch_invariant: bool,
     pub(crate) fused: bool,
     pub(crate) portable: bool,
@@ -251,7 +252,8 @@ impl Executor {
         let kernels = Kernels::new(&device, &config, &setup)?;
         let rows = setup.pass_tokens.min(if device.is_gpu() { MAX_ROWS } else { MAX_SOFTWARE_ROWS });
         let scratch = Scratch::new(&device, &config, setup.state, rows)?;
-        let unfused = (!setup.fused).then(|| Unfused::new(&device, &config, scratch.rows)).transpose()?;
+        let unfused = || Unfused::new(&device, &config, scratch.rows, setup.skip_zeros);
+        let unfused = (!setup.fused).then(unfused).transpose()?;
         device.save_cache()?;
         let records = Records::new(&device, &config, setup.state, setup.sessions)?;
         let weights = Weights::upload(&device, checkpoint, &setup.weights, progress)?;

@@ -96,11 +96,16 @@ struct OpScratch {
 }
 
 impl Unfused {
-    pub(super) fn new(device: &Device, config: &ModelConfig, rows: usize) -> Result<Self, Error> {
+    pub(super) fn new(
+        device: &Device,
+        config: &ModelConfig,
+        rows: usize,
+        skip_zeros: bool,
+    ) -> Result<Self, Error> {
         let scratch = OpScratch::new(device, config, rows)?;
         let indices: Vec<u32> = (0..count(rows)).collect();
         device.queue().write_buffer(&scratch.rows, 0, bytemuck::cast_slice(&indices));
-        Ok(Self { kernels: OpKernels::new(device, config)?, scratch })
+        Ok(Self { kernels: OpKernels::new(device, config, skip_zeros)?, scratch })
     }
 
     /// The variants that were chosen, with those of the kernels that every form has.
@@ -151,10 +156,10 @@ impl Unfused {
 }
 
 impl OpKernels {
-    fn new(device: &Device, config: &ModelConfig) -> Result<Self, Error> {
+    fn new(device: &Device, config: &ModelConfig, skip_zeros: bool) -> Result<Self, Error> {
         let compile = |variants| compile(device, variants, &[]);
         let (linear, linear_tile) = linear_of(device, config, &[])?;
-        let (value, columns) = value_of(device, config, &[])?;
+        let (value, columns) = value_of(device, config, &[], skip_zeros)?;
         Ok(Self {
             to_halves: compile(to_halves::VARIANTS)?,
             token_shift: compile(token_shift::VARIANTS)?,

@@ -22,6 +22,8 @@ struct Params {
 @group(0) @binding(2) var<storage, read> hidden: array<vec4<f32>>;  // [T, F]
 @group(0) @binding(3) var<storage, read_write> x: array<f32>;       // [T, D]
 
+override ALL: bool = false; // whether units that are zero are read all the same, to measure what that costs
+
 // The list is in `held`, which is not needed before it is done with: as f32, which hold any such index.
 override ROOM: u32 = 8u * LANES;
 var<workgroup> sums: array<f32, LANES>;
@@ -45,7 +47,8 @@ fn channel_mix_value(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
         for (var j = 0u; j < PARTS; j++) {
             let at = base + j * LANES + l;
             if at < hidden4 {
-                bits |= dot(vec4<u32>(hidden[start + at] != vec4(0.0)), vec4(1u, 2u, 4u, 8u)) << (4u * j);
+                let read = (hidden[start + at] != vec4(0.0)) | vec4(ALL);
+                bits |= dot(vec4<u32>(read), vec4(1u, 2u, 4u, 8u)) << (4u * j);
             }
         }
         let scanned = workgroup_scan(countOneBits(bits), lane);

@@ -61,10 +61,11 @@ impl Case {
     /// A workgroup shares out what it lists between `8 lanes / columns` of its lanes, from `8 lanes` units at a
     /// time, of which a lane has one more at most. A product passes as many additions as a lane has units, then 8
     /// of its column and as many as there are lanes to a column.
-    fn bounds(&self, sums: &[Sum], lanes: u32, columns: u32) -> Vec<Interval> {
+    fn bounds(&self, sums: &[Sum], lanes: u32, columns: u32, all: bool) -> Vec<Interval> {
         let (lanes, columns) = (lanes as usize, columns as usize);
         let Dims { width, hidden, .. } = self.dims;
-        let units = |row: usize| self.hidden[row * hidden..][..hidden].iter().filter(|&&x| x != 0.0).count();
+        let units =
+            |row: usize| self.hidden[row * hidden..][..hidden].iter().filter(|&&x| all || x != 0.0).count();
         let additions =
             |row| units(row) / (8 * lanes / columns) + hidden.div_ceil(8 * lanes) + 8 + lanes / columns;
         let sum = |(i, (&x, sum)): (usize, (&f32, &Sum))| Interval::exact(x) + sum.by(additions(i / width));
@@ -73,11 +74,14 @@ impl Case {
 
     /// On weights that are NaN where no row has a unit: they are not even read.
     fn run(&self, device: &Device, kernel: &Pipeline, columns: u32) -> Vec<f32> {
-        let (params, groups) = lower(self.dims, columns).unwrap();
         let Dims { hidden, .. } = self.dims;
         let silent = |f: &usize| self.hidden.iter().skip(*f).step_by(hidden).all(|&unit| unit == 0.0);
-        let buffers =
-            [self.weights.poisoned((0..hidden).filter(silent)), words(&self.hidden), words(&self.x)];
+        self.run_on(self.weights.poisoned((0..hidden).filter(silent)), device, kernel, columns)
+    }
+
+    fn run_on(&self, weights: Vec<u32>, device: &Device, kernel: &Pipeline, columns: u32) -> Vec<f32> {
+        let (params, groups) = lower(self.dims, columns).unwrap();
+        let buffers = [weights, words(&self.hidden), words(&self.x)];
         let after = device.run(kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
         assert_eq!(after[..2], buffers[..2], "the operands are untouched");
         floats(&after[2])
@@ -116,7 +120,7 @@ fn agrees_with_its_twin() {
         proptest!(config, |(rows in 1..=3usize, width in widths, format in format, hidden in hidden(), percent in densities, seed: u64)| {
             let width = if format.is_some() { width.next_multiple_of(32) } else { width };
             let case = Case::draw(Dims { rows, width, hidden, format }, percent, seed);
-            let bounds = case.bounds(&case.sums(), lanes, columns);
+            let bounds = case.bounds(&case.sums(), lanes, columns, false);
             held("twin", &case.twin(), &bounds)?;
             for (device, kernel) in &variants {
                 let got = case.run(device, kernel, columns);
@@ -124,6 +128,22 @@ fn agrees_with_its_twin() {
                 prop_assert_eq!(words(&got), words(&case.run(device, kernel, columns)), "again");
             }
         });
+    }
+}
+
+/// Where units that are zero are read too, what is added is the same, and their weights are seen.
+#[test]
+fn all_units_can_be_read() {
+    for (percent, format) in [0, 5, 50, 100].into_iter().zip(FORMATS.into_iter().cycle()) {
+        let case = Case::draw(Dims { rows: 2, width: 192, hidden: 2100, format }, percent, 11);
+        let bounds = case.bounds(&case.sums(), 256, 32, true);
+        for (device, kernel) in &variants_for_tests(VARIANTS, &[("ALL", 1.0), formats(FORMATS)]) {
+            let what = format!("{}: x, {percent} % of {format:?}", kernel.kernel().label());
+            held(&what, &case.run_on(case.weights.poisoned(std::iter::empty()), device, kernel, 32), &bounds)
+                .unwrap();
+            let seen = case.run(device, kernel, 32).iter().any(|x| x.is_nan());
+            assert_eq!(seen, percent < 100, "{what}");
+        }
     }
 }
 
