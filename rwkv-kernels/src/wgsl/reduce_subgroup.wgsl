@@ -20,19 +20,25 @@ var<workgroup> partials: array<f32, LANES>;
 // An `x` passes at most size - 1 additions in a subgroup of that size, then as many over the subgroups, each of whose
 // lanes may have added several.
 fn workgroup_sum(x: f32, lane: Lane) -> f32 {
+    let sum = workgroup_sum_in(0u, x, lane);
+    workgroupBarrier(); // before the next sum writes where this one is read
+    return sum;
+}
+
+// The same, without the last barrier where it can: of sums in turn, one is in slot 0 and the next in slot 1.
+fn workgroup_sum_in(slot: u32, x: f32, lane: Lane) -> f32 {
+    let first = slot * (LANES / 2u); // subgroups have four invocations at least
     let partial = subgroupAdd(x);
     // One of the subgroup writes: its first active invocation, which need not be that of id 0.
     if subgroupBroadcastFirst(lane.index) == lane.index {
-        partials[lane.subgroup] = partial;
+        partials[first + lane.subgroup] = partial;
     }
     workgroupBarrier();
     var sum = 0.0;
     for (var i = lane.of_subgroup; i < lane.subgroups; i += min(lane.subgroup_size, LANES)) {
-        sum += partials[i];
+        sum += partials[first + i];
     }
-    sum = subgroupAdd(sum);
-    workgroupBarrier(); // before the next sum writes where this one is read
-    return sum;
+    return subgroupAdd(sum);
 }
 
 fn team_of(lane: Lane) -> Team {

@@ -438,7 +438,7 @@ impl StepKernels {
             }
         };
         let blocks = |of: &[Matrix]| recipe.blocks(config.n_layers, of).collect::<Vec<_>>();
-        let (linear, linear_tile) = linear_of(device, config, &blocks(&[Matrix::Output]))?;
+        let (linear, linear_tile) = linear_of(device, Some(config.width), &blocks(&[Matrix::Output]))?;
         let (value, columns) = value_of(device, config, &blocks(&[Matrix::FfnValue]))?;
         let formats = stored::formats(blocks(&STRAIGHT).into_iter().chain([None]));
         let f = f64::from;
@@ -470,23 +470,27 @@ fn half(device: &Device) -> u32 {
     lanes(device)(if device.capabilities().workgroup_bytes >= 32 << 10 { 512 } else { 256 })
 }
 
-/// `linear` for rows of the width, and outputs to a workgroup of it.
+/// `linear`, and outputs to a workgroup of it. Of a matrix of `known` rows and columns alone, it has them compiled in.
 pub(super) fn linear_of(
     device: &Device,
-    config: &ModelConfig,
+    known: Option<usize>,
     formats: &[Option<quant::Format>],
 ) -> Result<(Pipeline, u32), Error> {
-    let lanes = lanes(device)(256);
-    let in_blocks = formats.iter().any(Option::is_some);
-    let fits = 4 * (count(config.width) + lanes + 32) <= device.capabilities().workgroup_bytes;
-    let held = if in_blocks && fits { count(config.width) } else { 0 };
+    // Small workgroups begin sooner, but each has to hold the row. Measured on an H100.
+    let lanes = lanes(device)(if known.is_some_and(|width| width <= 2048) { 128 } else { 256 });
+    let known = known.map_or(0, count);
+    let fits = 4 * (known + lanes + 32) <= device.capabilities().workgroup_bytes;
+    let (known, tile) = if fits && known > 0 { (known, tile(lanes, 1)) } else { (0, 0) };
     let overrides = [
         ("LANES", lanes.into()),
         ("TEAM_ROWS", 1.0),
-        ("HELD", held.into()),
+        ("AHEAD", 4.0),
+        ("HELD", known.into()),
+        ("OUTPUTS", known.into()),
+        ("TILE", tile.into()),
         stored::formats(formats.iter().copied()),
     ];
-    Ok((compile(device, linear::VARIANTS, &overrides)?, tile(lanes, 1)))
+    Ok((compile(device, linear::VARIANTS, &overrides)?, self::tile(lanes, 1)))
 }
 
 /// `channel_mix_value`, and columns to a workgroup of it.
@@ -502,6 +506,8 @@ pub(super) fn value_of(
         ("LANES", lanes.into()),
         ("COLUMNS", columns.into()),
         ("PARTS", parts.into()),
+        ("WIDTH", count(config.width).into()),
+        ("HIDDEN", count(config.hidden).into()),
         stored::formats(formats.iter().copied()),
     ];
     Ok((compile(device, channel_mix_value::VARIANTS, &overrides)?, columns))
