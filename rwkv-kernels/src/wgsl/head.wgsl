@@ -76,7 +76,7 @@ fn answers(j: u32) -> vec4<f32> {
 }
 
 // Ranks of a team that are under way at once.
-const AHEAD: u32 = 8u;
+const AHEAD: u32 = 4u;
 
 // A part of an adapter's low ranks times its second factor, for eight channels of the head, held until it is summed. Team
 // `team` of `teams` takes every so manieth rank.

@@ -29,13 +29,17 @@ fn workgroup_sum(x: f32, lane: Lane) -> f32 {
 fn workgroup_sum_in(slot: u32, x: f32, lane: Lane) -> f32 {
     let first = slot * (LANES / 2u); // subgroups have four invocations at least
     let partial = subgroupAdd(x);
-    // One of the subgroup writes: its first active invocation, which need not be that of id 0.
-    if subgroupBroadcastFirst(lane.index) == lane.index {
+    if lane.of_subgroup == 0u {
         partials[first + lane.subgroup] = partial;
     }
     workgroupBarrier();
     var sum = 0.0;
-    for (var i = lane.of_subgroup; i < lane.subgroups; i += min(lane.subgroup_size, LANES)) {
+    if lane.of_subgroup < lane.subgroups {
+        sum = partials[first + lane.of_subgroup];
+    }
+    // There are no others where subgroups are large.
+    let size = min(lane.subgroup_size, LANES);
+    for (var i = lane.of_subgroup + size; i < lane.subgroups; i += size) {
         sum += partials[first + i];
     }
     return subgroupAdd(sum);

@@ -214,8 +214,10 @@ struct StepKernels {
     time_mix: Pipeline,
     linear: Pipeline,
     value: Pipeline,
-    /// Rows of the stack to a workgroup.
+    /// Rows of a stack to a workgroup of `mix_in`, at most: two or one to each of its teams.
     mix_tile: u32,
+    /// Of which tiles are multiples.
+    team_rows: u32,
     /// Lanes of a workgroup of `time_mix`.
     heads_lanes: u32,
     /// Outputs to a workgroup.
@@ -224,9 +226,11 @@ struct StepKernels {
     columns: u32,
 }
 
-/// Invocations that keep a GPU busy: those that the tiles were measured on, an H100 and an H200, have 132 processors. With
-/// fewer in a dispatch, a smaller tile is faster.
-const FILL: u32 = 132 * 174;
+/// Processors of the GPUs that tiles were measured on, an H100 and an H200.
+const PROCESSORS: u32 = 132;
+
+/// Invocations that keep such a GPU busy. With fewer in a dispatch, a smaller tile is faster.
+const FILL: u32 = PROCESSORS * 174;
 
 const FEW_SEQUENCES: u32 = 64;
 const FEW_LANES: u32 = 256;
@@ -452,10 +456,21 @@ impl StepKernels {
             linear,
             value,
             mix_tile: tile(mix_lanes, team_rows),
+            team_rows,
             heads_lanes,
             linear_tile,
             columns,
         }))
+    }
+}
+
+impl StepKernels {
+    /// Rows of a stack to a workgroup: the fewest with which each of the workgroups has a processor of its own, so that none has
+    /// more to do than it must, or else as many as its teams take at once.
+    fn stack_tile(&self, stack: &[mix_in::Stacked]) -> u32 {
+        let groups = |&tile: &u32| stack.iter().map(|of| count(of.outputs).div_ceil(tile)).sum::<u32>();
+        let mut tiles = (1..=self.mix_tile / self.team_rows).map(|teams| teams * self.team_rows);
+        tiles.find(|tile| groups(tile) <= PROCESSORS).unwrap_or(self.mix_tile)
     }
 }
 
@@ -944,8 +959,8 @@ impl Layers<'_> {
         let [cursor, segment, _] = s.parts_of_one();
         let mix = |part, offset, stack: &[mix_in::Stacked], vectors, matrix: &wgpu::Buffer, y| {
             let dims = mix_in::Dims { width, stride: layout.slot_words, offset };
-            let (params, tiles, groups) =
-                mix_in::lower(dims, stack, kernels.mix_tile).map_err(refused(part))?;
+            let tile = kernels.stack_tile(stack);
+            let (params, tiles, groups) = mix_in::lower(dims, stack, tile).map_err(refused(part))?;
             let tiles = planner.table(&tiles);
             let mut buffers = [&tiles, &s.one, &s.x, vectors, matrix, records, y].map(Bound::Whole);
             buffers[1] = cursor;
