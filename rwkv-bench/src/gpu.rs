@@ -11,12 +11,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use clap::Args;
+use half::f16;
+use rwkv_core::ModelConfig;
 use rwkv_core::compare::nmse;
 use rwkv_model::engine::Device;
 use rwkv_model::gpu::Profile;
 use rwkv_model::{Checkpoint, Engine, EngineOptions, Recipe, Sampler, Session};
 use serde_json::json;
 
+use crate::optimisations::ceiling::gpu_copy;
 use crate::random_model::{self, shape_of};
 use crate::speed::Times;
 use crate::variant::{GRAMMAR, Variant};
@@ -149,7 +152,7 @@ fn measure(args: &GpuArgs, path: &Path) -> anyhow::Result<()> {
     println!("  kernels           {}", report.kernels.join(" "));
     println!("  dispatches        {} a token, {} a pass", report.step_dispatches, report.batch_dispatches);
     println!("  load              {load:8.2} s, {:.1} GB/s", checkpoint.bytes() as f64 / load / 1e9);
-    println!("  weights           {:8.2} GB, {}", engine.weight_bytes() as f64 / 1e9, args.weights);
+    println!("  weights           {}, {}", memory(&engine), args.weights);
     let reference = Reference::new(&checkpoint, &args.weights)?;
     let error = reference.verify(&engine)?;
     println!("  logits            {error:.1e} from the CPU executor's");
@@ -187,7 +190,7 @@ fn measure(args: &GpuArgs, path: &Path) -> anyhow::Result<()> {
     engine.profile()?;
     for _ in session.generate(Sampler::greedy()).take(16) {}
     let profile = engine.profile()?;
-    kernels(&profile);
+    kernels(&profile, copies(args.adapter.clone())?);
     if let Some(path) = &args.trace {
         std::fs::write(path, trace(&profile)?)?;
     }
@@ -292,9 +295,31 @@ pub(crate) fn windows(
     Ok(Times::new((0..n).map(time).collect::<Result<_, _>>()?))
 }
 
-/// Prints the time of each part of a pass, the longest first.
+/// What the matrices take, for people, beside what they take in halves.
+fn memory(engine: &Engine) -> String {
+    let ModelConfig { width, hidden, vocab, n_layers, ranks, .. } = *engine.config();
+    let factors = ranks.w + ranks.a + ranks.v + ranks.g;
+    let of_layers = n_layers * (4 * width * width + 2 * width * hidden + 2 * width * factors);
+    // the first layer has no value residual
+    let halves = size_of::<f16>() * (of_layers - 2 * width * ranks.v + vocab * width);
+    let bytes = engine.weight_bytes() as f64;
+    format!("{:8.2} GB, {:.2} of what halves take", bytes / 1e9, bytes / halves as f64)
+}
+
+/// Bytes a second that a copy on the device reads and writes: the ceiling of kernels.
+fn copies(adapter: Option<String>) -> anyhow::Result<f64> {
+    let mut copy = gpu_copy(adapter)?;
+    let begun = Instant::now();
+    let mut best = copy.rate()?;
+    while begun.elapsed() < WARM {
+        best = best.max(copy.rate()?);
+    }
+    Ok(best)
+}
+
+/// Prints the time of each part of a pass, the longest first; `copies` is bytes a second.
 #[expect(clippy::print_stdout, reason = "the report")]
-fn kernels(profile: &Profile) {
+fn kernels(profile: &Profile, copies: f64) {
     let mut parts: BTreeMap<(&str, &str), (u32, f64, u64)> = BTreeMap::new();
     for of in &profile.dispatches {
         let part = parts.entry((&of.kernel, of.part)).or_default();
@@ -303,13 +328,17 @@ fn kernels(profile: &Profile) {
     let total: f64 = parts.values().map(|(_, ns, _)| ns).sum();
     let mut parts: Vec<_> = parts.into_iter().collect();
     parts.sort_by(|(_, (_, a, _)), (_, (_, b, _))| b.total_cmp(a));
-    println!("    kernel                      part            calls  us each   bytes each     GB/s   share");
+    println!("    {:.0} GB/s are copied on the device: what kernels are shares of.", copies / 1e9);
+    println!(
+        "    kernel                      part            calls  us each   bytes each     GB/s  of copies   share"
+    );
     for ((kernel, part), (calls, ns, bytes)) in parts {
         println!(
-            "    {kernel:<27} {part:<15} {calls:>5} {:>8.2} {:>12} {:>8.0} {:>6.1}%",
+            "    {kernel:<27} {part:<15} {calls:>5} {:>8.2} {:>12} {:>8.0} {:>9.1}% {:>6.1}%",
             ns / 1e3 / f64::from(calls),
             bytes / u64::from(calls),
             bytes as f64 / ns,
+            100.0 * (bytes as f64 / ns) / (copies / 1e9),
             100.0 * ns / total
         );
     }
@@ -353,6 +382,8 @@ pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
     println!("model   {}", args.shape.clone().unwrap_or_else(|| args.model.display().to_string()));
     println!("device  {}", engine.report()?.device);
     println!("with    {}", with.name);
+    println!("weights {}, {}", memory(&engine).trim_start(), args.weights);
+    let copies = copies(args.adapter.clone())?;
 
     // Each once to make the device busy, and once to measure.
     let mut all = Profile::default();
@@ -361,7 +392,7 @@ pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
         session.prefill(&[token(1) % count(engine.config().vocab)?])?;
         warm(&mut session)?;
         let what = format!("{} tokens, one after the other", args.tokens);
-        timed(&engine, &mut all, &what, args.tokens, || {
+        timed((&engine, copies), &mut all, &what, args.tokens, || {
             session.generate(Sampler::greedy()).take(args.tokens).try_for_each(|token| Ok(token.map(drop)?))
         })?;
     }
@@ -370,7 +401,7 @@ pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
         let read = || Ok(engine.session().prefill(&prompt)?);
         busy(&engine, || read().and_then(|()| Ok(engine.wait()?)))?;
         let passes = n.div_ceil(EngineOptions::default().pass_tokens);
-        timed(&engine, &mut all, &format!("a prompt of {n} tokens"), passes, read)?;
+        timed((&engine, copies), &mut all, &format!("a prompt of {n} tokens"), passes, read)?;
     }
     for &n in &args.batch {
         let tokens = tokens(&engine, n)?;
@@ -380,7 +411,7 @@ pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
             Ok(engine.step(&mut batch)?)
         };
         busy(&engine, || read().and_then(|()| Ok(engine.wait()?)))?;
-        timed(&engine, &mut all, &format!("a token for each of {n} sequences"), 1, read)?;
+        timed((&engine, copies), &mut all, &format!("a token for each of {n} sequences"), 1, read)?;
     }
     println!(
         "\nA timestamp between two dispatches costs some microseconds, which each of them seems to take longer here.\n\
@@ -407,7 +438,7 @@ fn count(n: usize) -> anyhow::Result<u32> {
 /// Prints where the time of something goes, of which the passes are known, and adds it to what was timed.
 #[expect(clippy::print_stdout, reason = "the report")]
 fn timed(
-    engine: &Engine,
+    (engine, copies): (&Engine, f64),
     all: &mut Profile,
     what: &str,
     passes: usize,
@@ -426,7 +457,7 @@ fn timed(
     // A few are begun ahead of the last token. The device keeps no more than some thousand timestamps.
     let part = if timed < passes { format!(" of {passes}") } else { String::new() };
     println!("\ntimed   {what}: {timed}{part} passes, {:.1} us each\n", sum / 1e3 / timed.max(1) as f64);
-    kernels(&profile);
+    kernels(&profile, copies);
     let end = all.dispatches.last().map_or(0.0, |of| of.start_ns + of.ns);
     profile.dispatches.iter_mut().for_each(|of| of.start_ns += end);
     all.dispatches.append(&mut profile.dispatches);

@@ -4,6 +4,7 @@ use std::fmt::Debug;
 use std::iter::Sum;
 use std::ops::{AddAssign, MulAssign};
 
+use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 use num_traits::Float;
 
@@ -150,6 +151,18 @@ impl Elements {
             Self::F16(v) => v.iter().map(|w| w.widen()).collect(),
             Self::BF16(v) => v.iter().map(|w| w.widen()).collect(),
         }
+    }
+
+    /// All of them in single precision: as [`Self::widen`], several at a time.
+    #[must_use]
+    pub fn into_f32(self) -> Vec<f32> {
+        let mut wide = vec![0.0; if let Self::F32(_) = self { 0 } else { self.len() }];
+        match self {
+            Self::F32(v) => return v,
+            Self::F16(v) => v.convert_to_f32_slice(&mut wide),
+            Self::BF16(v) => v.convert_to_f32_slice(&mut wide),
+        }
+        wide
     }
 }
 

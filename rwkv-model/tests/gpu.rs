@@ -18,7 +18,7 @@ use half::f16;
 use rwkv_core::compare::{magnitude, max_abs};
 use rwkv_core::model::{Compute, Logits, Model, Options, Segment, State, Wkv, WkvSegment};
 use rwkv_core::ops::linear::{Linear, Matrix};
-use rwkv_core::quant::Blocks;
+use rwkv_core::quant::{Blocks, Format};
 use rwkv_core::rng::SplitMix64;
 use rwkv_core::{ElementType, Elements, ModelConfig, Real};
 use rwkv_model::checkpoint::LoadMatrix;
@@ -122,8 +122,17 @@ impl LoadMatrix for Halved {
         Matrix::load(inputs, outputs, kind, read).map(Self)
     }
 
-    fn of_blocks(blocks: &Blocks, hidden_major: bool) -> Self {
-        Self(Matrix::of_blocks(blocks, hidden_major))
+    fn load_blocks<E: Send>(
+        format: Format,
+        inputs: usize,
+        outputs: usize,
+        read: impl Fn(Range<usize>) -> Result<Blocks, E> + Sync,
+    ) -> Result<Self, E> {
+        Matrix::load_blocks(format, inputs, outputs, read).map(Self)
+    }
+
+    fn of_hidden_major(blocks: &Blocks) -> Self {
+        Self(Matrix::of_hidden_major(blocks))
     }
 }
 

@@ -87,12 +87,20 @@ impl Controls {
 
     /// On a GPU, of a device of its own there: on a software driver of little.
     pub(crate) fn gpu(adapter: Option<String>) -> anyhow::Result<Self> {
-        let device = Device::open_with(&Request { adapter, ..Request::default() })?;
-        let real = device.is_gpu();
-        let device: &'static Device = Box::leak(Box::new(device));
-        let ([bytes, times], n) = if real { (GPU_COPY, GPU_EXTENT) } else { ([1 << 20, 1], 128) };
-        Ok(Self { copy: copy(device, bytes, times), matmul: products(device, n)? })
+        let device = opened(adapter)?;
+        let n = if device.is_gpu() { GPU_EXTENT } else { 128 };
+        Ok(Self { copy: copy(device), matmul: products(device, n)? })
     }
+}
+
+/// Copies on a GPU, of a device of its own there.
+pub(crate) fn gpu_copy(adapter: Option<String>) -> anyhow::Result<Control> {
+    Ok(copy(opened(adapter)?))
+}
+
+fn opened(adapter: Option<String>) -> anyhow::Result<&'static Device> {
+    let device = Device::open_with(&Request { adapter, ..Request::default() })?;
+    Ok(Box::leak(Box::new(device)))
 }
 
 /// Waits until a device is done.
@@ -101,7 +109,8 @@ fn wait(device: &Device) -> anyhow::Result<()> {
     device.fault().map_or(Ok(()), |fault| Err(anyhow::anyhow!("the device failed: {fault}")))
 }
 
-fn copy(device: &'static Device, bytes: u64, times: u64) -> Control {
+fn copy(device: &'static Device) -> Control {
+    let [bytes, times] = if device.is_gpu() { GPU_COPY } else { [1 << 20, 1] };
     let buffer = || {
         device.device().create_buffer(&wgpu::BufferDescriptor {
             label: Some("control"),

@@ -5,7 +5,7 @@
 //! the engine without the optimisation and the engine with it are timed in turn, with a copy or a product of matrices
 //! beside them. [`rows`] lists the optimisations: one is added there.
 
-mod ceiling;
+pub(crate) mod ceiling;
 mod html;
 mod measure;
 mod report;

@@ -118,63 +118,78 @@ impl Packed {
         Ok(Self { inputs, outputs, panels: Panels::Plain(panels) })
     }
 
-    /// Packs a matrix in blocks. Its rows are the outputs, or the inputs if it is `hidden_major`.
+    /// Packs a matrix in blocks whose rows are the outputs. `read` is asked for ranges of rows, several at a time from several
+    /// threads: of them all, no more is held than is asked for at once.
+    ///
+    /// # Errors
+    ///
+    /// The first error of `read`.
+    ///
+    /// # Panics
+    ///
+    /// If there are no inputs or outputs, or `read` gives others than it was asked for.
+    pub fn pack_blocks<E: Send>(
+        format: Format,
+        inputs: usize,
+        outputs: usize,
+        read: impl Fn(Range<usize>) -> Result<Blocks, E> + Sync,
+    ) -> Result<Self, E> {
+        let (panels, row_blocks) = (outputs.div_ceil(PANEL), inputs.div_ceil(quant::BLOCK));
+        let mut weights = units(format, inputs, outputs);
+        let mut scales = vec![f16::ZERO; panels * row_blocks * PANEL];
+        let of_panels = weights
+            .par_chunks_exact_mut(inputs * row_bytes(format))
+            .zip(scales.par_chunks_exact_mut(row_blocks * PANEL));
+        of_panels.enumerate().try_for_each(|(panel, (weights, scales))| {
+            let rows = panel * PANEL..((panel + 1) * PANEL).min(outputs);
+            let blocks = read(rows.clone())?;
+            let got = (blocks.format(), blocks.rows(), blocks.columns());
+            assert_eq!(got, (format, rows.len(), inputs), "read gives other blocks");
+            fill(format, inputs, weights, |lane, input| match lane < blocks.rows() {
+                true => blocks.unit(lane, input),
+                false => 0,
+            });
+            for (lane, row) in blocks.scales().chunks_exact(row_blocks).enumerate() {
+                scales.iter_mut().skip(lane).step_by(PANEL).zip(row).for_each(|(to, &scale)| *to = scale);
+            }
+            Ok(())
+        })?;
+        Ok(Self::of_panels(format, inputs, outputs, weights, Scales::OfOutputs(scales)))
+    }
+
+    /// Packs a matrix in blocks whose rows are the inputs.
     ///
     /// # Panics
     ///
     /// If there are no inputs or outputs.
     #[must_use]
-    pub fn of_blocks(blocks: &Blocks, hidden_major: bool) -> Self {
-        let [outputs, inputs] = match hidden_major {
-            false => [blocks.rows(), blocks.columns()],
-            true => [blocks.columns(), blocks.rows()],
-        };
-        assert!(inputs > 0 && outputs > 0, "a matrix of no weights");
-        let panels = outputs.div_ceil(PANEL);
-        let unit = |output: usize, input: usize| match (output < outputs, hidden_major) {
-            (false, _) => 0,
-            (true, false) => blocks.unit(output, input),
-            (true, true) => blocks.unit(input, output),
-        };
-        let row_bytes = match blocks.format() {
-            Format::Int8 => PANEL,
-            Format::Int4 => PANEL / 2,
-        };
-        let mut weights = vec![0i8; panels * inputs * row_bytes];
-        weights.par_chunks_exact_mut(inputs * row_bytes).enumerate().for_each(|(panel, out)| {
-            // sixteen inputs at a time, so that what is written stays in the cache between rows
-            for first in (0..inputs).step_by(16) {
-                for lane in 0..row_bytes {
-                    for input in first..(first + 16).min(inputs) {
-                        let of = |lane| unit(panel * PANEL + lane, input);
-                        out[input * row_bytes + lane] = match blocks.format() {
-                            Format::Int8 => of(lane),
-                            Format::Int4 => of(lane) & 15 | of(lane + PANEL / 2) << 4,
-                        };
-                    }
-                }
-            }
+    pub fn of_hidden_major(blocks: &Blocks) -> Self {
+        let (format, inputs, outputs) = (blocks.format(), blocks.rows(), blocks.columns());
+        let mut weights = units(format, inputs, outputs);
+        let of_panels = weights.par_chunks_exact_mut(inputs * row_bytes(format)).enumerate();
+        of_panels.for_each(|(panel, weights)| {
+            fill(format, inputs, weights, |lane, input| match panel * PANEL + lane {
+                output if output < outputs => blocks.unit(input, output),
+                _ => 0,
+            });
         });
-        let stored = blocks.scales().chunks_exact(blocks.row_blocks());
-        let scales = if hidden_major {
-            let mut scales = vec![f16::ZERO; panels * inputs * SHARED];
-            for (input, row) in stored.enumerate() {
-                for (panel, own) in row.chunks(SHARED).enumerate() {
-                    scales[(panel * inputs + input) * SHARED..][..own.len()].copy_from_slice(own);
-                }
+        let mut scales = vec![f16::ZERO; outputs.div_ceil(PANEL) * inputs * SHARED];
+        for (input, row) in blocks.scales().chunks_exact(blocks.row_blocks()).enumerate() {
+            for (panel, own) in row.chunks(SHARED).enumerate() {
+                scales[(panel * inputs + input) * SHARED..][..own.len()].copy_from_slice(own);
             }
-            Scales::OfInputs(scales)
-        } else {
-            let row_blocks = blocks.row_blocks();
-            let mut scales = vec![f16::ZERO; panels * row_blocks * PANEL];
-            for (output, row) in stored.enumerate() {
-                for (block, &scale) in row.iter().enumerate() {
-                    scales[(output / PANEL * row_blocks + block) * PANEL + output % PANEL] = scale;
-                }
-            }
-            Scales::OfOutputs(scales)
-        };
-        let panels = match blocks.format() {
+        }
+        Self::of_panels(format, inputs, outputs, weights, Scales::OfInputs(scales))
+    }
+
+    const fn of_panels(
+        format: Format,
+        inputs: usize,
+        outputs: usize,
+        weights: Vec<i8>,
+        scales: Scales,
+    ) -> Self {
+        let panels = match format {
             Format::Int8 => Panels::Int8(weights, scales),
             Format::Int4 => Panels::Int4(weights, scales),
         };
@@ -237,6 +252,36 @@ impl Packed {
                 let blocks = self.inputs.div_ceil(quant::BLOCK);
                 let scales = &scales[panel * blocks * PANEL..][..blocks * PANEL];
                 panel_of(ByOutput { units, scales: scales.as_chunks().0 }, x, active, y);
+            }
+        }
+    }
+}
+
+/// Bytes of a row of a panel of blocks.
+const fn row_bytes(format: Format) -> usize {
+    match format {
+        Format::Int8 => PANEL,
+        Format::Int4 => PANEL / 2,
+    }
+}
+
+/// The panels of a matrix in blocks, of zeros.
+fn units(format: Format, inputs: usize, outputs: usize) -> Vec<i8> {
+    assert!(inputs > 0 && outputs > 0, "a matrix of no weights");
+    vec![0; outputs.div_ceil(PANEL) * inputs * row_bytes(format)]
+}
+
+/// Fills a panel of blocks with the units of its lanes, `unit(lane, input)`.
+fn fill(format: Format, inputs: usize, panel: &mut [i8], unit: impl Fn(usize, usize) -> i8) {
+    let row_bytes = row_bytes(format);
+    // sixteen inputs at a time, so that what is written stays in the cache between lanes
+    for first in (0..inputs).step_by(16) {
+        for lane in 0..row_bytes {
+            for input in first..(first + 16).min(inputs) {
+                panel[input * row_bytes + lane] = match format {
+                    Format::Int8 => unit(lane, input),
+                    Format::Int4 => unit(lane, input) & 15 | unit(lane + PANEL / 2, input) << 4,
+                };
             }
         }
     }
@@ -916,7 +961,17 @@ mod tests {
             Ok::<_, ()>(Elements::F32(all.collect()))
         };
         let plain = Packed::pack(inputs, outputs, ElementType::F32, read).unwrap();
-        [Packed::of_blocks(&blocks, hidden_major), plain]
+        let of_rows = |rows: std::ops::Range<usize>| {
+            let (bytes, blocks_of) = (blocks.weights().len() / blocks.rows(), blocks.row_blocks());
+            let weights = blocks.weights()[rows.start * bytes..rows.end * bytes].to_vec();
+            let scales = blocks.scales()[rows.start * blocks_of..rows.end * blocks_of].to_vec();
+            Blocks::from_parts(format, [rows.len(), inputs], weights, scales).ok_or(())
+        };
+        let packed = match hidden_major {
+            true => Packed::of_hidden_major(&blocks),
+            false => Packed::pack_blocks(format, inputs, outputs, of_rows).unwrap(),
+        };
+        [packed, plain]
     }
 
     proptest! {

@@ -18,65 +18,74 @@
 //! bytes, the others in the high halves.
 
 use half::f16;
-use pulp::Arch;
 
-use super::{BLOCK, half_above, largest};
+use super::{BLOCK, half_above, largest, nearest, rounded};
 
 /// Of the largest magnitude over 8, as scales that are tried: what is beyond is cut, and the rest is off by less.
-const SHARES: [f32; 8] = [1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72];
+pub(super) const SHARES: [f32; 8] = [1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72];
+
+/// Lanes of a sum of errors.
+const LANES: usize = 16;
 
 /// Encodes a block of finite weights and returns its scale, which is infinite where a half does not hold it.
-pub(super) fn encode(block: &[f32], units: &mut [u8]) -> f16 {
+#[inline(always)]
+pub(super) fn encode(block: &[f32; BLOCK], units: &mut [u8]) -> f16 {
     let largest = largest(block);
     let mut best = half_above(largest / 7.0);
     if !best.is_finite() || best == f16::ZERO {
+        units.fill(0);
         return best;
     }
-    let mut weights = [0.0; BLOCK];
-    weights[..block.len()].copy_from_slice(block);
-    let q = Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            let (mut least, mut q) = quantised(&weights, best.to_f32());
-            for share in SHARES {
-                let scale = f16::from_f32(largest / 8.0 * share);
-                for scale in [scale, -scale] {
-                    let (error, of) = quantised(&weights, scale.to_f32());
-                    if error < least {
-                        (least, best, q) = (error, scale, of);
-                    }
-                }
+    let mut least = square_error(block, best.to_f32());
+    for share in SHARES {
+        let scale = f16::from_f32(largest / 8.0 * share);
+        for scale in [scale, -scale] {
+            let error = square_error(block, scale.to_f32());
+            if error < least {
+                (least, best) = (error, scale);
             }
-            q
-        },
-    );
-    for (units, q) in units.as_chunks_mut::<4>().0.iter_mut().zip(q.as_chunks::<8>().0) {
+        }
+    }
+    let scale = best.to_f32();
+    for (units, weights) in units.as_chunks_mut::<4>().0.iter_mut().zip(block.as_chunks::<8>().0) {
         for (i, unit) in units.iter_mut().enumerate() {
-            #[expect(clippy::cast_possible_truncation, reason = "within [-8, 7]")]
-            let half = |q: f32| (q as i8).cast_unsigned() & 15;
-            *unit = half(q[i]) | half(q[i + 4]) << 4;
+            let half = |w: f32| nearest(steps(w, scale)) & 15;
+            *unit = half(weights[i]) | half(weights[i + 4]) << 4;
         }
     }
     best
 }
 
-/// A block in steps of a scale, and the square error in it. The errors are summed in lanes, and so in one order on every machine.
+/// A weight in steps of a scale that is not zero, cut but not rounded.
 #[inline(always)]
-fn quantised(weights: &[f32; BLOCK], scale: f32) -> (f32, [f32; BLOCK]) {
-    let (mut errors, mut q) = ([0.0f32; BLOCK / 2], [0.0f32; BLOCK]);
+fn steps(w: f32, scale: f32) -> f32 {
+    (w / scale).clamp(-8.0, 7.0)
+}
+
+/// The square error of a block in steps of a scale; infinite for none. It is summed in lanes, and so in one order on every machine.
+#[inline(always)]
+fn square_error(block: &[f32; BLOCK], scale: f32) -> f32 {
     if scale == 0.0 {
-        return (f32::INFINITY, q);
+        return f32::INFINITY;
     }
-    for (weights, q) in
-        weights.as_chunks::<{ BLOCK / 2 }>().0.iter().zip(q.as_chunks_mut::<{ BLOCK / 2 }>().0)
-    {
-        for i in 0..BLOCK / 2 {
-            q[i] = (weights[i] / scale).round_ties_even().clamp(-8.0, 7.0);
-            let off = scale * q[i] - weights[i];
-            errors[i] += off * off;
+    let square = |w: f32| {
+        let off = scale * rounded(steps(w, scale)) - w;
+        off * off
+    };
+    let mut errors = [0.0f32; LANES];
+    for weights in block.as_chunks::<LANES>().0 {
+        for i in 0..LANES {
+            errors[i] += square(weights[i]);
         }
     }
-    (errors.iter().sum(), q)
+    let mut n = LANES / 2;
+    while n > 0 {
+        for i in 0..n {
+            errors[i] += errors[i + n];
+        }
+        n /= 2;
+    }
+    errors[0]
 }
 
 /// The `i`th weight of a block, in steps.

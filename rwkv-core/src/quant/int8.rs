@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! s    = max |w| / 127, rounded up to a half
-//! q[i] = round(w[i] / s)            in [-127, 127]; all 0 where s is 0
+//! q[i] = round(w[i] / s), of two as near the even one, in [-127, 127]; all 0 where s is 0
 //! w'   = s q
 //! ```
 //!
@@ -11,20 +11,18 @@
 
 use half::f16;
 
-use super::{half_above, largest};
+use super::{BLOCK, half_above, largest, nearest};
 
 /// Steps from zero to the largest weight of a block.
 const STEPS: f32 = 127.0;
 
 /// Encodes a block of finite weights and returns its scale, which is infinite where a half does not hold it.
-pub(super) fn encode(block: &[f32], units: &mut [u8]) -> f16 {
+#[inline(always)]
+pub(super) fn encode(block: &[f32; BLOCK], units: &mut [u8]) -> f16 {
     let scale = half_above(largest(block) / STEPS);
-    let s = scale.to_f32();
+    let s = if scale == f16::ZERO { 1.0 } else { scale.to_f32() }; // of zeros
     for (unit, w) in units.iter_mut().zip(block) {
-        let q = if s > 0.0 { (w / s).round().clamp(-STEPS, STEPS) } else { 0.0 };
-        #[expect(clippy::cast_possible_truncation, reason = "within the steps")]
-        let q = q as i8;
-        *unit = q.cast_unsigned();
+        *unit = nearest((w / s).clamp(-STEPS, STEPS));
     }
     scale
 }

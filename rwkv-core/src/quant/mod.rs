@@ -18,6 +18,7 @@ pub mod int8;
 use std::str::FromStr;
 
 use half::f16;
+use pulp::Arch;
 use rayon::prelude::*;
 
 use crate::Real;
@@ -265,26 +266,44 @@ impl Part<'_> {
         let row_blocks = self.columns.div_ceil(BLOCK);
         let rows = self.scales.len() / row_blocks;
         assert_eq!(weights.len(), rows * self.columns, "weights are not [rows, columns]");
-        if let Some(index) = weights.iter().position(|w| !w.is_finite()) {
+        let finite = weights.iter().fold(true, |all, w| all & w.is_finite()); // of all, since that vectorises
+        if !finite && let Some(index) = weights.iter().position(|w| !w.is_finite()) {
             return Err(Error::NotFinite { index, value: weights[index] });
         }
-        let mut encoded = self.weights.chunks_exact_mut(self.format.block_bytes()).zip(&mut *self.scales);
-        for (r, row) in weights.chunks_exact(self.columns).enumerate() {
-            for (b, block) in row.chunks(BLOCK).enumerate() {
-                let Some((units, scale)) = encoded.next() else { continue };
-                *scale = match self.format {
-                    Format::Int8 => int8::encode(block, units),
-                    Format::Int4 => int4::encode(block, units),
-                };
-                if !scale.is_finite() {
-                    let largest = |a: &usize, b: &usize| block[*a].abs().total_cmp(&block[*b].abs());
-                    let at = (0..block.len()).max_by(largest).unwrap_or_default();
-                    let index = r * self.columns + b * BLOCK + at;
-                    return Err(Error::Beyond { index, value: block[at] });
-                }
-            }
+        match self.format {
+            Format::Int8 => self.encode_by::<{ Format::Int8.block_bytes() }>(weights, int8::encode),
+            Format::Int4 => self.encode_by::<{ Format::Int4.block_bytes() }>(weights, int4::encode),
         }
-        Ok(())
+        let Some(beyond) = self.scales.iter().position(|scale| !scale.is_finite()) else { return Ok(()) };
+        let first = beyond / row_blocks * self.columns + beyond % row_blocks * BLOCK;
+        let end = (first + BLOCK).min((beyond / row_blocks + 1) * self.columns);
+        let largest = |a: &usize, b: &usize| weights[*a].abs().total_cmp(&weights[*b].abs());
+        let index = (first..end).max_by(largest).unwrap_or(first);
+        Err(Error::Beyond { index, value: weights[index] })
+    }
+
+    /// Encodes blocks of `BYTES`, each filled up with zeros, in code that vectorises.
+    fn encode_by<const BYTES: usize>(
+        &mut self,
+        weights: &[f32],
+        encode: impl Fn(&[f32; BLOCK], &mut [u8]) -> f16,
+    ) {
+        let row_blocks = self.columns.div_ceil(BLOCK);
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                let rows = self.weights.chunks_exact_mut(row_blocks * BYTES);
+                let rows = rows.zip(self.scales.chunks_exact_mut(row_blocks));
+                for ((units, scales), row) in rows.zip(weights.chunks_exact(self.columns)) {
+                    let encoded = units.as_chunks_mut::<BYTES>().0.iter_mut().zip(scales);
+                    for ((units, scale), weights) in encoded.zip(row.chunks(BLOCK)) {
+                        let mut block = [0.0; BLOCK];
+                        block[..weights.len()].copy_from_slice(weights);
+                        *scale = encode(&block, units);
+                    }
+                }
+            },
+        );
     }
 }
 
@@ -314,11 +333,35 @@ impl<R: Real> Linear<R> for Blocks {
 }
 
 /// The largest magnitude of a block.
-fn largest(block: &[f32]) -> f32 {
-    block.iter().fold(0.0, |most, w| w.abs().max(most))
+#[inline(always)]
+fn largest(block: &[f32; BLOCK]) -> f32 {
+    let mut most = [0.0f32; 8];
+    for weights in block.as_chunks::<8>().0 {
+        for (most, w) in most.iter_mut().zip(weights) {
+            *most = w.abs().max(*most);
+        }
+    }
+    most.into_iter().fold(0.0, f32::max)
+}
+
+/// A float of such a size has no fraction, and adding it to a number of magnitude below 2^22 rounds that to an integer, of two as
+/// near to the even one, in code that vectorises everywhere. 1.5 2^23, so that the lowest bits are the integer's.
+const FRACTIONLESS: f32 = 12_582_912.0;
+
+/// The nearest integer.
+#[inline(always)]
+fn rounded(x: f32) -> f32 {
+    x + FRACTIONLESS - FRACTIONLESS
+}
+
+/// The nearest integer, of those from -128 to 127, in two's complement.
+#[inline(always)]
+fn nearest(x: f32) -> u8 {
+    (x + FRACTIONLESS).to_bits().to_le_bytes()[0]
 }
 
 /// The smallest half that is not below a magnitude; infinite where there is none.
+#[inline(always)]
 fn half_above(x: f32) -> f16 {
     let half = f16::from_f32(x);
     if half.to_f32() < x { f16::from_bits(half.to_bits() + 1) } else { half }
@@ -347,6 +390,46 @@ mod tests {
             }
         }
         weights
+    }
+
+    /// A block's scale and its weights in steps.
+    fn by_formula(format: Format, block: &[f32]) -> (f16, Vec<i8>) {
+        let largest = block.iter().fold(0.0f32, |most, w| w.abs().max(most));
+        let mut halves = (0..=f16::MAX.to_bits()).map(f16::from_bits);
+        let above = halves.find(|half| half.to_f32() >= largest / steps(format)).unwrap();
+        let in_steps = |scale: f16, [least, most]: [f32; 2]| {
+            let q = move |w: f32| (w / scale.to_f32()).round_ties_even().clamp(least, most);
+            block.iter().map(move |&w| if scale == f16::ZERO { 0.0 } else { q(w) })
+        };
+        let (scale, range) = match format {
+            Format::Int8 => (above, [-127.0, 127.0]),
+            Format::Int4 => {
+                let range = [-8.0, 7.0];
+                let error = |scale: f16| {
+                    let mut lanes = [0.0f32; 16];
+                    for (i, (q, w)) in in_steps(scale, range).zip(block).enumerate() {
+                        let off = scale.to_f32() * q - w;
+                        lanes[i % 16] += off * off;
+                    }
+                    let halves = |lanes: Vec<f32>| {
+                        let (low, high) = lanes.split_at(lanes.len() / 2);
+                        low.iter().zip(high).map(|(a, b)| a + b).collect()
+                    };
+                    (0..4).fold(lanes.to_vec(), |lanes, _| halves(lanes))[0]
+                };
+                let tried = super::int4::SHARES.map(|share| f16::from_f32(largest / 8.0 * share));
+                let tried = tried.into_iter().flat_map(|scale| [scale, -scale]);
+                let tried = [above]
+                    .into_iter()
+                    .chain(tried.filter(|&scale| scale != f16::ZERO && above != f16::ZERO));
+                // the first of the least
+                let best = tried.min_by(|&a, &b| error(a).total_cmp(&error(b))).unwrap();
+                (best, range)
+            }
+        };
+        #[expect(clippy::cast_possible_truncation, reason = "within the range")]
+        let units = in_steps(scale, range).map(|q| q as i8).collect();
+        (scale, units)
     }
 
     fn steps(format: Format) -> f32 {
@@ -380,6 +463,23 @@ mod tests {
                         Format::Int4 => (off.iter().map(|e| e * e).sum::<f64>() / off.len() as f64).sqrt(),
                     };
                     prop_assert!(got <= limit, "{format:?}: off by {got:e}, the limit is {limit:e}");
+                }
+            }
+        }
+
+        /// What is encoded in code that vectorises is, bit for bit, what plain loops over the formulas give.
+        #[test]
+        fn encoding_is_what_the_formulas_say((rows, columns, seed) in extents()) {
+            let weights = draw(rows, columns, seed);
+            for format in Format::ALL {
+                let blocks = Blocks::encode(format, columns, &weights).unwrap();
+                let of_rows = weights.chunks(columns).flat_map(|row| row.chunks(BLOCK));
+                for (at, (block, &scale)) in of_rows.zip(blocks.scales()).enumerate() {
+                    let (want, units) = by_formula(format, block);
+                    prop_assert_eq!(scale.to_bits(), want.to_bits(), "{:?}: scale of block {}", format, at);
+                    let (row, first) = (at / blocks.row_blocks(), at % blocks.row_blocks() * BLOCK);
+                    let got: Vec<_> = (0..block.len()).map(|i| blocks.unit(row, first + i)).collect();
+                    prop_assert_eq!(got, units, "{:?}: block {}", format, at);
                 }
             }
         }

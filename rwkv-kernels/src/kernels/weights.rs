@@ -67,9 +67,21 @@ pub(super) fn indexable(end: usize) -> bool {
 /// If they are not.
 #[must_use]
 pub fn bytes(blocks: &Blocks) -> Vec<u8> {
-    assert!(blocks.columns().is_multiple_of(BLOCK), "rows are whole blocks");
-    let scales = blocks.scales().iter().flat_map(|scale| scale.to_bits().to_le_bytes());
-    let mut all: Vec<u8> = blocks.weights().iter().copied().chain(scales).collect();
-    all.resize(all.len().next_multiple_of(ELEMENT), 0);
+    let mut all = blocks.weights().to_vec();
+    all.extend(scales(blocks));
     all
+}
+
+/// The bytes of its scales, which are the end of them.
+///
+/// # Panics
+///
+/// If the rows are not whole blocks.
+#[must_use]
+pub fn scales(blocks: &Blocks) -> Vec<u8> {
+    assert!(blocks.columns().is_multiple_of(BLOCK), "rows are whole blocks");
+    let mut scales: Vec<u8> =
+        blocks.scales().iter().flat_map(|scale| scale.to_bits().to_le_bytes()).collect();
+    scales.resize(scales.len().next_multiple_of(ELEMENT), 0);
+    scales
 }

@@ -43,37 +43,71 @@ fn row_elements(m: Matrix) -> u32 {
     return m.row / 8u;
 }
 
-// A scale, by its number in the matrix.
-fn scale(m: Matrix, i: u32) -> f32 {
-    let at = m.scales + i;
-    let two = unpack2x16float(weights[at / 8u][at / 2u % 4u]);
-    return select(two.x, two.y, at % 2u == 1u);
+// Where the scale of a block is: two of them share a word. Read before it is needed, and decoded when it is, so that
+// other reads need not wait for it.
+fn scale_word(m: Matrix, block: u32) -> u32 {
+    let at = m.scales + block;
+    return weights[at / 8u][at / 2u % 4u];
 }
+
+// By what its word is shifted.
+fn scale_shift(m: Matrix, block: u32) -> u32 {
+    return (m.scales + block) % 2u * 16u;
+}
+
+fn scale_of(word: u32, shift: u32) -> f32 {
+    return unpack2x16float(word >> shift).x;
+}
+
+// Steps, exactly, without a conversion of integers, of which GPUs do few at a time. A step plus 2^n for some n is a
+// float of that exponent, whose fraction has the bits of the step where they lie in the word; with the highest of them
+// flipped, which adds half the range, it is not negative.
 
 // Of a word of INT8, the weights in steps.
 fn bytes(word: u32) -> vec4<f32> {
-    return vec4<f32>(unpack4xI8(word));
+    let high = word >> 16u;
+    let moved = vec4(
+        (word & 0xffu) ^ 0x4b000080u, // 2^23
+        (word & 0xff00u) ^ 0x47008000u, // 2^15
+        (high & 0xffu) ^ 0x4b000080u,
+        (high & 0xff00u) ^ 0x47008000u,
+    );
+    return bitcast<vec4<f32>>(moved) - vec4(8388736.0, 32896.0, 8388736.0, 32896.0);
 }
 
-// Of a word of INT4, the first four weights in steps, and the others; sixteen times as large.
+// Of a word of INT4, the first four weights in steps, and the others.
 fn low_halves(word: u32) -> vec4<f32> {
-    return vec4<f32>(unpack4xI8((word << 4u) & 0xf0f0f0f0u));
+    let moved = vec4(
+        (word & 0xfu) ^ 0x4b000008u, // 2^23
+        (word & 0xf00u) ^ 0x47000800u, // 2^15
+        (word & 0xf0000u) ^ 0x43080000u, // 2^7
+        (word >> 12u & 0xf000u) ^ 0x45008000u, // 2^11
+    );
+    return bitcast<vec4<f32>>(moved) - vec4(8388616.0, 32776.0, 136.0, 2056.0);
 }
 
 fn high_halves(word: u32) -> vec4<f32> {
-    return vec4<f32>(unpack4xI8(word & 0xf0f0f0f0u));
+    let moved = vec4(
+        (word & 0xf0u) ^ 0x49000080u, // 2^19
+        (word & 0xf000u) ^ 0x45008000u, // 2^11
+        (word >> 12u & 0xf00u) ^ 0x47000800u, // 2^15
+        (word >> 12u & 0xf0000u) ^ 0x43080000u, // 2^7
+    );
+    return bitcast<vec4<f32>>(moved) - vec4(524296.0, 2056.0, 32776.0, 136.0);
 }
 
-// Eight weights of a row, as they are read: of blocks with their scale, as a float.
+// Eight weights of a row, as they are read: of blocks, with the word of their scale and its shift.
 fn eight(m: Matrix, row: u32, at: u32) -> vec4<u32> {
     let i = row * (m.row / 8u) + at;
     if has(m, INT4) {
-        return vec4(weights[m.elements + i / 4u][i % 4u], bitcast<u32>(scale(m, i / 4u) / 16.0), 0u, 0u);
+        let element = m.elements + i / 4u;
+        return vec4(weights[element][i % 4u], 0u, scale_word(m, i / 4u), scale_shift(m, i / 4u));
     }
     if has(m, INT8) {
         let element = m.elements + i / 2u;
         let first = 2u * (i % 2u);
-        return vec4(weights[element][first], weights[element][first + 1u], bitcast<u32>(scale(m, i / 4u)), 0u);
+        let w = vec2(weights[element][first], weights[element][first + 1u]);
+        return vec4(w, scale_word(m, i / 4u), scale_shift(m, i / 4u));
     }
     return weights[m.elements + i];
 }
@@ -81,20 +115,20 @@ fn eight(m: Matrix, row: u32, at: u32) -> vec4<u32> {
 // The first four of them, and the last four.
 fn first4(m: Matrix, w: vec4<u32>) -> vec4<f32> {
     if has(m, INT4) {
-        return bitcast<f32>(w.y) * low_halves(w.x);
+        return scale_of(w.z, w.w) * low_halves(w.x);
     }
     if has(m, INT8) {
-        return bitcast<f32>(w.z) * bytes(w.x);
+        return scale_of(w.z, w.w) * bytes(w.x);
     }
     return low4(w);
 }
 
 fn last4(m: Matrix, w: vec4<u32>) -> vec4<f32> {
     if has(m, INT4) {
-        return bitcast<f32>(w.y) * high_halves(w.x);
+        return scale_of(w.z, w.w) * high_halves(w.x);
     }
     if has(m, INT8) {
-        return bitcast<f32>(w.z) * bytes(w.y);
+        return scale_of(w.z, w.w) * bytes(w.y);
     }
     return high4(w);
 }

@@ -75,6 +75,9 @@ fn answers(j: u32) -> vec4<f32> {
     return vec4(answer[4u * j], answer[4u * j + 1u], answer[4u * j + 2u], answer[4u * j + 3u]);
 }
 
+// Ranks of a team that are under way at once.
+const AHEAD: u32 = 4u;
+
 // A part of an adapter's low ranks times its second factor, for eight channels of the head, held until it is summed. Team
 // `team` of `teams` takes every so manieth rank.
 fn lora_up(row: u32, head: u32, start: u32, rank: u32, team: u32, teams: u32, l: u32) {
@@ -83,11 +86,21 @@ fn lora_up(row: u32, head: u32, start: u32, rank: u32, team: u32, teams: u32, l:
     let low_rank = row * params.inputs + 3u * params.width + start;
     var low = vec4(0.0);
     var high = vec4(0.0);
-    for (var r = team; r < rank; r += teams) {
-        let x = inputs[low_rank + r];
-        let w = weights[(start + r) * width8 + column];
-        low += x * low4(w);
-        high += x * high4(w);
+    // Several are read before the first is multiplied, so that they are waited for once.
+    for (var first = team; first < rank; first += AHEAD * teams) {
+        var x: array<f32, AHEAD>; // zero beyond the last rank
+        var w: array<vec4<u32>, AHEAD>;
+        for (var k = 0u; k < AHEAD; k++) {
+            let r = first + k * teams;
+            if r < rank {
+                x[k] = inputs[low_rank + r];
+                w[k] = weights[(start + r) * width8 + column];
+            }
+        }
+        for (var k = 0u; k < AHEAD; k++) {
+            low += x[k] * low4(w[k]);
+            high += x[k] * high4(w[k]);
+        }
     }
     hold_columns(low, high, l);
 }

@@ -29,6 +29,11 @@ fn workgroup_sum(x: f32, lane: Lane) -> f32 {
     return sum;
 }
 
+// The same; in `reduce_subgroup.wgsl`, of sums in turn, one is in slot 0 and the next in slot 1.
+fn workgroup_sum_in(slot: u32, x: f32, lane: Lane) -> f32 {
+    return workgroup_sum(x, lane);
+}
+
 const TEAM: u32 = 32u;
 
 fn team_of(lane: Lane) -> Team {

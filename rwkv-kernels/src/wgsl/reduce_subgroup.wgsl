@@ -20,19 +20,29 @@ var<workgroup> partials: array<f32, LANES>;
 // An `x` passes at most size - 1 additions in a subgroup of that size, then as many over the subgroups, each of whose
 // lanes may have added several.
 fn workgroup_sum(x: f32, lane: Lane) -> f32 {
+    let sum = workgroup_sum_in(0u, x, lane);
+    workgroupBarrier(); // before the next sum writes where this one is read
+    return sum;
+}
+
+// The same, without the last barrier where it can: of sums in turn, one is in slot 0 and the next in slot 1.
+fn workgroup_sum_in(slot: u32, x: f32, lane: Lane) -> f32 {
+    let first = slot * (LANES / 2u); // subgroups have four invocations at least
     let partial = subgroupAdd(x);
-    // One of the subgroup writes: its first active invocation, which need not be that of id 0.
-    if subgroupBroadcastFirst(lane.index) == lane.index {
-        partials[lane.subgroup] = partial;
+    if lane.of_subgroup == 0u {
+        partials[first + lane.subgroup] = partial;
     }
     workgroupBarrier();
     var sum = 0.0;
-    for (var i = lane.of_subgroup; i < lane.subgroups; i += min(lane.subgroup_size, LANES)) {
-        sum += partials[i];
+    if lane.of_subgroup < lane.subgroups {
+        sum = partials[first + lane.of_subgroup];
     }
-    sum = subgroupAdd(sum);
-    workgroupBarrier(); // before the next sum writes where this one is read
-    return sum;
+    // There are no others where subgroups are large.
+    let size = min(lane.subgroup_size, LANES);
+    for (var i = lane.of_subgroup + size; i < lane.subgroups; i += size) {
+        sum += partials[first + i];
+    }
+    return subgroupAdd(sum);
 }
 
 fn team_of(lane: Lane) -> Team {

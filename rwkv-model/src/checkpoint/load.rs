@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use rwkv_core::fast::linear::Packed;
 use rwkv_core::model::{Adapter, Block, ChannelMix, Model, Norm, TimeMix};
 use rwkv_core::ops::linear::Matrix;
-use rwkv_core::quant::{self, Blocks};
+use rwkv_core::quant::{self, Blocks, Part};
 use rwkv_core::{ElementType, Elements, Real};
 
 use super::directory::{Dtype, Entry};
@@ -28,6 +28,9 @@ pub struct Progress {
 /// Elements read at a time where a tensor is not read by rows.
 const STRETCH: usize = 1 << 20;
 
+/// Weights quantised at a time by one thread: few enough that all threads have some of a small matrix.
+const PART: usize = 1 << 16;
+
 /// A matrix that can be made from rows of stored weights.
 pub trait LoadMatrix: Sized {
     /// Makes a matrix of `outputs` rows of `inputs` weights of type `kind`. `read` gives ranges of rows, several
@@ -43,8 +46,20 @@ pub trait LoadMatrix: Sized {
         read: impl Fn(Range<usize>) -> Result<Elements, E> + Sync,
     ) -> Result<Self, E>;
 
-    /// Makes a matrix of blocks, whose rows are the outputs, or the inputs if it is `hidden_major`.
-    fn of_blocks(blocks: &Blocks, hidden_major: bool) -> Self;
+    /// Makes a matrix of blocks whose rows are the outputs. `read` gives ranges of rows, as for [`Self::load`].
+    ///
+    /// # Errors
+    ///
+    /// The first error of `read`.
+    fn load_blocks<E: Send>(
+        format: quant::Format,
+        inputs: usize,
+        outputs: usize,
+        read: impl Fn(Range<usize>) -> Result<Blocks, E> + Sync,
+    ) -> Result<Self, E>;
+
+    /// Makes a matrix of blocks whose rows are the inputs.
+    fn of_hidden_major(blocks: &Blocks) -> Self;
 }
 
 impl LoadMatrix for Packed {
@@ -57,8 +72,17 @@ impl LoadMatrix for Packed {
         Self::pack(inputs, outputs, kind, read)
     }
 
-    fn of_blocks(blocks: &Blocks, hidden_major: bool) -> Self {
-        Self::of_blocks(blocks, hidden_major)
+    fn load_blocks<E: Send>(
+        format: quant::Format,
+        inputs: usize,
+        outputs: usize,
+        read: impl Fn(Range<usize>) -> Result<Blocks, E> + Sync,
+    ) -> Result<Self, E> {
+        Self::pack_blocks(format, inputs, outputs, read)
+    }
+
+    fn of_hidden_major(blocks: &Blocks) -> Self {
+        Self::of_hidden_major(blocks)
     }
 }
 
@@ -73,15 +97,18 @@ impl LoadMatrix for Matrix<f32> {
         Ok(Self::new(inputs, read(0..outputs)?.widen()))
     }
 
-    fn of_blocks(blocks: &Blocks, hidden_major: bool) -> Self {
-        let decoded = blocks.decode();
-        match hidden_major {
-            false => decoded,
-            true => {
-                let [rows, width] = [blocks.rows(), blocks.columns()];
-                Self::new(rows, columns(decoded.weights(), width, 0..width))
-            }
-        }
+    fn load_blocks<E: Send>(
+        _: quant::Format,
+        _: usize,
+        outputs: usize,
+        read: impl Fn(Range<usize>) -> Result<Blocks, E> + Sync,
+    ) -> Result<Self, E> {
+        Ok(read(0..outputs)?.decode())
+    }
+
+    fn of_hidden_major(blocks: &Blocks) -> Self {
+        let [rows, width] = [blocks.rows(), blocks.columns()];
+        Self::new(rows, columns(blocks.decode().weights(), width, 0..width))
     }
 }
 
@@ -261,11 +288,24 @@ impl Reader<'_> {
         layer: usize,
         matrix: recipe::Matrix,
     ) -> Result<M, Fault> {
-        if let Some(blocks) = self.blocks(recipe, layer, matrix)? {
-            return Ok(M::of_blocks(&blocks, matrix == recipe::Matrix::FfnValue));
+        let (name, [outputs, inputs]) = (matrix.tensor(layer), self.checkpoint.extents(matrix));
+        if matrix == recipe::Matrix::FfnValue {
+            if let Some(blocks) = self.blocks(recipe, layer, matrix)? {
+                return Ok(M::of_hidden_major(&blocks));
+            }
+        } else if let Some(format) = self.stored_format(layer, matrix) {
+            let read = |rows| self.stored_blocks(&name, format, rows, inputs);
+            return M::load_blocks(format, inputs, outputs, read);
+        } else if let Some(format) = recipe.format(layer, matrix).blocks() {
+            let read = |rows| self.quantised(&name, format, rows, inputs);
+            return M::load_blocks(format, inputs, outputs, read);
         }
-        let [outputs, inputs] = self.checkpoint.extents(matrix);
-        self.matrix(&matrix.tensor(layer), outputs, inputs)
+        self.matrix(&name, outputs, inputs)
+    }
+
+    /// What a matrix is in in the file, if it is in blocks there: whatever a recipe says, it stays that.
+    fn stored_format(&self, layer: usize, matrix: recipe::Matrix) -> Option<quant::Format> {
+        self.checkpoint.recipe.format(layer, matrix).blocks()
     }
 
     /// See [`Checkpoint::blocks`].
@@ -278,53 +318,76 @@ impl Reader<'_> {
         let (name, hidden_major) = (matrix.tensor(layer), matrix == recipe::Matrix::FfnValue);
         let [outputs, inputs] = self.checkpoint.extents(matrix);
         let [rows, columns] = if hidden_major { [inputs, outputs] } else { [outputs, inputs] };
-        if let Some(format) = self.checkpoint.recipe.format(layer, matrix).blocks() {
-            return self.stored_blocks(&name, format, [rows, columns]).map(Some); // whatever the recipe says
+        if let Some(format) = self.stored_format(layer, matrix) {
+            return self.stored_blocks(&name, format, 0..rows, columns).map(Some);
         }
         let Some(format) = recipe.format(layer, matrix).blocks() else { return Ok(None) };
         let mut blocks = Blocks::zeros(format, rows, columns);
-        let lines = (STRETCH / columns).max(1);
+        let lines = (PART / columns).max(1);
         // Turned, a matrix is read whole: it lies in the file the other way round.
         let turned = if hidden_major { self.lines(&name, [columns, rows])? } else { Vec::new() };
-        blocks.parts(lines).enumerate().try_for_each(|(i, mut part)| {
+        blocks.parts(lines).enumerate().try_for_each(|(i, part)| {
             let (first, last) = (i * lines, ((i + 1) * lines).min(rows));
-            let weights = match hidden_major {
-                false => self.elements(&name, first * columns..last * columns)?.widen(),
-                true => {
-                    let mut weights = vec![0.0; (last - first) * columns];
-                    let stored = turned.iter().flat_map(|lines| lines.chunks_exact(rows));
-                    for (column, line) in stored.enumerate() {
-                        let own = weights.iter_mut().skip(column).step_by(columns);
-                        own.zip(&line[first..last]).for_each(|(to, weight)| *to = *weight);
-                    }
-                    weights
-                }
-            };
-            let refused = |error| Fault::Quantising { tensor: name.clone(), first: first * columns, error };
-            part.encode(&weights).map_err(refused)
+            if !hidden_major {
+                return self.quantise(&name, part, first * columns, last * columns);
+            }
+            let mut weights = vec![0.0; (last - first) * columns];
+            let stored = turned.iter().flat_map(|lines| lines.chunks_exact(rows));
+            for (column, line) in stored.enumerate() {
+                let own = weights.iter_mut().skip(column).step_by(columns);
+                own.zip(&line[first..last]).for_each(|(to, weight)| *to = *weight);
+            }
+            encode(&name, part, first * columns, &weights)
         })?;
         Ok(Some(blocks))
     }
 
+    /// Some rows of a matrix that is not in blocks in the file.
+    fn quantised(
+        &self,
+        name: &str,
+        format: quant::Format,
+        rows: Range<usize>,
+        columns: usize,
+    ) -> Result<Blocks, Fault> {
+        let mut blocks = Blocks::zeros(format, rows.len(), columns);
+        let whole = blocks.parts(rows.len());
+        whole.try_for_each(|part| self.quantise(name, part, rows.start * columns, rows.end * columns))?;
+        Ok(blocks)
+    }
+
+    /// Encodes the weights of a tensor from `first` to before `end`.
+    fn quantise(&self, name: &str, part: Part<'_>, first: usize, end: usize) -> Result<(), Fault> {
+        encode(name, part, first, &self.elements(name, first..end)?.into_f32())
+    }
+
     /// The rows of a tensor, widened, several of them together.
     fn lines(&self, name: &str, [rows, columns]: [usize; 2]) -> Result<Vec<Vec<f32>>, Fault> {
-        let lines = (STRETCH / columns).max(1);
+        let lines = (PART / columns).max(1);
         let starts: Vec<_> = (0..rows).step_by(lines).collect();
         let read = |&first: &usize| {
             let last = (first + lines).min(rows);
-            Ok(self.elements(name, first * columns..last * columns)?.widen())
+            Ok(self.elements(name, first * columns..last * columns)?.into_f32())
         };
         starts.par_iter().map(read).collect()
     }
 
-    fn stored_blocks(&self, name: &str, format: quant::Format, extents: [usize; 2]) -> Result<Blocks, Fault> {
-        let len = |name: &str| Ok::<usize, Fault>(self.entry(name)?.shape.iter().product());
-        let scales = format!("{name}{SCALES}");
-        let weights = self.bytes(name, len(name)?)?;
-        let Elements::F16(of_blocks) = self.whole(&scales)? else {
+    /// Some rows of a matrix that is in blocks in the file.
+    fn stored_blocks(
+        &self,
+        name: &str,
+        format: quant::Format,
+        rows: Range<usize>,
+        columns: usize,
+    ) -> Result<Blocks, Fault> {
+        let (scales, row_blocks) = (format!("{name}{SCALES}"), columns.div_ceil(quant::BLOCK));
+        let of = |each: usize| rows.start * row_blocks * each..rows.end * row_blocks * each;
+        let weights = self.read(name, self.entry(name)?, of(format.block_bytes()), |_| true)?;
+        let Elements::F16(of_blocks) = self.elements(&scales, of(1))? else {
             return Err(Fault::Scales { tensor: scales }); // their type was checked
         };
-        Blocks::from_parts(format, extents, weights, of_blocks).ok_or(Fault::Scales { tensor: scales })
+        let blocks = Blocks::from_parts(format, [rows.len(), columns], weights, of_blocks);
+        blocks.ok_or(Fault::Scales { tensor: scales })
     }
 
     /// The first bytes of a tensor of bytes.
@@ -383,7 +446,9 @@ impl Reader<'_> {
                 bytes.chunks_exact_mut(size_of::<T>()).for_each(<[u8]>::reverse);
             }
             let read = bytes.len() as u64;
-            if let Some(at) = stretch.iter().position(|&value| !is_finite(value)) {
+            // of all, since that vectorises
+            let finite = stretch.iter().fold(true, |all, &value| all & is_finite(value));
+            if !finite && let Some(at) = stretch.iter().position(|&value| !is_finite(value)) {
                 return Err(Fault::NotFinite { tensor: name.to_owned(), index: index + at });
             }
             index += stretch.len();
@@ -392,6 +457,12 @@ impl Reader<'_> {
         }
         Ok(elements)
     }
+}
+
+/// Encodes weights of a tensor, from the `first` on.
+fn encode(name: &str, mut part: Part<'_>, first: usize, weights: &[f32]) -> Result<(), Fault> {
+    let refused = |error| Fault::Quantising { tensor: name.to_owned(), first, error };
+    part.encode(weights).map_err(refused)
 }
 
 /// The columns `range` of a row-major matrix of `width` columns, each as a row.

@@ -225,8 +225,10 @@ struct StepKernels {
     time_mix: Pipeline,
     linear: Pipeline,
     value: Pipeline,
-    /// Rows of the stack to a workgroup.
+    /// Rows of a stack to a workgroup of `mix_in`, at most: two or one to each of its teams.
     mix_tile: u32,
+    /// Of which tiles are multiples.
+    team_rows: u32,
     /// Lanes of a workgroup of `time_mix`.
     heads_lanes: u32,
     /// Outputs to a workgroup.
@@ -235,9 +237,11 @@ struct StepKernels {
     columns: u32,
 }
 
-/// Invocations that keep a GPU busy: those that the tiles were measured on, an H100 and an H200, have 132 processors. With
-/// fewer in a dispatch, a smaller tile is faster.
-const FILL: u32 = 132 * 174;
+/// Processors of the GPUs that tiles were measured on, an H100 and an H200.
+const PROCESSORS: u32 = 132;
+
+/// Invocations that keep such a GPU busy. With fewer in a dispatch, a smaller tile is faster.
+const FILL: u32 = PROCESSORS * 174;
 
 /// Rows up to which a head has more lanes than [`Held::batch_lanes`], and how many. On an H100, 1.5B, 32 sequences: 22 us for 25.
 const FEW_SEQUENCES: u32 = 32;
@@ -448,7 +452,7 @@ impl StepKernels {
             }
         };
         let blocks = |of: &[Matrix]| setup.weights.blocks(config.n_layers, of).collect::<Vec<_>>();
-        let (linear, linear_tile) = linear_of(device, config, &blocks(&[Matrix::Output]))?;
+        let (linear, linear_tile) = linear_of(device, Some(config.width), &blocks(&[Matrix::Output]))?;
         let (value, columns) = value_of(device, config, &blocks(&[Matrix::FfnValue]), setup.skip_zeros)?;
         let formats = stored::formats(blocks(&STRAIGHT).into_iter().chain([None]));
         let f = f64::from;
@@ -462,10 +466,21 @@ impl StepKernels {
             linear,
             value,
             mix_tile: tile(mix_lanes, team_rows),
+            team_rows,
             heads_lanes,
             linear_tile,
             columns,
         }))
+    }
+}
+
+impl StepKernels {
+    /// Rows of a stack to a workgroup: the fewest with which each of the workgroups has a processor of its own, so that none has
+    /// more to do than it must, or else as many as its teams take at once.
+    fn stack_tile(&self, stack: &[mix_in::Stacked]) -> u32 {
+        let groups = |&tile: &u32| stack.iter().map(|of| count(of.outputs).div_ceil(tile)).sum::<u32>();
+        let mut tiles = (1..=self.mix_tile / self.team_rows).map(|teams| teams * self.team_rows);
+        tiles.find(|tile| groups(tile) <= PROCESSORS).unwrap_or(self.mix_tile)
     }
 }
 
@@ -480,23 +495,27 @@ fn half(device: &Device) -> u32 {
     lanes(device)(if device.capabilities().workgroup_bytes >= 32 << 10 { 512 } else { 256 })
 }
 
-/// `linear` for rows of the width, and outputs to a workgroup of it.
+/// `linear`, and outputs to a workgroup of it. Of a matrix of `known` rows and columns alone, it has them compiled in.
 pub(super) fn linear_of(
     device: &Device,
-    config: &ModelConfig,
+    known: Option<usize>,
     formats: &[Option<quant::Format>],
 ) -> Result<(Pipeline, u32), Error> {
-    let lanes = lanes(device)(256);
-    let in_blocks = formats.iter().any(Option::is_some);
-    let fits = 4 * (count(config.width) + lanes + 32) <= device.capabilities().workgroup_bytes;
-    let held = if in_blocks && fits { count(config.width) } else { 0 };
+    // Small workgroups begin sooner, but each has to hold the row. Measured on an H100.
+    let lanes = lanes(device)(if known.is_some_and(|width| width <= 2048) { 128 } else { 256 });
+    let known = known.map_or(0, count);
+    let fits = 4 * (known + lanes + 32) <= device.capabilities().workgroup_bytes;
+    let (known, tile) = if fits && known > 0 { (known, tile(lanes, 1)) } else { (0, 0) };
     let overrides = [
         ("LANES", lanes.into()),
         ("TEAM_ROWS", 1.0),
-        ("HELD", held.into()),
+        ("AHEAD", 4.0),
+        ("HELD", known.into()),
+        ("OUTPUTS", known.into()),
+        ("TILE", tile.into()),
         stored::formats(formats.iter().copied()),
     ];
-    Ok((compile(device, linear::VARIANTS, &overrides)?, tile(lanes, 1)))
+    Ok((compile(device, linear::VARIANTS, &overrides)?, self::tile(lanes, 1)))
 }
 
 /// `channel_mix_value`, and columns to a workgroup of it.
@@ -514,6 +533,8 @@ pub(super) fn value_of(
         ("COLUMNS", columns.into()),
         ("PARTS", parts.into()),
         ("ALL", f64::from(u8::from(!skip_zeros))),
+        ("WIDTH", count(config.width).into()),
+        ("HIDDEN", count(config.hidden).into()),
         stored::formats(formats.iter().copied()),
     ];
     Ok((compile(device, channel_mix_value::VARIANTS, &overrides)?, columns))
@@ -950,8 +971,8 @@ impl Layers<'_> {
         let [cursor, segment, _] = s.parts_of_one();
         let mix = |part, offset, stack: &[mix_in::Stacked], vectors, matrix: &wgpu::Buffer, y| {
             let dims = mix_in::Dims { width, stride: layout.slot_words, offset };
-            let (params, tiles, groups) =
-                mix_in::lower(dims, stack, kernels.mix_tile).map_err(refused(part))?;
+            let tile = kernels.stack_tile(stack);
+            let (params, tiles, groups) = mix_in::lower(dims, stack, tile).map_err(refused(part))?;
             let tiles = planner.table(&tiles);
             let mut buffers = [&tiles, &s.one, &s.x, vectors, matrix, records, y].map(Bound::Whole);
             buffers[1] = cursor;

@@ -246,7 +246,10 @@ impl Upload<'_> {
                 let mut part = to.split_off(..bytes(piece)).unwrap_or_default();
                 let blocks = piece.matrix.map(|(layer, of)| self.reader.blocks(self.recipe, layer, of));
                 if let Some(blocks) = blocks.transpose()?.flatten() {
-                    part.copy_from_slice(&stored::bytes(&blocks));
+                    // A block's weights are whole elements, so that the scales follow at once.
+                    let weights = part.split_off(..blocks.weights().len()).unwrap_or_default();
+                    copy(weights, blocks.weights());
+                    copy(part, &stored::scales(&blocks));
                 } else if piece.turned {
                     self.turned(piece, part)?;
                 } else {
@@ -335,6 +338,17 @@ fn write(
     })?;
     rest.copy_from_slice(bytemuck::cast_slice(&make(written..written + rest.len() / HALF)?));
     Ok(())
+}
+
+/// Copies bytes, several stretches at a time.
+fn copy(to: WriteOnly<'_, [u8]>, from: &[u8]) {
+    let (chunks, mut rest) = to.into_chunks::<CHUNK>();
+    let (from, last) = from.as_chunks::<CHUNK>();
+    let chunks: Vec<_> = chunks.into_iter().collect();
+    chunks.into_par_iter().zip(from).for_each(|(to, from)| {
+        WriteOnly::<[u8]>::from(to).copy_from_slice(from);
+    });
+    rest.copy_from_slice(last);
 }
 
 /// Weights as halves, or the first that is beyond them. `first` is the index of the first in its tensor.

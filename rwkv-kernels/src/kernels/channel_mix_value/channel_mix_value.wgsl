@@ -10,6 +10,13 @@
 override LANES: u32 = 256u;
 override COLUMNS: u32 = 32u;
 override PARTS: u32 = 8u; // fours of units that a lane looks at before they are listed, at most 8: enough for all is best
+// The extents, where they are known when the kernel is compiled and not zero.
+override WIDTH: u32 = 0u;
+override HIDDEN: u32 = 0u;
+
+// Units that a lane reads the weights of before it multiplies those of the first: few are not zero, and each waits for
+// the memory.
+const AHEAD: u32 = 4u;
 
 struct Params {
     width: u32,  // D
@@ -28,18 +35,38 @@ override ALL: bool = false; // whether units that are zero are read all the same
 override ROOM: u32 = 8u * LANES;
 var<workgroup> sums: array<f32, LANES>;
 
+fn width() -> u32 {
+    if WIDTH != 0u {
+        return WIDTH;
+    }
+    return params.width;
+}
+
+fn hidden_units() -> u32 {
+    if HIDDEN != 0u {
+        return HIDDEN;
+    }
+    return params.hidden;
+}
+
 @compute @workgroup_size(LANES)
 fn channel_mix_value(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     let l = lane.index;
-    let width8 = params.width / 8u;
-    let hidden4 = params.hidden / 4u;
+    let width8 = width() / 8u;
+    let hidden4 = hidden_units() / 4u;
     let start = group.y * hidden4;
-    let m = matrix_at(params.format, 0u, params.width, params.hidden);
+    let m = matrix_at(params.format, 0u, width(), hidden_units());
     // Lanes of a row, and the column of this one, in elements of eight weights. The last columns may not be there.
     let lanes = COLUMNS / 8u;
     let column = min(group.x * lanes + l % lanes, width8 - 1u);
     var low = vec4(0.0);
     var high = vec4(0.0);
+    let own = group.x * COLUMNS + l;
+    let owns = l < COLUMNS && own < width();
+    var before = 0.0;
+    if owns {
+        before = x[group.y * width() + own];
+    }
 
     for (var base = 0u; base < hidden4; base += PARTS * LANES) {
         // Which of the lane's units are not zero, one bit each.
@@ -63,12 +90,23 @@ fn channel_mix_value(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
                 place++;
             }
             workgroupBarrier();
-            for (var i = l / lanes; i < min(scanned.y - listed, ROOM); i += LANES / lanes) {
-                let unit = u32(held[i]);
-                let value = hidden[start + unit / 4u][unit % 4u];
-                let w = eight(m, unit, column);
-                low += value * first4(m, w);
-                high += value * last4(m, w);
+            let count = min(scanned.y - listed, ROOM);
+            let step = LANES / lanes;
+            for (var first = l / lanes; first < count; first += AHEAD * step) {
+                var w: array<vec4<u32>, AHEAD>;
+                var value: array<f32, AHEAD>; // zero where there is no unit
+                for (var k = 0u; k < AHEAD; k++) {
+                    let i = first + k * step;
+                    if i < count {
+                        let unit = u32(held[i]);
+                        w[k] = eight(m, unit, column);
+                        value[k] = hidden[start + unit / 4u][unit % 4u];
+                    }
+                }
+                for (var k = 0u; k < AHEAD; k++) {
+                    low += value[k] * first4(m, w[k]);
+                    high += value[k] * last4(m, w[k]);
+                }
             }
             workgroupBarrier(); // before the list is written again, or the sums where it is
         }
@@ -78,12 +116,11 @@ fn channel_mix_value(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     workgroupBarrier();
     sums[l] = column_part(l);
     workgroupBarrier();
-    let own = group.x * COLUMNS + l;
-    if l < COLUMNS && own < params.width {
+    if owns {
         var sum = 0.0;
         for (var i = l; i < LANES; i += COLUMNS) {
             sum += sums[i];
         }
-        x[group.y * params.width + own] += sum;
+        x[group.y * width() + own] = before + sum;
     }
 }

@@ -47,7 +47,8 @@ pub enum Error {
     },
 }
 
-/// The parameters and workgroups of a call, for a pipeline whose override `COLUMNS` is `columns`.
+/// The parameters and workgroups of a call, for a pipeline whose override `COLUMNS` is `columns`. Its overrides `WIDTH` and
+/// `HIDDEN`, those that are not zero, must be those of `dims`.
 ///
 /// # Errors
 ///

@@ -147,6 +147,21 @@ fn all_units_can_be_read() {
     }
 }
 
+/// With its extents and one format compiled, it has the same bounds.
+#[test]
+fn with_extents_compiled_it_agrees_with_its_twin() {
+    for format in FORMATS {
+        let dims = Dims { rows: 2, width: 192, hidden: 2100, format };
+        let case = Case::draw(dims, 20, 13);
+        let bounds = case.bounds(&case.sums(), 256, 32, false);
+        let overrides = [("WIDTH", 192.0), ("HIDDEN", 2100.0), formats([format])];
+        for (device, kernel) in &variants_for_tests(VARIANTS, &overrides) {
+            let what = format!("{}, {format:?}", kernel.kernel().label());
+            held(&what, &case.run(device, kernel, 32), &bounds).unwrap();
+        }
+    }
+}
+
 /// A silent layer adds nothing at all.
 #[test]
 fn nothing_is_added_where_nothing_is() {

@@ -49,8 +49,8 @@ pub enum Error {
     },
 }
 
-/// The parameters and workgroups of a call, `tile` outputs to a workgroup. The pipeline's override `HELD`, if it is not zero, must
-/// be the inputs.
+/// The parameters and workgroups of a call, `tile` outputs to a workgroup. The pipeline's overrides `HELD`, `OUTPUTS` and `TILE`,
+/// those that are not zero, must be the inputs, the outputs and `tile`.
 ///
 /// # Errors
 ///

@@ -74,8 +74,14 @@ impl Case {
 #[test]
 fn agrees_with_its_twin() {
     let lanes_and_rows = [(64, 1), (64, 2), (128, 1), (256, 1), (256, 2), (512, 2), (1024, 1), (1024, 2)];
-    for (lanes, team_rows) in lanes_and_rows {
-        let overrides = [("LANES", lanes.into()), ("TEAM_ROWS", team_rows.into()), formats(FORMATS)];
+    for (i, (lanes, team_rows)) in lanes_and_rows.into_iter().enumerate() {
+        let ahead = [1, 2, 4][i % 3];
+        let overrides = [
+            ("LANES", lanes.into()),
+            ("TEAM_ROWS", team_rows.into()),
+            ("AHEAD", ahead.into()),
+            formats(FORMATS),
+        ];
         let variants = variants_for_tests(&of_lanes(VARIANTS, lanes), &overrides);
         let config = ProptestConfig { cases: 24, ..ProptestConfig::with_source_file(file!()) };
         let extents = (1..=3usize, 1..=70usize, 1..=150usize, any::<bool>());
@@ -94,18 +100,23 @@ fn agrees_with_its_twin() {
     }
 }
 
-/// With the vector in workgroup memory, and one format compiled: within the same bounds. Not the same bits, since a compiler may
-/// fuse other products with sums.
+/// With the vector in workgroup memory, and extents and one format compiled: within the same bounds. Not the same bits, since a
+/// compiler may fuse other products with sums.
 #[test]
 fn with_the_vector_held_it_agrees_with_its_twin() {
     for format in FORMATS {
-        for inputs in [32u16, 320, 1056] {
+        for (inputs, ahead) in [(32u16, 1), (320, 2), (1056, 4), (2080, 4)] {
             let dims = Dims { rows: 2, inputs: inputs.into(), outputs: 37, accumulate: true, format };
             let case = Case::draw(dims, 11);
             let bounds = case.bounds();
-            for (device, kernel) in
-                variants_for_tests(VARIANTS, &[formats([format]), ("HELD", inputs.into())])
-            {
+            let overrides = [
+                formats([format]),
+                ("AHEAD", ahead.into()),
+                ("HELD", inputs.into()),
+                ("OUTPUTS", 37.0),
+                ("TILE", 17.0),
+            ];
+            for (device, kernel) in variants_for_tests(VARIANTS, &overrides) {
                 let got = case.run(device, &kernel, 17);
                 let what = format!("{}, {format:?}, {inputs} inputs", kernel.kernel().label());
                 held(&what, &got, &bounds).unwrap();

@@ -89,7 +89,7 @@ fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
             part += (row[j].x + row[j].y) + (row[j].z + row[j].w);
         }
     }
-    let mean = workgroup_sum(part, lane) / f32(WIDTH);
+    let mean = workgroup_sum_in(0u, part, lane) / f32(WIDTH);
     part = 0.0;
     for (var j = 0u; j < own; j++) {
         row[j] -= mean;
@@ -97,7 +97,7 @@ fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
             part += dot(row[j], row[j]);
         }
     }
-    let scale = inverseSqrt(workgroup_sum(part, lane) / f32(WIDTH) + params.eps);
+    let scale = inverseSqrt(workgroup_sum_in(1u, part, lane) / f32(WIDTH) + params.eps);
 
     for (var j = 0u; j < own; j++) {
         let i = lane.index + j * LANES;
@@ -116,13 +116,10 @@ fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     for (var first = 0u; first < rows; first += step) {
         let row = first + team.index * TEAM_ROWS;
         let sum = row_products(m, row, last, fetched, team, lane);
-        if team.lane == 0u {
-            if row <= last {
-                y[tile.first + row] = activate(tile.activation, sum.x);
-            }
-            if TEAM_ROWS == 2u && row + 1u <= last {
-                y[tile.first + row + 1u] = activate(tile.activation, sum.y);
-            }
+        // One lane for each of the two rows.
+        let own = row + team.lane;
+        if team.lane < TEAM_ROWS && own <= last {
+            y[tile.first + own] = activate(tile.activation, select(sum.x, sum.y, team.lane == 1u));
         }
         if first + step < rows {
             fetched = fetch(m, row + step, last, team);
