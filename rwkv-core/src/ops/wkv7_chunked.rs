@@ -18,18 +18,30 @@
 //! S    = S diag(exp(G[C])) + sum_s (q[s] b[s]^T + v[s] k[s]^T) diag(exp(G[C] - G[s]))
 //! ```
 //!
+//! Of this, little waits for the state. With `q[t] = S w[t] + u[t]` and `y[t] = S r'[t] + y'[t]`, the [`Factors`]
+//!
+//! ```text
+//! w[t]  = a[t] * exp(P[t]) + sum_{s<t} A_ab[t][s] w[s]        u[t]  = sum_{s<t} A_ak[t][s] v[s] + A_ab[t][s] u[s]
+//! r'[t] = r[t] * exp(G[t]) + sum_{s<=t} A_rb[t][s] w[s]       y'[t] = sum_{s<=t} A_rb[t][s] u[s] + A_rk[t][s] v[s]
+//! ```
+//!
+//! of all chunks can be computed side by side, and three products are left to be done one chunk after the other. Tokens
+//! are written into the state by [blocks](BLOCK): `b` and `k` are then relative to the end of their block.
+//!
 //! The exponents of the pair weights are at most zero, but as products of two factors they are not: they are taken
 //! by blocks of 16 tokens. Inside a block both factors are relative to its middle, so that neither exceeds
 //! `exp(9 * 0.6066) = 235`, far inside `f16`. Against earlier blocks they are relative to the block's left edge,
 //! and both factors are at most 1. Masked pairs are left out, never multiplied by zero: they may be large.
 //!
-//! `q` comes from forward substitution. A doubling product of `(I - A_ab)^-1` loses all accuracy when keys repeat.
+//! `w` and `u` come from forward substitution. A doubling product of `(I - A_ab)^-1` loses all accuracy when keys repeat.
+
+use std::ops::Range;
 
 pub use super::wkv7::{Dims, Inputs};
 use crate::Real;
 
 /// Tokens in a block of the pair weights.
-const BLOCK: usize = 16;
+pub const BLOCK: usize = 16;
 
 /// Runs the recurrence by chunks of `chunk` tokens, the last one shorter: updates `state` `[H, N, N]`,
 /// writes `y` `[T, H, N]`.
@@ -39,28 +51,99 @@ const BLOCK: usize = 16;
 /// If a slice's length disagrees with `dims`, or `chunk` is zero.
 pub fn wkv7_chunked<R: Real>(dims: Dims, chunk: usize, x: Inputs<'_, R>, state: &mut [R], y: &mut [R]) {
     dims.check(&x, state, y);
+    let n = dims.head_size;
+    for (tokens, h) in chunks(dims, chunk) {
+        let out = Factors::new(dims, x, tokens.clone(), h).advance(&mut state[h * n * n..][..n * n]);
+        for (t, out) in tokens.zip(out.chunks_exact(n)) {
+            y[(t * dims.heads + h) * n..][..n].copy_from_slice(out);
+        }
+    }
+}
+
+/// The tokens and the head of every chunk, in the order of the tokens.
+///
+/// # Panics
+///
+/// If `chunk` is zero.
+pub fn chunks(dims: Dims, chunk: usize) -> impl Iterator<Item = (Range<usize>, usize)> {
     assert!(chunk > 0, "a chunk has at least one token");
-    let (n, width) = (dims.head_size, dims.heads * dims.head_size);
-    for start in (0..dims.tokens).step_by(chunk) {
-        let tokens = start..(start + chunk).min(dims.tokens);
-        for h in 0..dims.heads {
-            let gather = |s: &[R]| -> Vec<R> {
-                tokens.clone().flat_map(|t| &s[t * width + h * n..][..n]).copied().collect()
-            };
-            let head = Head {
-                n,
-                r: gather(x.r),
-                k: gather(x.k),
-                v: gather(x.v),
-                a: gather(x.a),
-                b: gather(x.b),
-                log: cumulative(n, &gather(x.lw)),
-            };
-            let out = head.run(&mut state[h * n * n..][..n * n]);
-            for (t, out) in tokens.clone().zip(out.chunks_exact(n)) {
-                y[t * width + h * n..][..n].copy_from_slice(out);
+    let tokens = (0..dims.tokens).step_by(chunk).map(move |at| at..(at + chunk).min(dims.tokens));
+    tokens.flat_map(move |tokens| (0..dims.heads).map(move |h| (tokens.clone(), h)))
+}
+
+/// What a chunk of a head does, whatever state it meets. Vectors are `[C, N]`.
+#[derive(Clone, Debug)]
+pub struct Factors<R> {
+    n: usize,
+    /// What of the state each token removes, those before it in the chunk counted in: `q[t] = S w[t] + u[t]`.
+    pub w: Vec<R>,
+    /// What it removes of the tokens before it in the chunk.
+    pub u: Vec<R>,
+    /// What of the state each token reads: `y[t] = S r'[t] + y'[t]`.
+    pub r: Vec<R>,
+    /// What it reads of the tokens up to it in the chunk.
+    pub y: Vec<R>,
+    /// Replacement direction, decayed to the end of the token's block.
+    pub b: Vec<R>,
+    /// Key, decayed to the end of the token's block.
+    pub k: Vec<R>,
+    /// Value.
+    pub v: Vec<R>,
+    /// Decay of each block less one, `[C / 16, N]`, rounded up.
+    pub loss: Vec<R>,
+}
+
+impl<R: Real> Factors<R> {
+    /// Those of the tokens `tokens` in head `h`.
+    ///
+    /// # Panics
+    ///
+    /// If there are no such tokens or there is no such head in `x`.
+    #[must_use]
+    pub fn new(dims: Dims, x: Inputs<'_, R>, tokens: Range<usize>, h: usize) -> Self {
+        let n = dims.head_size;
+        let gather = |s: &[R]| -> Vec<R> {
+            tokens.clone().flat_map(|t| &s[(t * dims.heads + h) * n..][..n]).copied().collect()
+        };
+        let head = Head {
+            n,
+            r: gather(x.r),
+            k: gather(x.k),
+            v: gather(x.v),
+            a: gather(x.a),
+            b: gather(x.b),
+            log: cumulative(n, &gather(x.lw)),
+        };
+        head.factors()
+    }
+
+    /// Moves a state `[N, N]` on over the chunk. Returns what its tokens read, `[C, N]`.
+    ///
+    /// # Panics
+    ///
+    /// If the state is of another length.
+    pub fn advance(&self, state: &mut [R]) -> Vec<R> {
+        let n = self.n;
+        assert_eq!(state.len(), n * n, "state is not [N, N]");
+        let of_state = |x: &[R], own: &[R]| -> Vec<R> {
+            let rows = x.chunks_exact(n).flat_map(|x| product(state, x));
+            rows.zip(own).map(|(read, &own)| read + own).collect()
+        };
+        let (q, y) = (of_state(&self.w, &self.u), of_state(&self.r, &self.y));
+        let block = |x: &[R], at: usize| x.chunks(BLOCK * n).nth(at).map(<[R]>::to_vec).unwrap_or_default();
+        for (at, loss) in self.loss.chunks_exact(n).enumerate() {
+            for row in state.chunks_exact_mut(n) {
+                row.iter_mut().zip(loss).for_each(|(s, &loss)| *s += *s * loss);
+            }
+            let [q, v, b, k] = [&q, &self.v, &self.b, &self.k].map(|x| block(x, at));
+            for (s, (b, k)) in b.chunks_exact(n).zip(k.chunks_exact(n)).enumerate() {
+                for (i, row) in state.chunks_exact_mut(n).enumerate() {
+                    add_scaled(row, q[s * n + i], b);
+                    add_scaled(row, v[s * n + i], k);
+                }
             }
         }
+        y
     }
 }
 
@@ -112,47 +195,44 @@ impl<R: Real> Head<R> {
         self.row(&self.log, t + 1)
     }
 
-    fn run(&self, state: &mut [R]) -> Vec<R> {
+    fn factors(self) -> Factors<R> {
         let (n, c) = (self.n, self.tokens());
         let pairs = self.pairs();
-
-        let mut q: Vec<R> = Vec::with_capacity(c * n);
+        let [mut w, mut u, mut r, mut y] = [(); 4].map(|()| Vec::with_capacity(c * n));
         for t in 0..c {
-            let seen = scaled(self.row(&self.a, t), self.before(t));
-            let mut row = product(state, &seen);
+            let mut row = scaled(self.row(&self.a, t), self.before(t));
+            let mut own = vec![R::zero(); n];
             for s in 0..t {
-                add_scaled(&mut row, pairs.ak[t * c + s], self.row(&self.v, s));
-                add_scaled(&mut row, pairs.ab[t * c + s], self.row(&q, s));
+                add_scaled(&mut row, pairs.ab[t * c + s], self.row(&w, s));
+                add_scaled(&mut own, pairs.ak[t * c + s], self.row(&self.v, s));
+                add_scaled(&mut own, pairs.ab[t * c + s], self.row(&u, s));
             }
-            q.extend(row);
-        }
+            w.extend(row);
+            u.extend(own);
 
-        let mut y = Vec::with_capacity(c * n);
-        for t in 0..c {
-            let asked = scaled(self.row(&self.r, t), self.after(t));
-            let mut row = product(state, &asked);
+            let mut row = scaled(self.row(&self.r, t), self.after(t));
+            let mut own = vec![R::zero(); n];
             for s in 0..=t {
-                add_scaled(&mut row, pairs.rb[t * c + s], self.row(&q, s));
-                add_scaled(&mut row, pairs.rk[t * c + s], self.row(&self.v, s));
+                add_scaled(&mut row, pairs.rb[t * c + s], self.row(&w, s));
+                add_scaled(&mut own, pairs.rb[t * c + s], self.row(&u, s));
+                add_scaled(&mut own, pairs.rk[t * c + s], self.row(&self.v, s));
             }
-            y.extend(row);
+            r.extend(row);
+            y.extend(own);
         }
 
-        let end = self.before(c);
-        for row in state.chunks_exact_mut(n) {
-            for j in 0..n {
-                row[j] *= end[j].exp();
+        let [mut b, mut k, mut loss] = [(); 3].map(|()| Vec::new());
+        for left in (0..c).step_by(BLOCK) {
+            let right = (left + BLOCK).min(c);
+            let (start, end) = (self.before(left), self.before(right));
+            for s in left..right {
+                let remaining: Vec<R> = end.iter().zip(self.after(s)).map(|(&end, &at)| end - at).collect();
+                b.extend(scaled(self.row(&self.b, s), &remaining));
+                k.extend(scaled(self.row(&self.k, s), &remaining));
             }
+            loss.extend(start.iter().zip(end).map(|(&start, &end)| (end - start).exp_m1()));
         }
-        for s in 0..c {
-            let remaining: Vec<R> = (0..n).map(|j| end[j] - self.after(s)[j]).collect();
-            let (b, k) = (scaled(self.row(&self.b, s), &remaining), scaled(self.row(&self.k, s), &remaining));
-            for (i, row) in state.chunks_exact_mut(n).enumerate() {
-                add_scaled(row, q[s * n + i], &b);
-                add_scaled(row, self.v[s * n + i], &k);
-            }
-        }
-        y
+        Factors { n, w, u, r, y, b, k, v: self.v, loss }
     }
 
     fn pairs(&self) -> Pairs<R> {
@@ -172,8 +252,8 @@ impl<R: Real> Head<R> {
     fn pair(
         &self,
         pairs: &mut Pairs<R>,
-        ts: std::ops::Range<usize>,
-        ss: std::ops::Range<usize>,
+        ts: Range<usize>,
+        ss: Range<usize>,
         reference: &[R],
     ) {
         let c = self.tokens();

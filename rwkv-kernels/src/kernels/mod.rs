@@ -30,6 +30,8 @@ pub mod value_residual;
 pub mod weights;
 pub mod wkv4;
 pub mod wkv7;
+pub mod wkv7_chunked;
+pub mod wkv7_chunked_factors;
 pub mod wkv7_scan;
 
 #[cfg(test)]

@@ -24,7 +24,7 @@
 
 #[cfg(test)]
 #[cfg(feature = "gpu")]
-mod tests;
+pub(super) mod tests;
 
 pub use super::extents::Error;
 use super::extents::{elements, fits, groups};

@@ -22,19 +22,28 @@ use crate::kernels::wkv7::tests::{Case, limits, swapped};
 use crate::pipeline::Pipeline;
 
 /// Segments beside each other, each with operands of its own.
-struct Call {
-    cases: Vec<Case>,
-    segments: Vec<Segment>,
-    dims: Dims,
+pub(in crate::kernels) struct Call {
+    pub(in crate::kernels) cases: Vec<Case>,
+    pub(in crate::kernels) segments: Vec<Segment>,
+    pub(in crate::kernels) dims: Dims,
     /// `[T, H, 6, N]`, NaN in rows of no segment.
-    operands: Vec<f32>,
+    pub(in crate::kernels) operands: Vec<f32>,
     /// NaN but for the heads that are read.
-    state: Vec<f32>,
+    pub(in crate::kernels) state: Vec<f32>,
 }
 
 impl Call {
     /// Rows of no segment come between, and a record has more than the heads.
-    fn draw(heads: usize, lengths: &[usize], seed: u64) -> Self {
+    pub(in crate::kernels) fn draw(heads: usize, lengths: &[usize], seed: u64) -> Self {
+        Self::draw_with(heads, lengths, seed, &|dims, seed| drawn(dims, &mut SplitMix64::new(seed)))
+    }
+
+    pub(in crate::kernels) fn draw_with(
+        heads: usize,
+        lengths: &[usize],
+        seed: u64,
+        draw: &dyn Fn(wkv7::Dims, u64) -> Case,
+    ) -> Self {
         let mut rng = SplitMix64::new(seed);
         let width = heads * N;
         let offset = below(&mut rng, 40) as usize;
@@ -47,7 +56,7 @@ impl Call {
             let [first, len, from, to] =
                 [rows, tokens, record(), record()].map(|n| u32::try_from(n).unwrap());
             segments.push(Segment { first, rows: len, from, to });
-            cases.push(drawn(wkv7::Dims { tokens, heads, head_size: N }, &mut rng));
+            cases.push(draw(wkv7::Dims { tokens, heads, head_size: N }, rng.next_u64()));
             rows += tokens;
         }
         rows += 1;
@@ -90,11 +99,46 @@ impl Call {
     }
 
     /// A state in the reference's order, and the output of a segment.
-    fn of(&self, s: usize, [state, y]: &[Vec<f32>; 2]) -> [Vec<f32>; 2] {
+    pub(in crate::kernels) fn of(&self, s: usize, [state, y]: &[Vec<f32>; 2]) -> [Vec<f32>; 2] {
         let (of, Dims { heads, stride, offset, y_stride, .. }) = (self.segments[s], self.dims);
         let record = &state[of.to as usize * stride + offset..][..heads * N * N];
         let rows = (of.first..of.first + of.rows).map(|row| &y[row as usize * y_stride..][..heads * N]);
         [swapped(self.cases[s].dims, record), rows.flatten().copied().collect()]
+    }
+
+    /// That states and outputs are the twin's, within limits for the tokens, and nothing else was written.
+    pub(in crate::kernels) fn holds(
+        &self,
+        label: &str,
+        after: [Vec<f32>; 2],
+        limits: impl Fn(usize) -> (f64, f64),
+    ) -> Result<(), TestCaseError> {
+        for (s, case) in self.cases.iter().enumerate() {
+            let [state, y] = self.of(s, &after);
+            let tokens = case.dims.tokens;
+            if tokens == 0 {
+                prop_assert!(bits(&state) == bits(&case.state), "a state passed on");
+                continue;
+            }
+            let (want, limits) = (case.twin(), limits(tokens));
+            let within = |got: &[f32], want: &[f64], limit, what| {
+                nmse(got, want, limit).map_err(|e| TestCaseError::fail(format!("{label}.{what}: {e}")))
+            };
+            within(&state, &want.0, limits.0, "state")?;
+            within(&y, &want.1, limits.1, "y")?;
+        }
+        let Dims { heads, stride, offset, y_stride, .. } = self.dims;
+        let [mut state, mut y] = after;
+        for of in &self.segments {
+            let start = of.to as usize * stride + offset;
+            state[start..][..heads * N * N].copy_from_slice(&self.state[start..][..heads * N * N]);
+            for row in of.first..of.first + of.rows {
+                y[row as usize * y_stride..][..heads * N].fill(f32::NAN);
+            }
+        }
+        prop_assert!(bits(&state) == bits(&self.state), "{label}: other records are as they were");
+        prop_assert!(y.iter().all(|y| y.is_nan()), "{label}: other rows are as they were");
+        Ok(())
     }
 }
 
@@ -140,31 +184,7 @@ fn agrees_with_its_twin() {
         let call = Call::draw(heads, &lengths, seed);
         for of in &variants {
             let (label, after) = (of.1.kernel().label(), call.run(of, &call.segments, &call.state));
-            for (s, case) in call.cases.iter().enumerate() {
-                let [state, y] = call.of(s, &after);
-                let tokens = case.dims.tokens;
-                if tokens == 0 {
-                    prop_assert!(bits(&state) == bits(&case.state), "a state passed on");
-                    continue;
-                }
-                let (want, limits) = (case.twin(), limits(tokens));
-                let within = |got: &[f32], want: &[f64], limit, what| {
-                    nmse(got, want, limit).map_err(|e| TestCaseError::fail(format!("{label}.{what}: {e}")))
-                };
-                within(&state, &want.0, limits.0, "state")?;
-                within(&y, &want.1, limits.1, "y")?;
-            }
-            // Nothing else is written.
-            let [mut state, mut y] = after;
-            for of in &call.segments {
-                let start = of.to as usize * call.dims.stride + call.dims.offset;
-                state[start..][..heads * N * N].copy_from_slice(&call.state[start..][..heads * N * N]);
-                for row in of.first..of.first + of.rows {
-                    y[row as usize * call.dims.y_stride..][..heads * N].fill(f32::NAN);
-                }
-            }
-            prop_assert!(bits(&state) == bits(&call.state), "{label}: other records are as they were");
-            prop_assert!(y.iter().all(|y| y.is_nan()), "{label}: other rows are as they were");
+            call.holds(&label, after, limits)?;
         }
     });
 }

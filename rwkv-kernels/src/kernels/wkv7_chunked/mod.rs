@@ -1,0 +1,40 @@
+//! The state update of [`wkv7_chunked`](rwkv_core::ops::wkv7_chunked) over packed segments of many tokens: what of it waits for
+//! the state.
+//!
+//! It takes the place of [`wkv7_scan`](super::wkv7_scan), of whose operands
+//! [`wkv7_chunked_factors`](super::wkv7_chunked_factors) first computes what does not wait, for all chunks at once. Of a chunk
+//! then three products are left, which take less time than its tokens one after the other, but are more arithmetic: it is
+//! for few sequences, which leave a device idle.
+//!
+//! Records and segments are those of [`wkv7_scan`](super::wkv7_scan); `y` is read before it is written.
+
+#[cfg(test)]
+#[cfg(feature = "gpu")]
+pub(super) mod tests;
+
+pub use super::extents::Error;
+use super::extents::{elements, fits, groups};
+pub use super::wkv7_scan::{Dims, HEAD_SIZE, OPERANDS, Segment};
+pub use crate::reflected::wkv7_chunked::{Params, VARIANTS};
+
+/// Tokens of a chunk: what `CHUNK` is overridden with, here as in [`wkv7_chunked_factors`](super::wkv7_chunked_factors).
+pub const CHUNKS: [usize; 3] = [16, 32, 64];
+
+/// Workgroups that share a head.
+const SHARING: usize = 4;
+
+/// The parameters and workgroups of a call.
+///
+/// # Errors
+///
+/// If the extents are not what the kernel can do.
+pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
+    let (kernel, Dims { rows, segments, heads, stride, offset, y_stride }) = (&VARIANTS[0], dims);
+    let width = heads.saturating_mul(HEAD_SIZE);
+    let y_stride = fits(kernel, rows, [0, width, y_stride])?;
+    let stride = fits(kernel, 1, [offset, width.saturating_mul(HEAD_SIZE), stride])?;
+    elements(kernel, rows, width.saturating_mul(OPERANDS))?;
+    let grid = groups(kernel, [heads.saturating_mul(SHARING), segments])?;
+    let of = |n| elements(kernel, 1, n);
+    Ok((Params { heads: of(heads)?, stride, offset: of(offset)?, y_stride }, grid))
+}
