@@ -804,6 +804,38 @@ fn fused_or_not_and_portable() {
     }
 }
 
+/// Prompts by chunks, whatever their lengths, alone and side by side, with single tokens before and after.
+#[test]
+fn chunks_agree_with_the_reference() {
+    let Some(options) = on_gpu() else { return };
+    let prompt = prompt(200, 9);
+    for chunk in [16, 32, 64] {
+        let options = EngineOptions { wkv: Some(Wkv::Chunked(chunk)), pass_tokens: 256, ..options.clone() };
+        let by_chunks = engine(safetensors(&small_model()), options.clone());
+        let kernels = by_chunks.report().unwrap().kernels;
+        assert!(kernels.iter().any(|of| of == "wkv7_chunked"), "{kernels:?}");
+        let want = Reference::small().read(&prompt, Logits::Last);
+        for length in [9, 16, 33, 100, 200] {
+            let mut session = by_chunks.session();
+            prompt.chunks(length).for_each(|tokens| session.prefill(tokens).unwrap());
+            want.holds(&session, &format!("chunks of {chunk}, calls of {length}"));
+        }
+        assert_ne!(shown(&alone(&by_chunks, &prompt)), shown(&alone(&smalls()[0], &prompt)), "another form");
+        let prompts = prompts(&[70, 1, 16, 2, 100, 17], VOCAB, 5);
+        for (prompt, session) in prompts.iter().zip(together(&by_chunks, &prompts)) {
+            let what = format!("chunks of {chunk}, {} tokens beside others", prompt.len());
+            Reference::small().read(prompt, Logits::Last).holds(&session, &what);
+        }
+        if chunk == 64 {
+            let bundled = Engine::open_with(BUNDLED, options, &|_| {}).unwrap();
+            let (tokens, want) = passage();
+            let mut session = bundled.session();
+            want.logits_hold(&session.logits_of(tokens).unwrap(), "the bundled model, by chunks");
+            want.holds(&session, "the bundled model, by chunks");
+        }
+    }
+}
+
 #[test]
 fn few_dispatches() {
     for engine in [bundled(), smalls().first()].into_iter().flatten() {

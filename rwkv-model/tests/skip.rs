@@ -265,6 +265,19 @@ fn what_cannot_be_is_told() {
     let empty = try_engine(model().to_vec(), EngineOptions { wkv: Some(Wkv::Chunked(0)), ..on_cpu() });
     assert!(matches!(empty, Err(Error::EmptyChunks)), "{empty:?}");
     let Some(options) = on_gpu() else { return };
+    let chunked = |chunk| EngineOptions { wkv: Some(Wkv::Chunked(chunk)), ..options.clone() };
+    for (chunk, options) in [
+        (8, chunked(8)),
+        (16, EngineOptions { fused: false, ..chunked(16) }),
+        (16, EngineOptions { batch_invariant: true, ..chunked(16) }),
+        (16, EngineOptions { state: Resident::f16(0), ..chunked(16) }),
+    ] {
+        let refused = try_engine(model().to_vec(), options);
+        assert!(
+            matches!(&refused, Err(Error::Gpu(gpu::Error::Chunks(of, _))) if *of == chunk),
+            "{refused:?}"
+        );
+    }
     let options = EngineOptions { skip: Some(Skipping::new(Middle::default())), ..options };
     let unfused = try_engine(model().to_vec(), EngineOptions { fused: false, ..options.clone() });
     assert!(matches!(unfused, Err(Error::Gpu(gpu::Error::Skip(_)))), "{unfused:?}");

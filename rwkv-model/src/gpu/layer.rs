@@ -6,11 +6,12 @@
 //! | [`Layers::batch`] | any rows | `mix_rows`, `matmul`, `matmul`, `time_mix`, `matmul`, `mix_rows`, `matmul`, `matmul` |
 //! | the same, long | prompts | with `time_mix_operands`, `wkv7_scan`, `readout_packed` for `time_mix` |
 //! | the same, of few rows | cooperative matrices | with `matmul`, `add_planes` for the last `matmul` |
+//! | the same, by chunks | prompts | with `wkv7_chunked_factors`, `wkv7_chunked` for `wkv7_scan` |
 
 use rayon::prelude::*;
 use rwkv_core::ModelConfig;
 use rwkv_core::config::Ranks;
-use rwkv_core::model::SkipShifts;
+use rwkv_core::model::{SkipShifts, Wkv};
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::matmul::Rows;
 use rwkv_core::ops::wkv7_lazy::ENTRY;
@@ -21,7 +22,8 @@ use rwkv_kernels::kernels::time_mix_resident::{Format, Rounding};
 use rwkv_kernels::kernels::weights as stored;
 use rwkv_kernels::kernels::{
     add_planes, carry, channel_mix_value, embedding, extents, layer_norm, linear, matmul, mix_in, mix_rows,
-    packed, readout_packed, sample, time_mix, time_mix_operands, time_mix_resident, wkv7_scan,
+    packed, readout_packed, sample, time_mix, time_mix_operands, time_mix_resident, wkv7_chunked,
+    wkv7_chunked_factors, wkv7_scan,
 };
 use rwkv_kernels::pipeline::{Pipeline, checked};
 use rwkv_kernels::{Capabilities, Kernel, choose};
@@ -193,24 +195,98 @@ impl Multiply {
     }
 }
 
+/// The forms for several rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Form {
+    /// A few tokens of each sequence.
+    Few,
+    /// Prompts, one token after the other.
+    Scan,
+    /// Prompts, by chunks.
+    Chunked,
+}
+
 /// What is in the place of `time_mix` for prompts.
 #[derive(Debug)]
 struct ScanKernels {
     operands: Pipeline,
     scan: Pipeline,
+    /// In the place of `scan` where chunks are asked for, or may be faster.
+    chunked: Option<ChunkKernels>,
     readout: Pipeline,
 }
 
 impl ScanKernels {
     /// `paired` is for where results may depend, but for rounding, on how tokens are spread over passes.
-    fn new(device: &Device, held: Held, paired: bool, written: Option<u8>) -> Result<Self, Error> {
+    fn new(
+        device: &Device,
+        config: &ModelConfig,
+        setup: &Setup,
+        held: Held,
+        written: Option<u8>,
+    ) -> Result<Self, Error> {
         let (format, rounding, lazy) = held.parts();
-        let of_scan = wkv7_scan::overrides(format, rounding, lazy, paired);
+        let of_scan = wkv7_scan::overrides(format, rounding, lazy, !setup.batch_invariant);
         Ok(Self {
             operands: compile(device, time_mix_operands::VARIANTS, &[])?,
             scan: compile(device, wkv7_scan::VARIANTS, &of_scan)?,
+            chunked: ChunkKernels::new(device, config, setup)?,
             readout: compile(device, readout_packed::VARIANTS, &[packed::halves(written)])?,
         })
+    }
+}
+
+/// What is in the place of `wkv7_scan` by chunks.
+#[derive(Debug)]
+struct ChunkKernels {
+    factors: Pipeline,
+    update: Pipeline,
+    /// Tokens of a chunk.
+    chunk: usize,
+    /// Heads of all sequences together, up to which a pass over prompts takes this form.
+    most_heads: u32,
+}
+
+/// Tokens of the chunks that a pass takes by itself. More wait for each other no less, and their pair weights are more work.
+const CHUNK: usize = 16;
+
+/// Heads of all sequences together, up to which they are faster than one token after the other, if it was measured where
+/// that ends: chunks are more arithmetic for a shorter wait of tokens for those before, and many heads leave nothing to wait.
+const CHUNKED_HEADS: Option<u32> = None;
+
+impl ChunkKernels {
+    /// The kernels, if they are asked for, or may be faster for the model.
+    fn new(device: &Device, config: &ModelConfig, setup: &Setup) -> Result<Option<Self>, Error> {
+        let by_itself =
+            CHUNKED_HEADS.filter(|&most| !setup.batch_invariant && setup.state.is_plain() && count(config.n_heads) <= most);
+        let (chunk, most_heads) = match (setup.wkv, by_itself) {
+            (Some(Wkv::Chunked(chunk)), _) => (chunk, u32::MAX),
+            (None, Some(most)) => (CHUNK, most),
+            _ => return Ok(None),
+        };
+        if wkv7_chunked_factors::workgroup_bytes(chunk) > device.capabilities().workgroup_bytes as usize {
+            return Err(Error::Chunks(chunk, "the device has too little memory for a workgroup"));
+        }
+        let overrides = [("CHUNK", f64::from(count(chunk)))];
+        Ok(Some(Self {
+            factors: compile(device, wkv7_chunked_factors::VARIANTS, &overrides)?,
+            update: compile(device, wkv7_chunked::VARIANTS, &overrides)?,
+            chunk,
+            most_heads,
+        }))
+    }
+}
+
+/// That the state update can be what was asked for.
+pub(super) fn check_chunks(setup: &Setup) -> Result<(), Error> {
+    let Some(Wkv::Chunked(chunk)) = setup.wkv else { return Ok(()) };
+    let refuse = |why| Err(Error::Chunks(chunk, why));
+    match chunk {
+        _ if !setup.fused => refuse("without fusion there is one token after the other"),
+        _ if !setup.state.is_plain() => refuse("states are not single precision, written at every token"),
+        _ if setup.batch_invariant => refuse("they would depend on how tokens are split over passes"),
+        _ if !wkv7_chunked::CHUNKS.contains(&chunk) => refuse("there are those of 16, 32 and 64"),
+        _ => Ok(()),
     }
 }
 
@@ -355,7 +431,7 @@ impl Kernels {
             // It rounds a state once in a pass: where it must not show how tokens were spread over passes, it is for those
             // that are not rounded and of which nothing is pending.
             scan: if setup.fused && (setup.state.is_plain() || !setup.batch_invariant) {
-                Some(ScanKernels::new(device, held, !setup.batch_invariant, written(READOUT_EXPONENT))?)
+                Some(ScanKernels::new(device, config, setup, held, written(READOUT_EXPONENT))?)
             } else {
                 None
             },
@@ -371,9 +447,25 @@ impl Kernels {
         self.step.is_some()
     }
 
-    /// Whether there is a form for prompts.
-    pub(super) const fn has_scan(&self) -> bool {
-        self.scan.is_some()
+    /// The form for a pass of several rows.
+    pub(super) fn form(&self, config: &ModelConfig, setup: &Setup, shape: Shape) -> Form {
+        let Some(of) = &self.scan else { return Form::Few };
+        let long = shape.is_long();
+        match &of.chunked {
+            // Their sums have different orders: where that must not show, one form is for all.
+            _ if setup.batch_invariant => Form::Scan,
+            _ if !long => Form::Few,
+            // What was asked for is for all prompts.
+            Some(of) if setup.wkv.is_some() || shape.is_chunked(count(config.n_heads), of.most_heads) => {
+                Form::Chunked
+            }
+            _ => Form::Scan,
+        }
+    }
+
+    /// Whether passes may go by chunks.
+    pub(super) fn has_chunks(&self) -> bool {
+        self.scan.as_ref().is_some_and(|of| of.chunked.is_some())
     }
 
     /// The rows that a pass of so many is laid down for: with more, up to those, it would have the same tiles.
@@ -424,6 +516,7 @@ impl Kernels {
         let mut all = vec![&self.mix_rows, &self.time_mix];
         if let Some(of) = &self.scan {
             all.extend([&of.operands, &of.scan, &of.readout]);
+            all.extend(of.chunked.iter().flat_map(|of| [&of.factors, &of.update]));
         }
         if let Some(step) = &self.step {
             all.extend([&step.mix_in, &step.time_mix, &step.linear, &step.value]);
@@ -570,6 +663,10 @@ pub(super) struct Scratch {
     inputs: wgpu::Buffer,
     /// Products of the adapters, `[T, 4, D]`.
     up: wgpu::Buffer,
+    /// What chunks of the heads do whatever state they meet, `[T, 6, D]`, where passes may go by chunks.
+    factors: Option<wgpu::Buffer>,
+    /// Parameters of the kernel that computes them.
+    of_chunks: wgpu::Buffer,
     /// Layer 0's values, `[T, D]`.
     pub(super) v_first: wgpu::Buffer,
     /// Gated readout, `[T, D]`.
@@ -624,6 +721,7 @@ impl Scratch {
         config: &ModelConfig,
         resident: Resident,
         rows: usize,
+        chunks: bool,
     ) -> Result<Self, Error> {
         let ModelConfig { width, hidden, vocab, ranks, .. } = *config;
         let limits = device.device().limits();
@@ -673,6 +771,8 @@ impl Scratch {
                 mixed: storage("mixed", len.mixed),
                 inputs: storage("inputs", len.inputs),
                 up: storage("up", len.up),
+                factors: chunks.then(|| storage("factors", len.mixed)),
+                of_chunks: uniform(),
                 v_first: storage("v_first", len.x),
                 readout: storage("readout", len.x),
                 hidden: storage("hidden", len.hidden),
@@ -778,13 +878,16 @@ impl Scratch {
     }
 
     /// Tells kernels how many rows a pass has.
-    pub(super) fn write_shape(&self, queue: &wgpu::Queue, shape: Shape) {
+    pub(super) fn write_shape(&self, queue: &wgpu::Queue, config: &ModelConfig, shape: Shape) {
         for (jobs, buffer) in (1..).zip(&self.of_rows) {
             let params = matmul::Params { rows: shape.rows, jobs };
             queue.write_buffer(buffer, 0, bytemuck::bytes_of(&params));
         }
         let params = matmul::Params { rows: shape.logits, jobs: 1 };
         queue.write_buffer(&self.of_logits, 0, bytemuck::bytes_of(&params));
+        let (heads, y_stride) = (count(config.n_heads), count(ADAPTERS * config.width));
+        let params = wkv7_chunked_factors::Params { heads, segments: shape.segments, y_stride };
+        queue.write_buffer(&self.of_chunks, 0, bytemuck::bytes_of(&params));
     }
 }
 
@@ -1027,10 +1130,10 @@ impl Layers<'_> {
         Ok(Mixes { time_mix: vec![projections, heads, output], channel_mix: vec![key, value] })
     }
 
-    /// The form for any rows, in the tiles for so many of them, and of logits; `long` is that for prompts, if there is one.
-    pub(super) fn batch(&self, [rows, logits]: [u32; 2], long: bool) -> Result<Plan, Error> {
+    /// A form for several rows, in the tiles for so many of them, and of logits.
+    pub(super) fn batch(&self, [rows, logits]: [u32; 2], form: Form) -> Result<Plan, Error> {
         let body = vec![self.embed(Grid::Rows)?];
-        let layers = self.each_layer(|weights, records| self.batch_layer(rows, long, weights, records))?;
+        let layers = self.each_layer(|weights, records| self.batch_layer(rows, form, weights, records))?;
         let (s, width, vocab) = (self.scratch, self.config.width, self.config.vocab);
         let dims = layer_norm::Dims { of: s.rows, rows: s.logit_rows, width };
         let (params, _) =
@@ -1060,7 +1163,7 @@ impl Layers<'_> {
     fn batch_layer(
         &self,
         rows: u32,
-        long: bool,
+        form: Form,
         weights: &Layer,
         records: &wgpu::Buffer,
     ) -> Result<Mixes, Error> {
@@ -1133,7 +1236,9 @@ impl Layers<'_> {
             ..all("adapters", &weights.up, inputs, (&s.up, s.len.up), adapters)
         })?);
         match &self.kernels.scan {
-            Some(kernels) if long => time_mix.extend(self.scan(kernels, weights, records)?),
+            Some(kernels) if form != Form::Few => {
+                time_mix.extend(self.scan(kernels, form, weights, records)?);
+            }
             _ => time_mix.push(self.heads(
                 Heads {
                     pipeline: if rows <= FEW_SEQUENCES {
@@ -1193,9 +1298,10 @@ impl Layers<'_> {
     fn scan(
         &self,
         kernels: &ScanKernels,
+        form: Form,
         weights: &Layer,
         records: &wgpu::Buffer,
-    ) -> Result<[Step; 3], Error> {
+    ) -> Result<Vec<Step>, Error> {
         const { assert!(wkv7_scan::OPERANDS == MIXES, "`mixed` holds the operands") };
         let (s, layout, planner) = (self.scratch, self.records.layout, self.planner());
         let ModelConfig { n_heads: heads, width, .. } = *self.config;
@@ -1209,25 +1315,65 @@ impl Layers<'_> {
         let operands = planner.step("operands", &kernels.operands, params, &buffers, each, 0)?;
 
         let (stride, y_stride) = (layout.base_words, ADAPTERS * width);
-        let pending = lazy.then(|| wkv7_scan::Pending {
-            capacity: self.records.resident.capacity,
-            slots: self.records.slots(),
-            start: self.records.slot_start(),
-            stride: layout.slot_words,
-            entry: layout.entry,
-        });
-        let dims = wkv7_scan::Dims { rows, segments: 1, heads, format, stride, offset: 0, y_stride, pending };
-        let kernel = kernels.scan.kernel();
-        let (params, [groups, ..]) = wkv7_scan::lower(kernel, dims).map_err(refused(HEADS))?;
-        let buffers = [&s.segments, &s.mixed, records, &s.up].map(Bound::Whole);
-        let grid = Grid::Segments(groups);
-        let update = planner.step(HEADS, &kernels.scan, params, &buffers, grid, self.state_bytes())?;
+        let mut steps = vec![operands];
+        match (&kernels.chunked, &s.factors) {
+            (Some(of), Some(factors)) if form == Form::Chunked => {
+                let dims = wkv7_chunked::Dims { rows, segments: 1, heads, stride, offset: 0, y_stride };
+                steps.extend(self.chunked(of, dims, factors, records)?);
+            }
+            _ => {
+                let pending = lazy.then(|| wkv7_scan::Pending {
+                    capacity: self.records.resident.capacity,
+                    slots: self.records.slots(),
+                    start: self.records.slot_start(),
+                    stride: layout.slot_words,
+                    entry: layout.entry,
+                });
+                let dims =
+                    wkv7_scan::Dims { rows, segments: 1, heads, format, stride, offset: 0, y_stride, pending };
+                let kernel = kernels.scan.kernel();
+                let (params, [groups, ..]) = wkv7_scan::lower(kernel, dims).map_err(refused(HEADS))?;
+                let buffers = [&s.segments, &s.mixed, records, &s.up].map(Bound::Whole);
+                let grid = Grid::Segments(groups);
+                steps.push(planner.step(
+                    HEADS,
+                    &kernels.scan,
+                    params,
+                    &buffers,
+                    grid,
+                    self.state_bytes(),
+                )?);
+            }
+        }
 
         let dims = readout_packed::Dims { rows, heads };
         let (params, _) = readout_packed::lower(dims).map_err(refused("readout"))?;
         let buffers = [&s.mixed, &s.up, &weights.heads, &s.readout].map(Bound::Whole);
-        let readout = planner.step("readout", &kernels.readout, params, &buffers, each, 0)?;
-        Ok([operands, update, readout])
+        steps.push(planner.step("readout", &kernels.readout, params, &buffers, each, 0)?);
+        Ok(steps)
+    }
+
+    /// What is in the place of `wkv7_scan` by chunks.
+    fn chunked(
+        &self,
+        kernels: &ChunkKernels,
+        dims: wkv7_chunked::Dims,
+        factors: &wgpu::Buffer,
+        records: &wgpu::Buffer,
+    ) -> Result<[Step; 2], Error> {
+        let (s, planner, chunk) = (self.scratch, self.planner(), kernels.chunk);
+        let wkv7_chunked::Dims { rows, heads, y_stride, .. } = dims;
+        let of = wkv7_chunked_factors::Dims { rows, segments: s.logit_rows, heads, chunk, y_stride };
+        wkv7_chunked_factors::lower(of).map_err(refused("factors"))?;
+        let buffers = [&s.segments, &s.mixed, factors, &s.up].map(Bound::Whole);
+        let (params, grid) = (&s.of_chunks, Grid::Chunks { x: count(heads), rows: count(chunk) });
+        let of_factors = planner.step_with("factors", &kernels.factors, params, &buffers, grid, 0)?;
+
+        let (params, [groups, ..]) = wkv7_chunked::lower(dims).map_err(refused(HEADS))?;
+        let buffers = [&s.segments, &s.mixed, factors, records, &s.up].map(Bound::Whole);
+        let grid = Grid::Segments(groups);
+        let update = planner.step(HEADS, &kernels.update, params, &buffers, grid, self.state_bytes())?;
+        Ok([of_factors, update])
     }
 
     /// Gain and bias of a norm, of which `vectors` begin with them.

@@ -30,7 +30,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rwkv_core::ModelConfig;
-use rwkv_core::model::{Logits, Skip, SkipShifts};
+use rwkv_core::model::{Logits, Skip, SkipShifts, Wkv};
 use rwkv_core::ops::mix_rows;
 use rwkv_core::ops::wkv7_lazy::ENTRY;
 use rwkv_kernels::gpu::{self as device, Device};
@@ -42,7 +42,7 @@ use rwkv_state::{Resident, ResidentRounding};
 
 pub(crate) use self::ahead::Ahead;
 pub(crate) use self::chosen::{Chooser, Chosen, Input, Part};
-use self::layer::{Kernels, Scratch};
+use self::layer::{Form, Kernels, Scratch};
 use self::plan::{Mixes, Plan, Shape};
 pub use self::profile::{Dispatch, Profile};
 pub(crate) use self::records::Record;
@@ -130,6 +130,9 @@ pub enum Error {
     /// States that the kernels have no form for.
     #[error("states held as {0:?}: {1}")]
     Resident(Resident, &'static str),
+    /// A form of the state update that there is not.
+    #[error("the state update by chunks of {0} tokens: {1}")]
+    Chunks(usize, &'static str),
     /// Layers cannot be left out.
     #[error("layers are not left out where {0}")]
     Skip(&'static str),
@@ -160,6 +163,7 @@ pub(crate) struct Setup {
     pub(crate) adapter: Option<String>,
     pub(crate) weights: Recipe,
     pub(crate) state: Resident,
+    pub(crate) wkv: Option<Wkv>,
     pub(crate) sessions: usize,
     pub(crate) pass_tokens: usize,
     pub(crate) skip_zeros: bool,
@@ -199,8 +203,8 @@ struct Work {
     records: Records,
     /// For one token of one sequence, if the device has the memory for it.
     step: Option<Plan>,
-    /// For any number, by the rows that they are laid down for, rows of logits, and whether they are for prompts.
-    batch: BTreeMap<([u32; 2], bool), Plan>,
+    /// For any number, by the rows that they are laid down for, rows of logits, and form.
+    batch: BTreeMap<([u32; 2], Form), Plan>,
     /// One dispatch for each operation, by rows and rows of logits: of one token, and of the last other pass.
     unfused: BTreeMap<[u32; 2], Plan>,
     /// In place of mixes that are left out: of one token or of any rows, with their shifts frozen or not.
@@ -240,6 +244,7 @@ impl Executor {
         if !setup.fused && setup.weights.blocks(config.n_layers, &Matrix::ALL).any(|of| of.is_some()) {
             return Err(Error::Weights(setup.weights));
         }
+        layer::check_chunks(&setup)?;
         let all = !setup.portable;
         let features = rwkv_kernels::Features { f16: all, subgroup: all, coop: all };
         let request = device::Request {
@@ -251,7 +256,7 @@ impl Executor {
         let device = Device::open_with(&request)?;
         let kernels = Kernels::new(&device, &config, &setup)?;
         let rows = setup.pass_tokens.min(if device.is_gpu() { MAX_ROWS } else { MAX_SOFTWARE_ROWS });
-        let scratch = Scratch::new(&device, &config, setup.state, rows)?;
+        let scratch = Scratch::new(&device, &config, setup.state, rows, kernels.has_chunks())?;
         let unfused = || Unfused::new(&device, &config, scratch.rows, setup.skip_zeros);
         let unfused = (!setup.fused).then(unfused).transpose()?;
         device.save_cache()?;
@@ -573,11 +578,10 @@ impl Executor {
     fn batch<'w>(&self, work: &'w mut Work, shape: Shape) -> Result<&'w Plan, Error> {
         let layers = self.layers(&work.records);
         let class = [shape.rows, shape.logits].map(Kernels::class);
-        // Their sums have different orders: where that must not show, one form is for all.
-        let long = self.kernels.has_scan() && (self.setup.batch_invariant || shape.is_long());
-        Ok(match work.batch.entry((class, long)) {
+        let form = self.kernels.form(&self.config, &self.setup, shape);
+        Ok(match work.batch.entry((class, form)) {
             Entry::Occupied(laid) => laid.into_mut(),
-            Entry::Vacant(room) => room.insert(layers.batch(class, long)?),
+            Entry::Vacant(room) => room.insert(layers.batch(class, form)?),
         })
     }
 
@@ -611,7 +615,7 @@ impl Executor {
         };
         let mut profile = work.profile.take();
         if work.told.replace(shape) != Some(shape) {
-            self.scratch.write_shape(self.device.queue(), shape);
+            self.scratch.write_shape(self.device.queue(), &self.config, shape);
         }
         let plan = self.plan(work, shape)?;
         let head: &[plan::Step] = if shape.logits > 0 { &plan.head } else { &[] };
