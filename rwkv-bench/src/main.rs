@@ -5,6 +5,7 @@
 //! against those, bit for bit. Every figure stands beside the limit it is measured against, taken in the same run.
 
 mod assets;
+mod chunks;
 mod gpu;
 mod growth;
 mod harness;
@@ -47,6 +48,8 @@ enum Part {
     Quality(Box<harness::QualityArgs>),
     /// The GPU, at the shapes of released models.
     Gpu(gpu::GpuArgs),
+    /// Where chunks in the state update are faster than one token after another.
+    Chunks(chunks::ChunksArgs),
     /// How time grows with sequences side by side, and with the length of a prompt.
     Growth(growth::GrowthArgs),
     /// Where the time of a model's passes goes on the GPU.
@@ -85,6 +88,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         None => optimisations::run(&args.optimisations),
         Some(Part::Quality(args)) => harness::report(args),
         Some(Part::Gpu(args)) => gpu::report(args),
+        Some(Part::Chunks(args)) => chunks::report(args),
         Some(Part::Growth(args)) => growth::report(args),
         Some(Part::Profile(args)) => gpu::profile(args),
         Some(Part::StateSpeed(args)) => state_speed::report(args),

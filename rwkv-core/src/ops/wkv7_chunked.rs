@@ -249,13 +249,7 @@ impl<R: Real> Head<R> {
     }
 
     /// Fills the weights of rows `ts` against columns `ss`, both factors relative to `reference` `[N]`.
-    fn pair(
-        &self,
-        pairs: &mut Pairs<R>,
-        ts: Range<usize>,
-        ss: Range<usize>,
-        reference: &[R],
-    ) {
+    fn pair(&self, pairs: &mut Pairs<R>, ts: Range<usize>, ss: Range<usize>, reference: &[R]) {
         let c = self.tokens();
         let relative = |operand: &[R], t: usize, log: &[R], sign: R| -> Vec<R> {
             let row = self.row(operand, t);

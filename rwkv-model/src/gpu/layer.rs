@@ -1335,14 +1335,7 @@ impl Layers<'_> {
                 let (params, [groups, ..]) = wkv7_scan::lower(kernel, dims).map_err(refused(HEADS))?;
                 let buffers = [&s.segments, &s.mixed, records, &s.up].map(Bound::Whole);
                 let grid = Grid::Segments(groups);
-                steps.push(planner.step(
-                    HEADS,
-                    &kernels.scan,
-                    params,
-                    &buffers,
-                    grid,
-                    self.state_bytes(),
-                )?);
+                steps.push(planner.step(HEADS, &kernels.scan, params, &buffers, grid, self.state_bytes())?);
             }
         }
 
