@@ -89,8 +89,9 @@ pub struct Factors<R> {
     pub k: Vec<R>,
     /// Value.
     pub v: Vec<R>,
-    /// Decay of each block less one, `[C / 16, N]`, rounded up.
-    pub loss: Vec<R>,
+    /// What each block leaves of the state, `[C / 16, N]`, rounded up: less one where that is more than a half, so that it
+    /// is not positive. Near one it would be too coarse, near none the sum with what is lost.
+    pub kept: Vec<R>,
 }
 
 impl<R: Real> Factors<R> {
@@ -131,9 +132,11 @@ impl<R: Real> Factors<R> {
         };
         let (q, y) = (of_state(&self.w, &self.u), of_state(&self.r, &self.y));
         let block = |x: &[R], at: usize| x.chunks(BLOCK * n).nth(at).map(<[R]>::to_vec).unwrap_or_default();
-        for (at, loss) in self.loss.chunks_exact(n).enumerate() {
+        for (at, kept) in self.kept.chunks_exact(n).enumerate() {
             for row in state.chunks_exact_mut(n) {
-                row.iter_mut().zip(loss).for_each(|(s, &loss)| *s += *s * loss);
+                for (s, &kept) in row.iter_mut().zip(kept) {
+                    *s = if kept > R::zero() { *s * kept } else { *s + *s * kept };
+                }
             }
             let [q, v, b, k] = [&q, &self.v, &self.b, &self.k].map(|x| block(x, at));
             for (s, (b, k)) in b.chunks_exact(n).zip(k.chunks_exact(n)).enumerate() {
@@ -221,7 +224,7 @@ impl<R: Real> Head<R> {
             y.extend(own);
         }
 
-        let [mut b, mut k, mut loss] = [(); 3].map(|()| Vec::new());
+        let [mut b, mut k, mut kept] = [(); 3].map(|()| Vec::new());
         for left in (0..c).step_by(BLOCK) {
             let right = (left + BLOCK).min(c);
             let (start, end) = (self.before(left), self.before(right));
@@ -230,9 +233,12 @@ impl<R: Real> Head<R> {
                 b.extend(scaled(self.row(&self.b, s), &remaining));
                 k.extend(scaled(self.row(&self.k, s), &remaining));
             }
-            loss.extend(start.iter().zip(end).map(|(&start, &end)| (end - start).exp_m1()));
+            kept.extend(start.iter().zip(end).map(|(&start, &end)| match end - start {
+                log if log > -R::of(std::f64::consts::LN_2) => log.exp_m1(),
+                log => log.exp(),
+            }));
         }
-        Factors { n, w, u, r, y, b, k, v: self.v, loss }
+        Factors { n, w, u, r, y, b, k, v: self.v, kept }
     }
 
     fn pairs(&self) -> Pairs<R> {

@@ -21,6 +21,8 @@ pub(in crate::kernels) enum Kind {
     Any,
     /// The fastest decay everywhere.
     Fastest,
+    /// The same, and little that is written: what is left of the state is small beside what it was.
+    Fading,
     /// None anywhere.
     NoDecay,
     /// The fastest in every other channel, none in the others.
@@ -33,21 +35,26 @@ pub(in crate::kernels) enum Kind {
 
 /// All of them.
 pub(in crate::kernels) fn kinds() -> impl Strategy<Value = Kind> {
-    use Kind::{Alternating, Any, Bursts, Fastest, NoDecay, OneKey};
-    prop_oneof![6 => Just(Any), 1 => prop::sample::select(vec![Fastest, NoDecay, Alternating, Bursts, OneKey])]
+    use Kind::{Alternating, Any, Bursts, Fading, Fastest, NoDecay, OneKey};
+    prop_oneof![1 => Just(Any), 1 => prop::sample::select(vec![
+            Fastest, Fading, NoDecay, Alternating, Bursts, OneKey
+        ])]
 }
 
 impl Kind {
     pub(in crate::kernels) fn draw(self, dims: wkv7::Dims, seed: u64) -> Case {
         let mut case = Case::draw(dims, seed);
         let width = dims.heads * N;
-        let [_, lw, _, _, a, b] = &mut case.operands;
+        let [_, lw, _, v, a, b] = &mut case.operands;
         let fast = |at: usize| match self {
-            Self::Fastest => true,
+            Self::Fastest | Self::Fading => true,
             Self::Alternating => at.is_multiple_of(2),
             Self::Bursts => (at / width / 8).is_multiple_of(2),
             Self::Any | Self::NoDecay | Self::OneKey => false,
         };
+        if matches!(self, Self::Fading) {
+            v.iter_mut().for_each(|v| *v *= 1e-5);
+        }
         match self {
             Self::Any => {}
             Self::OneKey => {

@@ -20,7 +20,7 @@ const EACH: u32 = 2u * BLOCK * QUADS / LANES; // vectors that an invocation load
 const W: u32 = 0u;
 const B: u32 = 2u;
 const U: u32 = 4u;
-const LOSS: u32 = 5u;
+const KEPT: u32 = 5u;
 // Which of the operands.
 const V: u32 = 5u;
 
@@ -34,7 +34,7 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> segments: array<vec4<u32>>; // first row, rows, record read, record written
 @group(0) @binding(2) var<storage, read> operands: array<vec4<f32>>; // [T, H, 6, N], of which v is the last
-@group(0) @binding(3) var<storage, read> factors: array<vec4<f32>>;  // [T, H, 6, N], w, r, b, k, u, and of a block's last token the loss
+@group(0) @binding(3) var<storage, read> factors: array<vec4<f32>>;  // [T, H, 6, N], w, r, b, k, u, and of a block's last token what it keeps
 @group(0) @binding(4) var<storage, read_write> state: array<f32>;    // records, [H, key N, value N] in each
 @group(0) @binding(5) var<storage, read_write> y: array<f32>;        // [T, H, N], rows of `y_stride`
 
@@ -140,7 +140,7 @@ fn row_of(l: u32) -> u32 {
 }
 
 // Writes the block's tokens into the state.
-fn tell(count: u32, loss: vec4<f32>, at: Place) {
+fn tell(count: u32, kept: vec4<f32>, at: Place) {
     let quad = quad_of(at.l);
     let i = row_of(at.l);
     var add_low = vec4(0.0);
@@ -153,8 +153,10 @@ fn tell(count: u32, loss: vec4<f32>, at: Place) {
         add_low = fma(vec4(v_i.x), k, fma(vec4(q_i.x), b, add_low));
         add_high = fma(vec4(v_i.y), k, fma(vec4(q_i.y), b, add_high));
     }
-    low += fma(low, loss, add_low);
-    high += fma(high, loss, add_high);
+    // Where most is kept, that less one.
+    let lost = kept > vec4(0.0);
+    low = select(low, vec4(0.0), lost) + fma(low, kept, add_low);
+    high = select(high, vec4(0.0), lost) + fma(high, kept, add_high);
 }
 
 fn load(at: u32) -> vec4<f32> {
@@ -191,15 +193,15 @@ fn wkv7_chunked(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocati
             }
             put(at);
             fetch(first, end, B, at);
-            let loss = factors[token(first + count - 1u, at) + LOSS * QUADS + quad];
+            let kept = factors[token(first + count - 1u, at) + KEPT * QUADS + quad];
             ask(first, count, at);
             put(at);
             fetch(first + BLOCK, end, W, at);
             fetch_own(first + BLOCK, end, at);
             if count == BLOCK {
-                tell(BLOCK, loss, at);
+                tell(BLOCK, kept, at);
             } else {
-                tell(count, loss, at);
+                tell(count, kept, at);
             }
         }
     }

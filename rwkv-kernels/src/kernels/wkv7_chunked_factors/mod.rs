@@ -2,8 +2,8 @@
 //! tokens, as [`wkv7_chunked`](super::wkv7_chunked) reads them.
 //!
 //! It reads what [`time_mix_operands`](super::time_mix_operands) writes. Factors are `[T, H, 6, N]`: of each token `w`, `r'`,
-//! and `b` and `k` decayed to the end of its block of 16 tokens, and `u`; the sixth is of the last token of a block the
-//! block's decay less one, and of others not written. `y'` is written where the state update adds what it reads.
+//! and `b` and `k` decayed to the end of its block of 16 tokens, and `u`; the sixth is of the last token of a block what the
+//! block keeps of the state, and of others not written. `y'` is written where the state update adds what it reads.
 //!
 //! Segments lie one after the other, in the order of their rows.
 

@@ -25,7 +25,7 @@ const R: u32 = 1u;
 const B: u32 = 2u;
 const K: u32 = 3u;
 const U: u32 = 4u;
-const LOSS: u32 = 5u;
+const KEPT: u32 = 5u;
 // Which of the pair weights: those along `b` and along `k`, of `a`; two further on, of `r`.
 const AB: u32 = 0u;
 const AK: u32 = 1u;
@@ -39,7 +39,7 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> segments: array<vec4<u32>>;      // first row, rows, record read, record written
 @group(0) @binding(2) var<storage, read> operands: array<vec4<f32>>;      // [T, H, 6, N], w - 1, k, kappa, b, r, v
-@group(0) @binding(3) var<storage, read_write> factors: array<f32>;       // [T, H, 6, N], w, r, b, k, u, and of a block's last token the loss
+@group(0) @binding(3) var<storage, read_write> factors: array<f32>;       // [T, H, 6, N], w, r, b, k, u, and of a block's last token what it keeps
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;             // [T, H, N], rows of `y_stride`
 
 // Of a block, the scaled `a`, `r`, `b` and `k` of 16 tokens each; afterwards, of four tokens at a time, `w` and `u`.
@@ -54,13 +54,12 @@ struct Chunk {
     head: u32,
 }
 
-// Decays from the start of the chunk: up to a token, that included, and up to the ends of its own block and of another.
+// Decays from the start of the chunk: up to a token and past it, to the end of its block, and to that of another.
 struct Decays {
     before: vec4<f32>,
     after: vec4<f32>,
     own: vec4<f32>,
     other: vec4<f32>,
-    loss: vec4<f32>, // of the token's block: its decay less one
 }
 
 // The chunk with a number. The first of segment s has the number `first / CHUNK + s`, which leaves each enough.
@@ -96,15 +95,18 @@ fn element(chunk: Chunk, t: u32, which: u32, column: u32) -> f32 {
 fn decays(chunk: Chunk, t: u32, other: u32, quad: u32) -> Decays {
     var p = vec4(1.0);
     var d: Decays;
-    for (var s = 0u; s < (t / BLOCK + 1u) * BLOCK; s++) {
-        let x = select(vec4(0.0), operand(chunk, s, 0u, quad), s < chunk.count);
-        d.loss = select(d.loss, vec4(0.0), s % BLOCK == 0u);
-        d.loss = fma(x, 1.0 + d.loss, d.loss);
-        d.before = select(d.before, p, s == t);
-        p = fma(p, x, p);
-        d.after = select(d.after, p, s == t);
-        d.other = select(d.other, p, s / BLOCK == other);
+    for (var block = 0u; block <= t / BLOCK; block++) {
+        // Of a constant number of tokens, so that all loads can be under way at once.
+        for (var e = 0u; e < BLOCK; e++) {
+            let s = block * BLOCK + e;
+            d.before = select(d.before, p, s == t);
+            p = fma(p, select(vec4(0.0), operand(chunk, s, 0u, quad), s < chunk.count), p);
+        }
+        if block == other {
+            d.other = p;
+        }
     }
+    d.after = fma(d.before, operand(chunk, t, 0u, quad), d.before);
     d.own = p;
     return d;
 }
@@ -147,9 +149,6 @@ fn put(chunk: Chunk, block: u32, other: u32, half: u32, l: u32) {
         if t < chunk.count {
             keep(to + B * N, b * d.own);
             keep(to + K * N, k * d.own);
-        }
-        if t == min(block * BLOCK + BLOCK, chunk.count) - 1u {
-            keep(to + LOSS * N, d.loss);
         }
     } else {
         let source = token(chunk, other * BLOCK + row) + 4u * quad;
@@ -257,6 +256,9 @@ fn wkv7_chunked_factors(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_
             weigh(chunk, block, other, l);
         }
         workgroupBarrier();
+        // The block's decay, and that less one.
+        var decay = 1.0;
+        var loss = 0.0;
         for (var g = 0u; g < GROUPS; g++) {
             let t = block * BLOCK + 4u * g;
             if t >= chunk.count {
@@ -264,12 +266,12 @@ fn wkv7_chunked_factors(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_
             }
             var sums = Column(vec4(0.0), vec4(0.0));
             if !of_values {
-                let loss = four(chunk, t, 0u, column);
-                let p1 = fma(p, loss.x, p);
-                let p2 = fma(p1, loss.y, p1);
-                let p3 = fma(p2, loss.z, p2);
+                let x = four(chunk, t, 0u, column);
+                let p1 = fma(p, x.x, p);
+                let p2 = fma(p1, x.y, p1);
+                let p3 = fma(p2, x.z, p2);
                 let before = vec4(p, p1, p2, p3);
-                p = fma(p3, loss.w, p3);
+                p = fma(p3, x.w, p3);
                 sums = Column(-four(chunk, t, 2u, column) * before, four(chunk, t, 4u, column) * vec4(p1, p2, p3, p));
             }
             for (var s = 0u; s <= t; s += 4u) {
@@ -298,6 +300,12 @@ fn wkv7_chunked_factors(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_
                     y[(chunk.first + t + e) * params.y_stride + chunk.head * N + column] = sums.read[e];
                 } else {
                     factors[to + R * N + column] = sums.read[e];
+                    let x = element(chunk, t + e, 0u, column);
+                    decay = fma(decay, x, decay);
+                    loss = fma(x, 1.0 + loss, loss);
+                    if t + e == min(block * BLOCK + BLOCK, chunk.count) - 1u {
+                        factors[to + KEPT * N + column] = select(decay, loss, loss > -0.5);
+                    }
                 }
             }
         }
