@@ -473,17 +473,20 @@ impl Bench<'_> {
         };
         let lengths: &[usize] = if self.args.quick { &[16, 64] } else { &[16, 64, 256, 1024] };
         let mut all = Vec::new();
-        let sides = forms.map(|form| {
+        let side = |form| {
             let options = EngineOptions { wkv: Some(form), ..self.options.clone() };
             let engine = Engine::new(&self.checkpoint, options, &|_| {})?;
             anyhow::Ok(Side { engine, rest: StateFormat::F32 })
-        });
-        let sides: Vec<Side> = sides.into_iter().collect::<Result<_, _>>()?;
-        for &tokens in lengths {
-            for (form, side) in forms.into_iter().zip(&sides) {
+        };
+        // A device has room for a few engines, perhaps not for one of every form.
+        let sequential = side(Wkv::Sequential)?;
+        for form in forms {
+            let side = if form == Wkv::Sequential { None } else { Some(side(form)?) };
+            let side = side.as_ref().unwrap_or(&sequential);
+            for &tokens in lengths {
                 let load = Load::Prefill(tokens);
                 let work = [work(load, side); 2];
-                let of = case(load, [&sides[0], side], &mut self.controls.matmul, work, self.effort)?;
+                let of = case(load, [&sequential, side], &mut self.controls.matmul, work, self.effort)?;
                 all.push(Form { form: named(form), of: "prompt".to_owned(), tokens, rate: of.with });
             }
         }

@@ -3,12 +3,18 @@
 //! Each head of each segment is a task. The head's state is turned to `[key, value]` for the length of the segment, so
 //! that the value rows, which never interact, are lanes and every sum over keys stays inside its lane, in the order of
 //! the reference.
+//!
+//! There is no form by [chunks](ops::wkv7_chunked) here. A head's 16 KiB of state stay in the first-level cache and heads are
+//! enough for all threads, so that nothing is waited for, neither memory nor the token before; and by chunks of 16 a token is
+//! 24,600 multiplications and additions where it is 20,500 here. Tried with vectors, on a Xeon with AVX-512, both ways with
+//! fused multiply-adds: 0.82 us a token and head by chunks, 0.48 token by token.
 
 use pulp::Arch;
 use rayon::prelude::*;
 
 use crate::model::WkvSegment;
 use crate::ops;
+use crate::ops::decay::loss;
 use crate::ops::wkv7::{Dims, Inputs};
 
 /// One head of one segment.
@@ -73,7 +79,7 @@ impl Head<'_> {
             let row = |s: &'_ [f32]| -> [f32; N] { std::array::from_fn(|j| s[at + j]) };
             let (r, k, v) = (row(self.inputs.r), row(self.inputs.k), row(self.inputs.v));
             let (a, b) = (row(self.inputs.a), row(self.inputs.b));
-            let loss = row(self.inputs.lw).map(f32::exp_m1);
+            let loss = row(self.inputs.lw).map(loss);
             let mut q = [0.0; N];
             for j in 0..N {
                 for i in 0..N {

@@ -14,6 +14,7 @@
 //! near 1 its spacing is as large as the decay it should express. The update is computed as
 //! `S + (S * expm1(lw) + q * b + v * k)`, which halves the rounding error of `S * exp(lw) + ...`.
 
+use super::decay::loss;
 use crate::Real;
 
 /// Extents of one call.
@@ -88,7 +89,7 @@ pub fn wkv7<R: Real>(dims: Dims, x: Inputs<'_, R>, state: &mut [R], y: &mut [R])
                 }
                 let mut out = R::zero();
                 for j in 0..n {
-                    row[j] += row[j] * lw[j].exp_m1() + q * b[j] + v[i] * k[j];
+                    row[j] += row[j] * loss(lw[j]) + q * b[j] + v[i] * k[j];
                     out += row[j] * r[j];
                 }
                 y[at + i] = out;

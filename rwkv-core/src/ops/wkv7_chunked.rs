@@ -37,6 +37,7 @@
 
 use std::ops::Range;
 
+use super::decay::loss;
 pub use super::wkv7::{Dims, Inputs};
 use crate::Real;
 
@@ -234,7 +235,7 @@ impl<R: Real> Head<R> {
                 k.extend(scaled(self.row(&self.k, s), &remaining));
             }
             kept.extend(start.iter().zip(end).map(|(&start, &end)| match end - start {
-                log if log > -R::of(std::f64::consts::LN_2) => log.exp_m1(),
+                log if log > -R::of(std::f64::consts::LN_2) => loss(log),
                 log => log.exp(),
             }));
         }

@@ -49,6 +49,7 @@
 
 use std::ops::Range;
 
+use super::decay::loss;
 pub use super::wkv7::{Dims, Inputs};
 use crate::Real;
 
@@ -225,7 +226,7 @@ impl<R: Real> Pending<R> {
         for h in 0..self.heads {
             let (of_base, of_entries) = self.logs(h);
             let factor: Vec<R> =
-                of_base.iter().map(|&log| if mostly_kept(log) { log.exp_m1() } else { log.exp() }).collect();
+                of_base.iter().map(|&log| if mostly_kept(log) { loss(log) } else { log.exp() }).collect();
             let decayed = |column: &[R]| -> Vec<R> {
                 let rows = of_entries.chunks_exact(n).enumerate();
                 rows.flat_map(|(s, log)| scaled(self.row(column, s, h), log)).collect()
@@ -319,7 +320,7 @@ impl<R: Real> Undecayed<R> {
                     |x: &[R], since: &[R]| x.iter().zip(since).map(|(&x, &e)| x * e).collect::<Vec<_>>();
                 let a = decayed(&token.a[head.clone()], since);
                 let q: Vec<R> = state.chunks_exact(n).map(|row| dot(row, &a)).collect();
-                since.iter_mut().zip(&token.lw[head.clone()]).for_each(|(e, lw)| *e += *e * lw.exp_m1());
+                since.iter_mut().zip(&token.lw[head.clone()]).for_each(|(e, lw)| *e += *e * loss(*lw));
                 let undecayed = |x: &[R]| x.iter().zip(&*since).map(|(&x, &e)| x / e).collect::<Vec<_>>();
                 let (b, k) = (undecayed(&token.b[head.clone()]), undecayed(&token.k[head.clone()]));
                 let (v, r) = (&token.v[head.clone()], decayed(&token.r[head.clone()], since));
@@ -392,7 +393,7 @@ pub fn step_delta<R: Real>(
             for i in 0..n {
                 let row = &mut delta[(h * n + i) * n..][..n];
                 for j in 0..n {
-                    row[j] += row[j] * head.lw[j].exp_m1() + q[h * n + i] * head.b[j] + head.v[i] * head.k[j];
+                    row[j] += row[j] * loss(head.lw[j]) + q[h * n + i] * head.b[j] + head.v[i] * head.k[j];
                 }
             }
         }

@@ -37,8 +37,8 @@ pub(in crate::kernels) enum Kind {
 pub(in crate::kernels) fn kinds() -> impl Strategy<Value = Kind> {
     use Kind::{Alternating, Any, Bursts, Fading, Fastest, NoDecay, OneKey};
     prop_oneof![1 => Just(Any), 1 => prop::sample::select(vec![
-            Fastest, Fading, NoDecay, Alternating, Bursts, OneKey
-        ])]
+        Fastest, Fading, NoDecay, Alternating, Bursts, OneKey
+    ])]
 }
 
 impl Kind {
