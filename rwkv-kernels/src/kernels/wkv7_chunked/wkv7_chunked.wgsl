@@ -2,8 +2,8 @@
 //
 // Rows of a state never interact: a workgroup has 16 rows of a head. By blocks of 16 tokens, it multiplies the state that the
 // chunk met by what the tokens ask and remove of it, and adds to the state the product of what they write; both products have
-// tiles in registers, and factors that pass through workgroup memory. While the one is computed, the factors of the other are
-// under way.
+// tiles in registers, and factors that pass through workgroup memory. While a block's are used, those of the next are under
+// way.
 
 override CHUNK: u32 = 16u; // tokens, a multiple of BLOCK
 
@@ -15,6 +15,8 @@ const BLOCK: u32 = 16u;
 const QUADS: u32 = N / 4u;       // vectors of a row
 const TOKEN: u32 = 6u * QUADS;   // vectors of a token in a head
 const EACH: u32 = 2u * BLOCK * QUADS / LANES; // vectors that an invocation loads at a time
+const ASK: u32 = 0u; // where it has them
+const TELL: u32 = EACH;
 
 // Which of the factors.
 const W: u32 = 0u;
@@ -45,8 +47,9 @@ var<workgroup> met: array<vec4<f32>, ROWS * QUADS>;
 // What the tokens write along `b`, and `v`, each for rows i and i + PAIR.
 var<workgroup> written: array<vec2<f32>, 2u * BLOCK * PAIR>;
 
-// What an invocation has loaded of the next factors, and of `u`, `v` and `y` where it computes those.
-var<private> held: array<vec4<f32>, EACH>;
+// What an invocation has loaded of the next factors, those to ask by and those to tell, and of `u`, `v` and `y` where it
+// computes those.
+var<private> held: array<vec4<f32>, 2u * EACH>;
 var<private> u: vec2<f32>;
 var<private> v: vec2<f32>;
 var<private> given: vec2<f32>;
@@ -72,18 +75,18 @@ fn token(row: u32, at: Place) -> u32 {
 }
 
 // Loads two factors of a block that begins at row `first`; past the last row, any.
-fn fetch(first: u32, end: u32, which: u32, at: Place) {
+fn fetch(first: u32, end: u32, which: u32, into: u32, at: Place) {
     for (var e = 0u; e < EACH; e++) {
         let t = e * LANES / QUADS + at.l / QUADS;
         let row = min(first + t % BLOCK, end - 1u);
-        held[e] = factors[token(row, at) + (which + t / BLOCK) * QUADS + at.l % QUADS];
+        held[into + e] = factors[token(row, at) + (which + t / BLOCK) * QUADS + at.l % QUADS];
     }
 }
 
-fn put(at: Place) {
+fn put(which: u32, at: Place) {
     workgroupBarrier(); // what was there is no longer read
     for (var e = 0u; e < EACH; e++) {
-        stage[place(e * LANES / QUADS + at.l / QUADS, at.l % QUADS)] = held[e];
+        stage[place(e * LANES / QUADS + at.l / QUADS, at.l % QUADS)] = held[which + e];
     }
     workgroupBarrier();
 }
@@ -182,7 +185,8 @@ fn wkv7_chunked(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocati
 
     let end = segment.x + segment.y;
     if segment.y > 0u {
-        fetch(segment.x, end, W, at);
+        fetch(segment.x, end, W, ASK, at);
+        fetch(segment.x, end, B, TELL, at);
         fetch_own(segment.x, end, at);
         for (var first = segment.x; first < end; first += BLOCK) {
             let count = min(end - first, BLOCK);
@@ -191,12 +195,12 @@ fn wkv7_chunked(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocati
                 met[place(i, quad)] = low;
                 met[place(i + PAIR, quad)] = high;
             }
-            put(at);
-            fetch(first, end, B, at);
+            put(ASK, at);
+            fetch(first + BLOCK, end, W, ASK, at);
             let kept = factors[token(first + count - 1u, at) + KEPT * QUADS + quad];
             ask(first, count, at);
-            put(at);
-            fetch(first + BLOCK, end, W, at);
+            put(TELL, at);
+            fetch(first + BLOCK, end, B, TELL, at);
             fetch_own(first + BLOCK, end, at);
             if count == BLOCK {
                 tell(BLOCK, kept, at);
