@@ -257,8 +257,9 @@ const CHUNKED_HEADS: Option<u32> = None;
 impl ChunkKernels {
     /// The kernels, if they are asked for, or may be faster for the model.
     fn new(device: &Device, config: &ModelConfig, setup: &Setup) -> Result<Option<Self>, Error> {
-        let by_itself =
-            CHUNKED_HEADS.filter(|&most| !setup.batch_invariant && setup.state.is_plain() && count(config.n_heads) <= most);
+        let by_itself = CHUNKED_HEADS.filter(|&most| {
+            !setup.batch_invariant && setup.state.is_plain() && count(config.n_heads) <= most
+        });
         let (chunk, most_heads) = match (setup.wkv, by_itself) {
             (Some(Wkv::Chunked(chunk)), _) => (chunk, u32::MAX),
             (None, Some(most)) => (CHUNK, most),
@@ -1329,8 +1330,16 @@ impl Layers<'_> {
                     stride: layout.slot_words,
                     entry: layout.entry,
                 });
-                let dims =
-                    wkv7_scan::Dims { rows, segments: 1, heads, format, stride, offset: 0, y_stride, pending };
+                let dims = wkv7_scan::Dims {
+                    rows,
+                    segments: 1,
+                    heads,
+                    format,
+                    stride,
+                    offset: 0,
+                    y_stride,
+                    pending,
+                };
                 let kernel = kernels.scan.kernel();
                 let (params, [groups, ..]) = wkv7_scan::lower(kernel, dims).map_err(refused(HEADS))?;
                 let buffers = [&s.segments, &s.mixed, records, &s.up].map(Bound::Whole);

@@ -6,7 +6,8 @@
 //! then three products are left, which take less time than its tokens one after the other, but are more arithmetic: it is
 //! for few sequences, which leave a device idle.
 //!
-//! Records and segments are those of [`wkv7_scan`](super::wkv7_scan); `y` is read before it is written.
+//! Records and segments are those of [`wkv7_scan`](super::wkv7_scan) in single precision that is written at every call; `y` is
+//! read before it is written.
 
 #[cfg(test)]
 #[cfg(feature = "gpu")]
@@ -14,8 +15,26 @@ pub(super) mod tests;
 
 pub use super::extents::Error;
 use super::extents::{elements, fits, groups};
-pub use super::wkv7_scan::{Dims, HEAD_SIZE, OPERANDS, Segment};
+use super::wkv7_scan::OPERANDS;
+pub use super::wkv7_scan::{HEAD_SIZE, Segment};
 pub use crate::reflected::wkv7_chunked::{Params, VARIANTS};
+
+/// The extents of a call, in elements where they are lengths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dims {
+    /// Rows of all segments together.
+    pub rows: usize,
+    /// Segments.
+    pub segments: usize,
+    /// H.
+    pub heads: usize,
+    /// From record to record of the state.
+    pub stride: usize,
+    /// Of the heads in a record.
+    pub offset: usize,
+    /// From row to row of `y`, at least D.
+    pub y_stride: usize,
+}
 
 /// Tokens of a chunk: what `CHUNK` is overridden with, here as in [`wkv7_chunked_factors`](super::wkv7_chunked_factors).
 pub const CHUNKS: [usize; 3] = [16, 32, 64];

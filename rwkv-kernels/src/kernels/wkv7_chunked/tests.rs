@@ -12,7 +12,7 @@ use crate::kernels::intervals::floats;
 use crate::kernels::testing::bits;
 use crate::kernels::wkv7::tests::{Case, limits};
 use crate::kernels::wkv7_chunked_factors as factors;
-use crate::kernels::wkv7_scan::tests::Call;
+use crate::kernels::wkv7_scan::{self, tests::Call};
 use crate::pipeline::Pipeline;
 
 /// What decays and keys are like, beyond what [`Case::draw`] has.
@@ -92,8 +92,8 @@ fn run(
     segments: &[Segment],
     state: &[f32],
 ) -> [Vec<f32>; 2] {
-    let dims = Dims { segments: segments.len(), ..call.dims };
-    let Dims { rows, heads, y_stride, .. } = dims;
+    let wkv7_scan::Dims { rows, heads, stride, offset, y_stride, .. } = call.dims;
+    let dims = Dims { rows, segments: segments.len(), heads, stride, offset, y_stride };
     let y = vec![f32::NAN; rows * y_stride];
     let before = [bytemuck::cast_slice(segments).to_vec(), bits(&call.operands)];
     let [of_segments, operands] = before.clone();
