@@ -292,7 +292,8 @@ mod tests {
         let portable = &VARIANTS[0];
         assert_eq!((portable.name, portable.suffix), ("layer_norm", ""), "the portable variant is first");
         assert_eq!((portable.workgroup_size, portable.workgroup_bytes), ([256, 1, 1], 1024), "from `LANES`");
-        assert_eq!(portable.overrides, [Override { name: "LANES", default: 256.0 }], "one override");
+        let overrides = [("LANES", 256.0), ("HALVES", 0.0)].map(|(name, default)| Override { name, default });
+        assert_eq!(portable.overrides, overrides, "its own, and a helper's");
         let names: Vec<_> = portable.bindings.iter().map(|b| b.name).collect();
         assert_eq!(names, ["params", "x", "rows", "gain", "bias", "y"], "in order");
         assert_eq!(portable.params_bytes, size_of::<crate::kernels::layer_norm::Params>(), "one struct");

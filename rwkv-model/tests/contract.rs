@@ -16,6 +16,8 @@ use rwkv_model::{Engine, EngineOptions, Error, FinishReason, Sampler, Session, T
 use support::{BUNDLED, alone, engine, on_cpu, on_gpu, random_model, safetensors, shown, together};
 
 const VOCAB: usize = 52;
+/// The least that is no token of it.
+const NO_TOKEN: u32 = 52;
 
 /// Where the contract holds: on the CPU, and on the GPU if there is one.
 fn setups() -> Vec<EngineOptions> {
@@ -191,8 +193,8 @@ fn mistakes_harm_nothing() {
         let mut session = alone(engine, prompt);
         let before = shown(&session);
 
-        let outside = session.prefill(&[1, 2, VOCAB as u32]).unwrap_err();
-        assert!(matches!(outside, Error::Token { token: 52, index: 2, vocab: VOCAB }), "{outside}");
+        let outside = session.prefill(&[1, 2, NO_TOKEN]).unwrap_err();
+        assert!(matches!(outside, Error::Token { token: NO_TOKEN, index: 2, vocab: VOCAB }), "{outside}");
         assert!(matches!(session.step(u32::MAX), Err(Error::Token { token: u32::MAX, .. })), "far outside");
         assert!(matches!(session.prefill(&[]), Err(Error::NoTokens)), "no tokens");
         assert!(matches!(session.score(&[]), Err(Error::NoTokens)), "no tokens");
@@ -217,7 +219,7 @@ fn mistakes_harm_nothing() {
 
         // one bad request among good ones
         let mut neighbour = engine.session();
-        let mut batch = [(&mut session, &[1, 2][..]), (&mut neighbour, &[3, VOCAB as u32])];
+        let mut batch = [(&mut session, &[1, 2][..]), (&mut neighbour, &[3, NO_TOKEN])];
         assert!(matches!(engine.step(&mut batch), Err(Error::Token { .. })), "the second is bad");
         let mut batch = [(&mut session, &[1, 2][..]), (&mut other, &[3])];
         assert!(

@@ -36,6 +36,8 @@ use support::{
 const FACTOR: f64 = 6.0;
 
 const VOCAB: usize = 52;
+/// The least that is no token of it.
+const NO_TOKEN: u32 = 52;
 
 // ---- Engines ----
 
@@ -474,7 +476,7 @@ fn a_token_that_is_none_harms_nothing() {
         let prompt = prompt(9, 6);
         let mut session = alone(engine, &prompt);
         let before = shown(&session);
-        for bad in [VOCAB as u32, 65_535, u32::MAX] {
+        for bad in [NO_TOKEN, 65_535, u32::MAX] {
             assert!(matches!(session.step(bad), Err(Error::Token { token, .. }) if token == bad), "{bad}");
             let long = [vec![1; 700], vec![bad]].concat();
             assert!(

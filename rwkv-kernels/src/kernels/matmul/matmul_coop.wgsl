@@ -375,16 +375,20 @@ fn product(job: Job, at: Place, v: u32) -> vec4<f32> {
     if ACTIVATIONS == 1u << IDENTITY {
         return sum;
     }
-    var activation = job.activation;
     if ACTIVATIONS == 1u << SQUARED_RELU {
-        activation = SQUARED_RELU;
+        let positive = max(sum, vec4(0.0));
+        return positive * positive;
     }
-    return vec4(
-        activate(activation, sum.x),
-        activate(activation, sum.y),
-        activate(activation, sum.z),
-        activate(activation, sum.w),
-    );
+    // One by one, in a loop whose end the compiler does not know, so that it takes the registers of one.
+    if job.activation != IDENTITY {
+        sums[first] = sum;
+        let some = min(4u, job.outputs);
+        for (var c = 0u; c < some; c++) {
+            sums[first][c] = activate(job.activation, sums[first][c]);
+        }
+        sum = sums[first];
+    }
+    return sum;
 }
 
 fn store_y(job: Job, at: Place, row: u32, col: u32, v: u32, before: vec4<u32>) {
