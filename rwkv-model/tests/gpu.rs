@@ -822,7 +822,11 @@ fn chunks_agree_with_the_reference() {
             prompt.chunks(length).for_each(|tokens| session.prefill(tokens).unwrap());
             want.holds(&session, &format!("chunks of {chunk}, calls of {length}"));
         }
-        assert_ne!(shown(&alone(&by_chunks, &prompt)), shown(&alone(&smalls()[0], &prompt)), "another form");
+        let one_by_one = [Wkv::Sequential, Wkv::Chunked(chunk)].map(|wkv| {
+            let options = EngineOptions { wkv: Some(wkv), ..options.clone() };
+            shown(&alone(&engine(safetensors(&small_model()), options), &prompt))
+        });
+        assert_ne!(one_by_one[0], one_by_one[1], "another form");
         let prompts = prompts(&[70, 1, 16, 2, 100, 17], VOCAB, 5);
         for (prompt, session) in prompts.iter().zip(together(&by_chunks, &prompts)) {
             let what = format!("chunks of {chunk}, {} tokens beside others", prompt.len());
