@@ -17,9 +17,11 @@
 mod ahead;
 mod chosen;
 mod layer;
+mod pipelines;
 mod plan;
 mod profile;
 mod records;
+mod scratch;
 mod unfused;
 mod weights;
 
@@ -42,11 +44,12 @@ use rwkv_state::{Resident, ResidentRounding};
 
 pub(crate) use self::ahead::Ahead;
 pub(crate) use self::chosen::{Chooser, Chosen, Input, Part};
-use self::layer::{Form, Kernels, Scratch};
+use self::pipelines::{Form, Kernels};
 use self::plan::{Mixes, Plan, Shape};
 pub use self::profile::{Dispatch, Profile};
 pub(crate) use self::records::Record;
 use self::records::{Move, Place, Records};
+use self::scratch::Scratch;
 use self::unfused::Unfused;
 use self::weights::Weights;
 use crate::checkpoint::{self, Checkpoint, Progress};
@@ -244,7 +247,7 @@ impl Executor {
         if !setup.fused && setup.weights.blocks(config.n_layers, &Matrix::ALL).any(|of| of.is_some()) {
             return Err(Error::Weights(setup.weights));
         }
-        layer::check_chunks(&setup)?;
+        pipelines::check_chunks(&setup)?;
         let all = !setup.portable;
         let features = rwkv_kernels::Features { f16: all, subgroup: all, coop: all };
         let request = device::Request {

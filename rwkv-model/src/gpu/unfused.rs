@@ -31,10 +31,8 @@ use rwkv_kernels::kernels::{
 use rwkv_kernels::pipeline::{Pipeline, checked};
 use rwkv_state::layout::DeviceLayout;
 
-use super::layer::{
-    HIDDEN_EXPONENT, Kernels, Layers, MIX_A, MIX_G, MIX_K, MIX_R, MIX_V, MIX_W, MIXES, READOUT_EXPONENT,
-    compile, linear_of, refused, value_of,
-};
+use super::layer::{Layers, MIX_A, MIX_G, MIX_K, MIX_R, MIX_V, MIX_W, MIXES, refused};
+use super::pipelines::{HIDDEN_EXPONENT, Kernels, READOUT_EXPONENT, compile, linear_of, value_of};
 use super::plan::{Bound, Grid, Plan, Shape, Step};
 use super::records::{Move, Record};
 use super::weights::Layer;
