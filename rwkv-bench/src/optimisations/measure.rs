@@ -210,7 +210,7 @@ impl Reference {
         let tokens: Vec<u32> = (0..prompt + steps).map(any).collect();
         let mut logits = Vec::new();
         if config.streamed_params() <= SMALL {
-            let model: Model<f64, Matrix<f32>> = checkpoint.load(&|_| {})?;
+            let model: Model<f64, Matrix<f32>> = checkpoint.load_with(&options.weights, &|_| {})?;
             let mut state = State::new(config);
             for (at, token) in tokens.iter().enumerate() {
                 let out = skip.filter(|of| of.prefill || at >= prompt);

@@ -347,11 +347,7 @@ impl Bench<'_> {
         let mut rest = StateFormat::F32;
         let engine = match way {
             Way::Plain => self.plain.clone(),
-            Way::Options(change) => {
-                let mut options = self.options.clone();
-                change(&mut options);
-                Engine::new(&self.checkpoint, options, &|_| {})?
-            }
+            Way::Options(_) => Engine::new(&self.checkpoint, self.options_of(way), &|_| {})?,
             Way::Skip(skip) => self.plain.skipping(Some(skip(&self.costs)))?,
             Way::Rest(of) => {
                 rest = of.format;
@@ -361,16 +357,25 @@ impl Bench<'_> {
         Ok(Side { engine, rest })
     }
 
+    /// What an engine is opened with that runs so.
+    fn options_of(&self, way: Way) -> EngineOptions {
+        let mut options = self.options.clone();
+        if let Way::Options(change) = way {
+            change(&mut options);
+        }
+        options
+    }
+
     /// Measures a row.
     fn row(&mut self, row: &Row) -> anyhow::Result<report::Row> {
         let (without, with) = (self.side(row.without)?, self.side(row.with)?);
+        let (options, skips) = (self.options_of(row.with), with.engine.skips());
         let own;
-        let reference = match with.engine.skips() {
-            None => &self.reference,
-            Some(skipping) => {
-                own = Reference::new(&self.checkpoint, &self.options, Some(skipping))?;
-                &own
-            }
+        let reference = if skips.is_some() || options.weights != self.options.weights {
+            own = Reference::new(&self.checkpoint, &options, skips)?;
+            &own
+        } else {
+            &self.reference
         };
         self.reference.check(&without, limit(&without.engine)?).context("without it")?;
         let limit = limit(&with.engine)? + row.limit;
@@ -715,9 +720,9 @@ mod tests {
     /// Rows of every kind are checked, timed and priced, and the report says so: as a file, as a page, and beside itself.
     #[test]
     fn a_report() {
-        let rows = "lazy,skip-middle,skip-least,chunked-16,sparse-rest,ffn-sparsity";
+        let rows = "lazy,skip-middle,skip-least,chunked-16,sparse-rest,ffn-sparsity,int8-weights";
         let report = measured(&quick(&["--device", "cpu", "--rows", rows])).unwrap();
-        assert_eq!(report.rows.len(), 6, "rows");
+        assert_eq!(report.rows.len(), 7, "rows");
         for row in &report.rows {
             assert!(row.error.is_finite() && row.error < 0.01, "{row:?}");
             let loads = if row.name == "sparse-rest" { 1 } else { 3 };

@@ -4,7 +4,7 @@
 use rwkv_core::model::SkipPart;
 use rwkv_model::quality::Rest;
 use rwkv_model::skip::{Contribution, LayerCost, Middle, Skipping};
-use rwkv_model::{EngineOptions, Resident, StateFormat, Wkv};
+use rwkv_model::{EngineOptions, Recipe, Resident, StateFormat, WeightFormat, Wkv};
 use rwkv_state::format::SparseRule;
 
 /// An optimisation.
@@ -116,6 +116,26 @@ pub(super) fn all() -> Vec<Row> {
             with: Way::Options(|options| options.state = Resident::lazy(8)),
             limit: EXACT,
             said: "A pending token costs sums over its vectors at every later one, which outweighs the writes that it saves; what it brings is undoing tokens and sharing states.",
+        },
+        Row {
+            name: "int8-weights",
+            title: "weights of the layers in blocks of 8 bits",
+            promised: NO_PROMISE,
+            on: On::Both,
+            without: Way::Plain,
+            with: Way::Options(|options| options.weights = Recipe::layers(WeightFormat::Int8)),
+            limit: EXACT,
+            said: "Checked against the reference of the same decoded weights; `weights` has what other recipes cost, and their memory.",
+        },
+        Row {
+            name: "int4-weights",
+            title: "weights of the layers in blocks of 4 bits",
+            promised: NO_PROMISE,
+            on: On::Both,
+            without: Way::Plain,
+            with: Way::Options(|options| options.weights = Recipe::layers(WeightFormat::Int4)),
+            limit: EXACT,
+            said: "As in 8 bits, of about half as many bytes.",
         },
         chunked("chunked-16", "chunked prefill, 16 tokens", |options| options.wkv = Some(Wkv::Chunked(16))),
         chunked("chunked-32", "chunked prefill, 32 tokens", |options| options.wkv = Some(Wkv::Chunked(32))),
