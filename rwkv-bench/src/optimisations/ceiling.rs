@@ -110,25 +110,28 @@ fn wait(device: &Device) -> anyhow::Result<()> {
     device.fault().map_or(Ok(()), |fault| Err(anyhow::anyhow!("the device failed: {fault}")))
 }
 
-/// Sums of two buffers into one, by the engine's own kernel: a copy that the driver makes goes by way of an engine of its own,
-/// at a quarter of what kernels reach.
-fn copy(device: &'static Device) -> anyhow::Result<Control> {
-    let [bytes, times] = if device.is_gpu() { GPU_COPY } else { [1 << 20, 1] };
-    let kernel = add::VARIANTS.first().context("no kernel for sums")?;
-    let pipeline = Pipeline::new(device.device(), kernel, &[])?;
-    let width = usize::try_from(bytes)? / size_of::<f32>();
-    let (params, groups) = add::lower(extents::Dims { rows: 1, width })?;
+/// A kernel of the engine's, and what it is called with.
+struct Call<'a> {
+    pipeline: Pipeline,
+    params: &'a [u8],
+    /// The last is written.
+    operands: &'a [&'a [u8]],
+    groups: [u32; 3],
+    /// What each element of the last is after the first call.
+    want: f32,
+}
+
+/// Calls, so many at once and checked once, of so much work each.
+fn calls(device: &'static Device, call: Call<'_>, times: u64, work: f64) -> anyhow::Result<Control> {
+    let Call { pipeline, params, operands, groups, want } = call;
     let init = |contents: &[u8], usage| {
         let usage = usage | wgpu::BufferUsages::COPY_SRC;
         device.device().create_buffer_init(&wgpu::util::BufferInitDescriptor { label: None, contents, usage })
     };
-    let ones = vec![1.0f32; width];
-    let buffers = [
-        init(bytemuck::bytes_of(&params), wgpu::BufferUsages::UNIFORM),
-        init(bytemuck::cast_slice(&ones), wgpu::BufferUsages::STORAGE),
-        init(bytemuck::cast_slice(&ones), wgpu::BufferUsages::STORAGE),
-    ];
+    let mut buffers = vec![init(params, wgpu::BufferUsages::UNIFORM)];
+    buffers.extend(operands.iter().map(|operand| init(operand, wgpu::BufferUsages::STORAGE)));
     let group = pipeline.bind(device.device(), buffers.iter().map(wgpu::Buffer::as_entire_buffer_binding))?;
+    let written = buffers.pop().context("nothing is written")?;
     let submit = move |times: u64, read: Option<&wgpu::Buffer>| {
         let mut encoder = device.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         {
@@ -136,34 +139,50 @@ fn copy(device: &'static Device) -> anyhow::Result<Control> {
             (0..times).for_each(|_| pipeline.encode(&mut pass, &group, groups));
         }
         if let Some(read) = read {
-            encoder.copy_buffer_to_buffer(&buffers[2], bytes - read.size(), read, 0, read.size());
+            encoder.copy_buffer_to_buffer(&written, 0, read, 0, read.size());
         }
         device.queue().submit([encoder.finish()]);
     };
-    let last = last_of(device);
-    submit(1, Some(&last));
-    last.slice(..).map_async(wgpu::MapMode::Read, |_| ());
+    let read = device.device().create_buffer(&wgpu::BufferDescriptor {
+        label: None,
+        size: operands.last().map_or(0, |operand| operand.len() as u64),
+        usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+        mapped_at_creation: false,
+    });
+    submit(1, Some(&read));
+    read.slice(..).map_async(wgpu::MapMode::Read, |_| ());
     wait(device)?;
-    ensure!(
-        bytemuck::cast_slice::<u8, f32>(&last.slice(..).get_mapped_range()?).iter().all(|&y| y == 2.0),
-        "the control's sums are wrong"
-    );
+    {
+        let bytes = read.slice(..).get_mapped_range()?;
+        let right = bytemuck::cast_slice::<u8, f32>(&bytes).iter().all(|&y| y == want);
+        ensure!(right, "what the control computes is wrong");
+    }
     let run = move || {
         submit(times, None);
         wait(device)
     };
-    // Two are read, one is written.
-    Ok(Control { run: Box::new(run), work: (3 * bytes * times) as f64 })
+    Ok(Control { run: Box::new(run), work: work * times as f64 })
 }
 
-/// Where the host reads the end of a buffer.
-fn last_of(device: &Device) -> wgpu::Buffer {
-    device.device().create_buffer(&wgpu::BufferDescriptor {
-        label: None,
-        size: 4096,
-        usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-        mapped_at_creation: false,
-    })
+/// Sums of two buffers into one, by the engine's own kernel: a copy that the driver makes goes by way of an engine of its own,
+/// at a quarter of what kernels reach.
+fn copy(device: &'static Device) -> anyhow::Result<Control> {
+    let [bytes, times] = if device.is_gpu() { GPU_COPY } else { [1 << 20, 1] };
+    let bytes = bytes.min(device.device().limits().max_storage_buffer_binding_size);
+    let kernel = add::VARIANTS.first().context("no kernel for sums")?;
+    let width = usize::try_from(bytes)? / size_of::<f32>() / 4 * 4;
+    let (params, groups) = add::lower(extents::Dims { rows: 1, width })?;
+    let ones = vec![1.0f32; width];
+    let ones: &[u8] = bytemuck::cast_slice(&ones);
+    let call = Call {
+        pipeline: Pipeline::new(device.device(), kernel, &[])?,
+        params: bytemuck::bytes_of(&params),
+        operands: &[ones, ones],
+        groups,
+        want: 2.0,
+    };
+    // Two are read, one is written.
+    calls(device, call, times, 3.0 * ones.len() as f64)
 }
 
 /// The engine's own products, in the largest tile of the best variant.
@@ -172,7 +191,6 @@ fn products(device: &'static Device, n: usize) -> anyhow::Result<Control> {
     let tiles = if coop { &COOP_TILES_UNSPLIT[..] } else { &TILES };
     let tile = *tiles.last().context("no tile")?;
     let kernel = choose(tile.variants(), &device.capabilities()).context("no kernel for products")?;
-    let pipeline = Pipeline::new(device.device(), kernel, &tile.overrides(false))?;
     let rows = Rows { offset: 0, stride: n };
     let job = matmul::Job {
         format: None,
@@ -188,56 +206,24 @@ fn products(device: &'static Device, n: usize) -> anyhow::Result<Control> {
     };
     let dims = matmul::Dims { rows: n, tile, transposed: false, weights: n * n / 8, x: n * n, y: n * n };
     let (params, records, groups) = matmul::lower(dims, &[job])?;
-    let init = |contents: &[u8], usage| {
-        let usage = usage | wgpu::BufferUsages::COPY_SRC;
-        device.device().create_buffer_init(&wgpu::util::BufferInitDescriptor { label: None, contents, usage })
-    };
-    let storage = wgpu::BufferUsages::STORAGE;
-    // Products of a quarter and a half are exact, in halves too.
+    // Products of a quarter and a half are exact, in halves too, which are two to a word.
     let halves = |x: f32, n: usize| vec![f16::from_f32(x).to_bits(); n];
-    let x = if coop {
-        init(bytemuck::cast_slice(&halves(0.25, 2 * n * n)), storage)
-    } else {
-        init(bytemuck::cast_slice(&vec![0.25f32; n * n]), storage)
+    let (weights, of_halves, of_floats) = (halves(0.5, n * n), halves(0.25, 2 * n * n), vec![0.25f32; n * n]);
+    let x: &[u8] = if coop { bytemuck::cast_slice(&of_halves) } else { bytemuck::cast_slice(&of_floats) };
+    let poison = vec![f32::NAN; n * n];
+    let call = Call {
+        pipeline: Pipeline::new(device.device(), kernel, &tile.overrides(false))?,
+        params: bytemuck::bytes_of(&params),
+        operands: &[
+            bytemuck::cast_slice(&records),
+            bytemuck::cast_slice(&weights),
+            x,
+            bytemuck::cast_slice(&poison),
+        ],
+        groups,
+        want: 0.125 * n as f32,
     };
-    let buffers = [
-        init(bytemuck::bytes_of(&params), wgpu::BufferUsages::UNIFORM),
-        init(bytemuck::cast_slice(&records), storage),
-        init(bytemuck::cast_slice(&halves(0.5, n * n)), storage),
-        x,
-        init(bytemuck::cast_slice(&vec![f32::NAN; n * n]), storage),
-    ];
-    let group = pipeline.bind(device.device(), buffers.iter().map(wgpu::Buffer::as_entire_buffer_binding))?;
-    let submit = move |read: Option<&wgpu::Buffer>| {
-        let mut encoder = device.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        {
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            pipeline.encode(&mut pass, &group, groups);
-        }
-        if let Some(read) = read {
-            encoder.copy_buffer_to_buffer(&buffers[4], 0, read, 0, read.size());
-        }
-        device.queue().submit([encoder.finish()]);
-    };
-    let read = device.device().create_buffer(&wgpu::BufferDescriptor {
-        label: None,
-        size: (n * n * size_of::<f32>()) as u64,
-        usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-        mapped_at_creation: false,
-    });
-    submit(Some(&read));
-    read.slice(..).map_async(wgpu::MapMode::Read, |_| ());
-    wait(device)?;
-    {
-        let bytes = read.slice(..).get_mapped_range()?;
-        let right = bytemuck::cast_slice::<u8, f32>(&bytes).iter().all(|&y| y == 0.125 * n as f32);
-        ensure!(right, "the control's products are wrong");
-    }
-    let run = move || {
-        submit(None);
-        wait(device)
-    };
-    Ok(Control { run: Box::new(run), work: 2.0 * (n as f64).powi(3) })
+    calls(device, call, 1, 2.0 * (n as f64).powi(3))
 }
 
 #[cfg(test)]

@@ -25,8 +25,8 @@ use rwkv_kernels::pipeline::Pipeline;
 use rwkv_state::layout::DeviceLayout;
 
 use super::pipelines::{
-    ChunkKernels, FEW, FEW_SEQUENCES, Form, HEAD_TILES, HIDDEN_EXPONENT, Held, Kernels, MANY_INPUTS,
-    READOUT_EXPONENT, ScanKernels, StepKernels,
+    ChunkKernels, FEW, Form, HEAD_TILES, HIDDEN_EXPONENT, Held, Kernels, MANY_INPUTS, READOUT_EXPONENT,
+    ScanKernels, StepKernels,
 };
 use super::plan::{Bound, Grid, Mixes, Plan, Planner, Step};
 use super::records::Records;
@@ -398,11 +398,7 @@ impl Layers<'_> {
             }
             _ => time_mix.push(self.heads(
                 Heads {
-                    pipeline: if rows <= FEW_SEQUENCES {
-                        &self.kernels.time_mix_few
-                    } else {
-                        &self.kernels.time_mix
-                    },
+                    pipeline: self.kernels.heads(rows),
                     lora_up: None,
                     rows: s.rows,
                     segments: Bound::Whole(&s.segments),

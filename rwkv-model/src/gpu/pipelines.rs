@@ -127,7 +127,7 @@ pub(super) struct Kernels {
     pub(super) add_planes: Option<Pipeline>,
     /// With the adapters' products given; of few sequences, more lanes to each.
     pub(super) time_mix: Pipeline,
-    pub(super) time_mix_few: Pipeline,
+    time_mix_few: Option<Pipeline>,
     /// For prompts, if there may be such a form.
     pub(super) scan: Option<ScanKernels>,
     /// For one token, if the device has the memory for them.
@@ -289,7 +289,7 @@ const PROCESSORS: u32 = 132;
 const FILL: u32 = PROCESSORS * 174;
 
 /// Rows up to which a head has more lanes than [`Held::batch_lanes`], and how many. On an H100, 1.5B, 32 sequences: 22 us for 25.
-pub(super) const FEW_SEQUENCES: u32 = 32;
+const FEW_SEQUENCES: u32 = 32;
 const FEW_LANES: u32 = 256;
 
 /// Rows up to which a product of so many inputs has too few tiles of outputs to keep an H100 busy, so that its inputs are
@@ -395,7 +395,7 @@ impl Kernels {
                 None
             },
             time_mix: of_heads(held.batch_lanes())?,
-            time_mix_few: of_heads(if setup.batch_invariant { held.batch_lanes() } else { FEW_LANES })?,
+            time_mix_few: if setup.batch_invariant { None } else { Some(of_heads(FEW_LANES)?) },
             // It rounds a state once in a pass: where it must not show how tokens were spread over passes, it is for those
             // that are not rounded and of which nothing is pending.
             scan: if setup.fused && (setup.state.is_plain() || !setup.batch_invariant) {
@@ -405,6 +405,11 @@ impl Kernels {
             },
             step: if setup.fused { StepKernels::new(device, config, setup, held)? } else { None },
         })
+    }
+
+    /// The heads of so many rows, with the adapters' products given.
+    pub(super) fn heads(&self, rows: u32) -> &Pipeline {
+        self.time_mix_few.as_ref().filter(|_| rows <= FEW_SEQUENCES).unwrap_or(&self.time_mix)
     }
 
     pub(super) const fn sample(&self) -> &Pipeline {
