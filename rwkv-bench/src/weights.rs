@@ -130,10 +130,16 @@ fn draw(rows: &[Row], text_bytes: usize, path: &Path) -> anyhow::Result<()> {
         .map_err(fail)?;
     let blue = COLOURS[0];
     chart
-        .draw_series(rows.iter().map(|of| {
+        .draw_series(rows.iter().enumerate().map(|(i, of)| {
+            // Below the names that would be in its way.
+            let near = |other: &&Row| {
+                let ((x, y), (other_x, other_y)) = (point(of), point(other));
+                (x - other_x).abs() < 0.2 && (y - other_y).abs() < 0.03 * most
+            };
+            let y = rows[..i].iter().filter(near).fold(-7, |y, _| y + 14);
             EmptyElement::at(point(of))
                 + Circle::new((0, 0), 4, blue.filled())
-                + Text::new(of.name.clone(), (8, -7), ("sans-serif", 14))
+                + Text::new(of.name.clone(), (8, y), ("sans-serif", 14))
         }))
         .map_err(fail)?;
     area.present().map_err(fail)

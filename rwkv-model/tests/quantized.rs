@@ -110,6 +110,20 @@ fn logits_are_those_of_plain_loops() {
     }
 }
 
+/// So many hidden units that cooperative matrices divide them among products that are added up, in blocks too: see `gpu`.
+#[test]
+fn many_hidden_units_are_divided() {
+    let Some(on_gpu) = support::on_gpu() else { return };
+    let checkpoint = open(safetensors(&random_model([2, 1, 64, 8192, 40, 8], 6)), None).unwrap();
+    let tokens: Vec<u32> = (0..24).map(|i| i * 7 % 40).collect();
+    for weights in ["int8", "int4"] {
+        let [want, got] = [support::on_cpu(), on_gpu.clone()]
+            .map(|options| engine(&checkpoint, weights, options).session().logits_of(&tokens).unwrap());
+        let want: Vec<f64> = want.into_iter().map(f64::from).collect();
+        max_abs(&got, &want, 2e-3 * magnitude(&want)).unwrap_or_else(|e| panic!("{weights}: {e}"));
+    }
+}
+
 /// What holds of halves on a GPU holds of blocks.
 #[test]
 fn a_sequence_on_the_gpu_has_its_bits() {

@@ -16,6 +16,7 @@ use rwkv_core::real::Elements;
 use rwkv_kernels::choose;
 use rwkv_kernels::gpu::{Device, Request};
 use rwkv_kernels::kernels::matmul::{self, COOP_TILES_UNSPLIT, TILES};
+use rwkv_kernels::kernels::weights::set;
 use rwkv_kernels::kernels::{add, extents};
 use rwkv_kernels::pipeline::Pipeline;
 use wgpu::util::DeviceExt as _;
@@ -194,6 +195,7 @@ fn products(device: &'static Device, n: usize) -> anyhow::Result<Control> {
     let rows = Rows { offset: 0, stride: n };
     let job = matmul::Job {
         format: None,
+        scales: 0,
         inputs: n,
         outputs: n,
         weights: 0,
@@ -212,7 +214,7 @@ fn products(device: &'static Device, n: usize) -> anyhow::Result<Control> {
     let x: &[u8] = if coop { bytemuck::cast_slice(&of_halves) } else { bytemuck::cast_slice(&of_floats) };
     let poison = vec![f32::NAN; n * n];
     let call = Call {
-        pipeline: Pipeline::new(device.device(), kernel, &tile.overrides(false))?,
+        pipeline: Pipeline::new(device.device(), kernel, &tile.overrides(false, set([None])))?,
         params: bytemuck::bytes_of(&params),
         operands: &[
             bytemuck::cast_slice(&records),

@@ -8,7 +8,7 @@ use rwkv_core::quant::{BLOCK, Blocks, Format};
 pub const ELEMENT: usize = 16;
 
 /// Bytes of a half.
-const HALF: usize = 2;
+pub(super) const HALF: usize = 2;
 
 /// A format as kernels tell it.
 #[must_use]
@@ -20,11 +20,16 @@ pub const fn number(format: Option<Format>) -> u32 {
     }
 }
 
+/// Formats, a bit for each.
+#[must_use]
+pub fn set(all: impl IntoIterator<Item = Option<Format>>) -> u32 {
+    all.into_iter().fold(0, |bits, format| bits | 1 << number(format))
+}
+
 /// The override `FORMATS` of a pipeline that reads matrices of these formats.
 #[must_use]
 pub fn formats(all: impl IntoIterator<Item = Option<Format>>) -> (&'static str, f64) {
-    let bits = all.into_iter().fold(0u32, |bits, format| bits | 1 << number(format));
-    ("FORMATS", bits.max(1).into())
+    ("FORMATS", set(all).max(1).into())
 }
 
 /// Of which rows of weights must be whole multiples.

@@ -13,9 +13,9 @@ use rwkv_core::model::SkipShifts;
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::matmul::Rows;
 use rwkv_core::ops::wkv7_lazy::ENTRY;
-use rwkv_core::quant;
+use rwkv_core::quant::{self, BLOCK};
 use rwkv_kernels::gpu::Device;
-use rwkv_kernels::kernels::weights as stored;
+use rwkv_kernels::kernels::weights::{self as stored, ELEMENT};
 use rwkv_kernels::kernels::{
     add_planes, carry, channel_mix_value, embedding, extents, layer_norm, linear, matmul, mix_in, mix_rows,
     readout_packed, time_mix, time_mix_operands, time_mix_resident, wkv7_chunked, wkv7_chunked_factors,
@@ -311,10 +311,10 @@ impl Layers<'_> {
                 transposed: false,
                 x: (&s.normed, s.len.normed),
                 y: (&s.logits, s.len.logits),
-                jobs: vec![matmul::Job {
-                    format: self.head_format,
-                    ..job(width, vocab, 0, (0, width), (0, vocab), Activation::Identity)
-                }],
+                jobs: vec![
+                    job(width, vocab, 0, (0, width), (0, vocab), Activation::Identity)
+                        .stored(self.head_format),
+                ],
                 of_logits: true,
             },
         )?;
@@ -341,7 +341,7 @@ impl Layers<'_> {
             let job = job(width, of.outputs, element, x, y, of.activation);
             // The heads read the projections, the adapters' second factors what their first make.
             let store = if start < 3 * width { matmul::Store::Put } else { self.read_by_products(0) };
-            projections.push(matmul::Job { format: of.format, store, ..job });
+            projections.push(matmul::Job { store, ..job }.stored(of.format));
             (start, element) = (start + of.outputs, element + stored::len(of.format, of.outputs * width));
         }
         let r = weights.ranks;
@@ -368,11 +368,9 @@ impl Layers<'_> {
         let output = matmul::Job {
             exponent: READOUT_EXPONENT,
             store: matmul::Store::Add,
-            format: weights.format(Matrix::Output),
             ..job(width, width, 0, (0, width), (0, width), identity)
         };
         let key = matmul::Job {
-            format: weights.format(Matrix::FfnKey),
             store: self.read_by_products(HIDDEN_EXPONENT),
             ..job(width, hidden, 0, (0, width), (0, hidden), Activation::SquaredRelu)
         };
@@ -380,9 +378,11 @@ impl Layers<'_> {
             row: width,
             exponent: HIDDEN_EXPONENT,
             store: matmul::Store::Add,
-            format: weights.format(Matrix::FfnValue),
             ..job(hidden, width, 0, (0, hidden), (0, width), identity)
         };
+        let [output, key, value] =
+            [(output, Matrix::Output), (key, Matrix::FfnKey), (value, Matrix::FfnValue)]
+                .map(|(job, of)| job.stored(weights.format(of)));
 
         let mut time_mix = vec![
             mix("ln1", layout.att_shift, MIXES, &weights.att)?,
@@ -426,9 +426,11 @@ impl Layers<'_> {
     /// A product that is added to the residual stream, its inputs divided where that is faster.
     fn added(&self, rows: u32, of: Product<'_>) -> Result<Vec<Step>, Error> {
         let (s, job, width) = (self.scratch, of.jobs[0], self.config.width);
-        let long = job.inputs >= MANY_INPUTS && job.inputs.is_multiple_of(8 * ADAPTERS);
+        // Halves are read by eights, and blocks lie along a row of the matrix.
+        let unit = if of.transposed { 8 } else { stored::unit(job.format) };
+        let long = job.inputs >= MANY_INPUTS && job.inputs.is_multiple_of(unit * ADAPTERS);
         match &self.kernels.add_planes {
-            Some(pipeline) if rows <= FEW && long && job.format.is_none() => {
+            Some(pipeline) if rows <= FEW && long => {
                 // The adapters' products were read.
                 let (part, jobs) = (of.part, divided(job, of.transposed));
                 let planes = self.product(rows, Product { y: (&s.up, s.len.up), jobs, ..of })?;
@@ -560,7 +562,7 @@ impl Layers<'_> {
             rows: if of.of_logits { s.logit_rows } else { s.rows },
             tile,
             transposed: of.transposed,
-            weights: usize::try_from(of.weights.size()).unwrap_or(usize::MAX) / 16,
+            weights: usize::try_from(of.weights.size()).unwrap_or(usize::MAX) / ELEMENT,
             x: of.x.1,
             y: of.y.1,
         };
@@ -632,8 +634,10 @@ fn divided(of: matmul::Job, transposed: bool) -> Vec<matmul::Job> {
         // Halves are two to a word, weights eight to an element.
         let x = Rows { offset: of.x.offset + p * inputs / 2, ..of.x };
         let y = Rows { offset: p * width, stride: ADAPTERS * width };
-        let weights = of.weights + p * inputs * if transposed { width } else { 1 } / 8;
-        matmul::Job { inputs, weights, x, y, store: matmul::Store::Put, ..of }
+        let before = p * inputs * if transposed { width } else { 1 };
+        let weights = of.weights + stored::elements(of.format, before);
+        let scales = of.scales + before / BLOCK;
+        matmul::Job { inputs, weights, scales, x, y, store: matmul::Store::Put, ..of }
     };
     (0..ADAPTERS).map(part).collect()
 }
@@ -667,6 +671,6 @@ pub(super) fn job(
     let rows = |(offset, stride)| Rows { offset, stride };
     let (x, y) = (rows(x), rows(y));
     let store = matmul::Store::Put;
-    let row = inputs;
-    matmul::Job { inputs, outputs, weights, row, format: None, x, exponent: 0, y, activation, store }
+    let (row, format, scales) = (inputs, None, 0);
+    matmul::Job { inputs, outputs, weights, row, format, scales, x, exponent: 0, y, activation, store }
 }

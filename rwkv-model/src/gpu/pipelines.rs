@@ -1,5 +1,7 @@
 //! The kernels of a model, compiled in the best variants that a device has, and how work is divided among their workgroups.
 
+use std::collections::BTreeSet;
+
 use rayon::prelude::*;
 use rwkv_core::ModelConfig;
 use rwkv_core::config::Ranks;
@@ -140,12 +142,15 @@ struct Multiply {
     transposed: bool,
     /// What becomes of them, if the tile asks.
     kinds: Option<matmul::Kinds>,
+    /// What the matrices are in, as a [`stored::set`].
+    formats: u32,
     pipeline: Pipeline,
 }
 
 impl Multiply {
-    /// What becomes of the products of a layer and of the head, with cooperative matrices.
-    fn kinds() -> Vec<(bool, Option<matmul::Kinds>)> {
+    /// What becomes of the products of a layer and of the head, with cooperative matrices, and what they are with, beside
+    /// adapters if so said.
+    fn kinds() -> [(bool, matmul::Kinds, &'static [Matrix], bool); 7] {
         let of = |of: &[(matmul::Store, Activation)]| {
             let job =
                 |&(store, activation)| matmul::Job { store, ..job(8, 8, 0, (0, 8), (0, 8), activation) };
@@ -157,9 +162,15 @@ impl Multiply {
         // The adapters' first factors are beside the projections.
         let stack = of(&[(matmul::Store::Put, identity), (halves, tanh), (halves, sigmoid)]);
         let squared = of(&[(halves, Activation::SquaredRelu)]);
-        let all =
-            [(false, put), (false, added), (false, squared), (false, stack), (true, put), (true, added)];
-        all.map(|(transposed, kinds)| (transposed, Some(kinds))).to_vec()
+        [
+            (false, put, &[Matrix::Head], false),
+            (false, added, &[Matrix::Output], false),
+            (false, squared, &[Matrix::FfnKey], false),
+            (false, stack, &[Matrix::Receptance, Matrix::Key, Matrix::Value], true),
+            (true, put, &[], true),
+            (true, put, &[Matrix::FfnValue], false), // divided
+            (true, added, &[Matrix::FfnValue], false),
+        ]
     }
 }
 
@@ -355,23 +366,27 @@ impl Kernels {
     pub(super) fn new(device: &Device, config: &ModelConfig, setup: &Setup) -> Result<Self, Error> {
         let lanes = lanes(device);
         let norm = [("LANES", f64::from(lanes(256)))];
-        // Side by side, since a driver takes half a second for some.
-        // Adapters are halves.
-        let formats =
-            |of: &[Matrix]| stored::formats(setup.weights.blocks(config.n_layers, of).chain([None]));
         let coop = coop(device, config);
+        // What matrices are in, and adapters, which are halves, if they are among them.
+        let set = |of: &[Matrix], adapters: bool| {
+            stored::set(setup.weights.blocks(config.n_layers, of).chain(adapters.then_some(None)))
+        };
+        let products: BTreeSet<_> = if coop {
+            let of =
+                |(transposed, kinds, matrices, adapters)| (transposed, Some(kinds), set(matrices, adapters));
+            Multiply::kinds().map(of).into()
+        } else {
+            [(false, None, set(&STRAIGHT, true)), (true, None, set(&[Matrix::FfnValue], true))].into()
+        };
+        // Side by side, since a driver takes half a second for some.
         let of_matmul = |&tile: &matmul::Tile| {
-            let of = |transposed, kinds: Option<matmul::Kinds>| {
-                let matrices: &[Matrix] = if transposed { &[Matrix::FfnValue] } else { &STRAIGHT };
-                let mut overrides = tile.overrides(transposed);
-                overrides.push(formats(matrices));
+            let of = |&(transposed, kinds, formats): &(bool, Option<matmul::Kinds>, u32)| {
+                let mut overrides = tile.overrides(transposed, formats);
                 overrides.extend(kinds.into_iter().flat_map(matmul::Kinds::overrides));
                 let pipeline = compile(device, tile.variants(), &overrides)?;
-                Ok::<_, Error>(Multiply { transposed, kinds, pipeline })
+                Ok::<_, Error>(Multiply { transposed, kinds, formats, pipeline })
             };
-            let kinds = if coop { Multiply::kinds() } else { vec![(false, None), (true, None)] };
-            let all = kinds.into_par_iter().map(|(transposed, kinds)| of(transposed, kinds));
-            Ok::<_, Error>((tile, all.collect::<Result<_, _>>()?))
+            Ok::<_, Error>((tile, products.par_iter().map(of).collect::<Result<_, _>>()?))
         };
         let of_matmul =
             tiles(coop, setup.batch_invariant).par_iter().map(of_matmul).collect::<Result<_, _>>()?;
@@ -468,10 +483,15 @@ impl Kernels {
         };
         let mut of_rows = self.matmul.iter().filter(|(tile, _)| tile.rows <= rows);
         let (tile, pipelines) = of_rows.rfind(|(tile, _)| fits(tile)).unwrap_or(&self.matmul[0]);
-        let suits =
-            |of: &&Multiply| of.transposed == transposed && of.kinds.is_none_or(|own| own.contains(kinds));
+        let formats = stored::set(jobs.iter().map(|job| job.format));
+        let suits = |of: &&Multiply| {
+            of.transposed == transposed
+                && of.formats & formats == formats
+                && of.kinds.is_none_or(|own| own.contains(kinds))
+        };
         let none = || refused(part)("no kernel does with its products what is asked");
-        Ok((*tile, &pipelines.iter().find(suits).ok_or_else(none)?.pipeline))
+        let best = pipelines.iter().filter(suits).min_by_key(|of| of.formats.count_ones());
+        Ok((*tile, &best.ok_or_else(none)?.pipeline))
     }
 
     /// What was chosen, of those that every form has and of others.

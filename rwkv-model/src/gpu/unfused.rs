@@ -486,6 +486,7 @@ impl<'a> Steps<'a> {
             weights: start / 8,
             row: if transposed { of.outputs } else { of.inputs },
             format: None,
+            scales: 0,
             x: x_rows,
             exponent,
             y: plain(of.outputs),

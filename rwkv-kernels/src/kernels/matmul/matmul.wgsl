@@ -60,9 +60,10 @@ fn job_of(tile: vec3<u32>) -> Job {
     }
     let a = jobs[at];      // first tile, inputs, outputs, weights
     let b = jobs[at + 1u]; // x, x_stride, y, y_stride
-    let c = jobs[at + 2u]; // activation, whether to add, weights of a row, format
-    let matrix = matrix_at(c.w & 0xFFu, a.w, c.z, select(a.z, a.y, TRANSPOSED));
-    return Job(a.y, a.z, matrix, b.x, b.y, b.z, b.w, c.x, c.y != 0u, (tile.x - a.x) * COLS, tile.y * ROWS);
+    let c = jobs[at + 2u]; // scales, whether to add, weights of a row, then by bytes: format, nothing, activation
+    let matrix = Matrix(c.w & 0xFFu, a.w, c.x, c.z);
+    let col = (tile.x - a.x) * COLS;
+    return Job(a.y, a.z, matrix, b.x, b.y, b.z, b.w, c.w >> 16u, c.y != 0u, col, tile.y * ROWS);
 }
 
 // Four rows of x at one input, zero past the last. Rows past the last are that row again, and never stored.

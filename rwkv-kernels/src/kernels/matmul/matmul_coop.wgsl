@@ -40,9 +40,9 @@ override STORES: u32 = 7u;
 override ACTIVATIONS: u32 = 15u;
 
 override LANES: u32 = SUBGROUP * (ROWS / SUB_ROWS) * (COLS / SUB_COLS) * SPLIT;
-// What an invocation loads of a step: eights of x, and of weights.
+// What an invocation loads of a step: eights of x, and of weights, which it loads by sixteens where they are in blocks.
 override X_EACH: u32 = ROWS * STEP / 8u / LANES; // at most 8
-override W_EACH: u32 = COLS * STEP / 8u / LANES; // at most 8
+override W_EACH: u32 = COLS * STEP / 8u / LANES; // 2, 4 or 8
 
 struct Params {
     rows: u32,
@@ -94,19 +94,21 @@ fn job_of(tile: vec3<u32>) -> Job {
     }
     let a = jobs[at];      // first tile, inputs, outputs, weights
     let b = jobs[at + 1u]; // x, x_stride, y, y_stride
-    let c = jobs[at + 2u]; // activation, how to store, weights of a row, format and exponent of what x was divided by
-    let matrix = matrix_at(c.w & 0xFFu, a.w, c.z, select(a.z, a.y, TRANSPOSED));
+    let c = jobs[at + 2u]; // scales, how to store, weights of a row, then by bytes: format, exponent of x, activation
+    let matrix = Matrix(c.w & 0xFFu, a.w, c.x, c.z);
+    let unscale = two_to(i32(c.w >> 8u & 0xFFu));
     let col = (tile.x - a.x) * COLS;
     let row = tile.y * ROWS;
     let rows = b / 4u;
-    return Job(a.y, a.z, matrix, rows.x, rows.y, rows.z, rows.w, c.x, c.y, two_to(i32(c.w >> 8u)), col, row);
+    return Job(a.y, a.z, matrix, rows.x, rows.y, rows.z, rows.w, c.w >> 16u, c.y, unscale, col, row);
 }
 
 fn two_to(exponent: i32) -> f32 {
     return bitcast<f32>(u32(127 + exponent) << 23u);
 }
 
-// What an invocation has loaded of a step.
+// What an invocation has loaded of a step. Of two vectors of weights in blocks, the first is sixteen of them and the second
+// their scale.
 struct Held {
     x0: vec4<u32>,
     x1: vec4<u32>,
@@ -134,24 +136,68 @@ fn load_x(job: Job, slot: u32, k: u32) -> vec4<u32> {
     return x[job.x + row * job.x_stride + octet];
 }
 
-// The eight weights at place `slot` of a step. Past the last output or input they are any of the matrix.
+// The eight weights at place `slot` of a step, in halves. Past the last output or input they are any of the matrix.
 fn load_w(job: Job, slot: u32, k: u32) -> vec4<u32> {
+    let octets = job.matrix.row / 8u;
     if TRANSPOSED {
-        let octets = job.outputs / 8u;
         let input = min(k + slot / (COLS / 8u), job.inputs - 1u);
-        return eight(job.matrix, input, min(job.col / 8u + slot % (COLS / 8u), octets - 1u));
+        let octet = min(job.col / 8u + slot % (COLS / 8u), job.outputs / 8u - 1u);
+        return weights[job.matrix.elements + input * octets + octet];
     }
-    let octets = job.inputs / 8u;
     let output = min(job.col + slot / (STEP / 8u), job.outputs - 1u);
-    return eight(job.matrix, output, min(k / 8u + slot % (STEP / 8u), octets - 1u));
+    let octet = min(k / 8u + slot % (STEP / 8u), job.inputs / 8u - 1u);
+    return weights[job.matrix.elements + output * octets + octet];
 }
 
-fn fetch(job: Job, lane: u32, k: u32) -> Held {
+// Where in the matrix the sixteen weights at place `slot` of a step are, in blocks. Past the last, as above.
+fn sixteen_at(job: Job, slot: u32, k: u32) -> u32 {
+    let all = job.matrix.row / 16u;
+    if TRANSPOSED {
+        let input = min(k + slot / (COLS / 16u), job.inputs - 1u);
+        return input * all + min(job.col / 16u + slot % (COLS / 16u), all - 1u);
+    }
+    let output = min(job.col + slot / (STEP / 16u), job.outputs - 1u);
+    return output * all + min(k / 16u + slot % (STEP / 16u), job.inputs / 16u - 1u);
+}
+
+fn load_steps(m: Matrix, sixteen: u32) -> vec4<u32> {
+    if has(m, INT4) {
+        let element = m.elements + sixteen / 2u;
+        let first = 2u * (sixteen % 2u);
+        return vec4(weights[element][first], weights[element][first + 1u], 0u, 0u);
+    }
+    return weights[m.elements + sixteen];
+}
+
+fn load_scale(m: Matrix, sixteen: u32) -> vec4<u32> {
+    return vec4(scale_word(m, sixteen / 2u), scale_shift(m, sixteen / 2u), 0u, 0u);
+}
+
+fn fetch_blocks(job: Job, lane: u32, k: u32) -> Held {
+    var held: Held;
+    let first = sixteen_at(job, lane, k);
+    held.w0 = load_steps(job.matrix, first);
+    held.w1 = load_scale(job.matrix, first);
+    if W_EACH > 2u {
+        let second = sixteen_at(job, lane + LANES, k);
+        held.w2 = load_steps(job.matrix, second);
+        held.w3 = load_scale(job.matrix, second);
+    }
+    if W_EACH > 4u {
+        let third = sixteen_at(job, lane + 2u * LANES, k);
+        held.w4 = load_steps(job.matrix, third);
+        held.w5 = load_scale(job.matrix, third);
+        let fourth = sixteen_at(job, lane + 3u * LANES, k);
+        held.w6 = load_steps(job.matrix, fourth);
+        held.w7 = load_scale(job.matrix, fourth);
+    }
+    return held;
+}
+
+fn fetch_halves(job: Job, lane: u32, k: u32) -> Held {
     var held: Held;
     held.w0 = load_w(job, lane, k);
-    if W_EACH > 1u {
-        held.w1 = load_w(job, lane + LANES, k);
-    }
+    held.w1 = load_w(job, lane + LANES, k);
     if W_EACH > 2u {
         held.w2 = load_w(job, lane + 2u * LANES, k);
         held.w3 = load_w(job, lane + 3u * LANES, k);
@@ -161,6 +207,16 @@ fn fetch(job: Job, lane: u32, k: u32) -> Held {
         held.w5 = load_w(job, lane + 5u * LANES, k);
         held.w6 = load_w(job, lane + 6u * LANES, k);
         held.w7 = load_w(job, lane + 7u * LANES, k);
+    }
+    return held;
+}
+
+fn fetch(job: Job, blocks: bool, lane: u32, k: u32) -> Held {
+    var held: Held;
+    if blocks {
+        held = fetch_blocks(job, lane, k);
+    } else {
+        held = fetch_halves(job, lane, k);
     }
     held.x0 = load_x(job, lane, k);
     if X_EACH > 1u {
@@ -188,28 +244,79 @@ fn stage_x(job: Job, slot: u32, k: u32, octet: vec4<u32>) {
     x_step[at + 1u] = vec4<f16>(high4(inside));
 }
 
-fn stage_w(job: Job, slot: u32, w: vec4<u32>) {
+fn stage_w(slot: u32, w: vec4<u32>) {
     let width = select(STEP, COLS, TRANSPOSED) / 8u;
     let at = slot / width * W_PITCH + slot % width * 2u;
-    w_step[at] = vec4<f16>(first4(job.matrix, w));
-    w_step[at + 1u] = vec4<f16>(last4(job.matrix, w));
+    w_step[at] = vec4<f16>(low4(w));
+    w_step[at + 1u] = vec4<f16>(high4(w));
 }
 
-fn stage(job: Job, lane: u32, k: u32, held: Held) {
+// Weights in blocks become halves two at a time. As in blocks.wgsl, the bits of steps are put into the fraction of a
+// number, of 1024 here or of 64, whose unit is then the step's; what is subtracted is that number and half the steps' range. That is
+// exact; times the scale it is rounded once, as the decoded weight would be.
+
+// Four weights from their steps, the first and the third in a word, and the second and the fourth.
+fn scaled(odd: u32, even: u32, zero: f16, scale: f16) -> vec4<f16> {
+    let a = (vec2<f16>(unpack2x16float(odd)) - zero) * scale;
+    let b = (vec2<f16>(unpack2x16float(even)) - zero) * scale;
+    return vec4(a.x, b.x, a.y, b.y);
+}
+
+// Of a word of INT8.
+fn of_bytes(word: u32, scale: f16) -> vec4<f16> {
+    return scaled((word & 0xff00ffu) ^ 0x64806480u, (word >> 8u & 0xff00ffu) ^ 0x64806480u, 1152.0h, scale);
+}
+
+// Of a word of INT4, the first four and the others.
+fn of_low_halves(word: u32, scale: f16) -> vec4<f16> {
+    return scaled((word & 0xf000fu) ^ 0x64086408u, (word >> 8u & 0xf000fu) ^ 0x64086408u, 1032.0h, scale);
+}
+
+fn of_high_halves(word: u32, scale: f16) -> vec4<f16> {
+    return scaled((word & 0xf000f0u) ^ 0x54805480u, (word >> 8u & 0xf000f0u) ^ 0x54805480u, 72.0h, scale);
+}
+
+fn stage_blocks(m: Matrix, slot: u32, steps: vec4<u32>, scale_at: vec4<u32>) {
+    let width = select(STEP, COLS, TRANSPOSED) / 16u;
+    let at = slot / width * W_PITCH + slot % width * 4u;
+    let scale = f16(scale_of(scale_at.x, scale_at.y));
+    if has(m, INT4) {
+        w_step[at] = of_low_halves(steps.x, scale);
+        w_step[at + 1u] = of_high_halves(steps.x, scale);
+        w_step[at + 2u] = of_low_halves(steps.y, scale);
+        w_step[at + 3u] = of_high_halves(steps.y, scale);
+    } else {
+        w_step[at] = of_bytes(steps.x, scale);
+        w_step[at + 1u] = of_bytes(steps.y, scale);
+        w_step[at + 2u] = of_bytes(steps.z, scale);
+        w_step[at + 3u] = of_bytes(steps.w, scale);
+    }
+}
+
+fn stage(job: Job, blocks: bool, lane: u32, k: u32, held: Held) {
     workgroupBarrier(); // the step before is no longer read
-    stage_w(job, lane, held.w0);
-    if W_EACH > 1u {
-        stage_w(job, lane + LANES, held.w1);
-    }
-    if W_EACH > 2u {
-        stage_w(job, lane + 2u * LANES, held.w2);
-        stage_w(job, lane + 3u * LANES, held.w3);
-    }
-    if W_EACH > 4u {
-        stage_w(job, lane + 4u * LANES, held.w4);
-        stage_w(job, lane + 5u * LANES, held.w5);
-        stage_w(job, lane + 6u * LANES, held.w6);
-        stage_w(job, lane + 7u * LANES, held.w7);
+    if blocks {
+        stage_blocks(job.matrix, lane, held.w0, held.w1);
+        if W_EACH > 2u {
+            stage_blocks(job.matrix, lane + LANES, held.w2, held.w3);
+        }
+        if W_EACH > 4u {
+            stage_blocks(job.matrix, lane + 2u * LANES, held.w4, held.w5);
+            stage_blocks(job.matrix, lane + 3u * LANES, held.w6, held.w7);
+        }
+    } else {
+        stage_w(lane, held.w0);
+        stage_w(lane + LANES, held.w1);
+        if W_EACH > 2u {
+            stage_w(lane + 2u * LANES, held.w2);
+            stage_w(lane + 3u * LANES, held.w3);
+        }
+        if W_EACH > 4u {
+            stage_w(lane + 4u * LANES, held.w4);
+            stage_w(lane + 5u * LANES, held.w5);
+            stage_w(lane + 6u * LANES, held.w6);
+            stage_w(lane + 7u * LANES, held.w7);
+        }
     }
     stage_x(job, lane, k, held.x0);
     if X_EACH > 1u {
@@ -466,6 +573,35 @@ fn store_rows(
     }
 }
 
+// The sums of a part.
+fn multiply_all(job: Job, blocks: bool, lane: u32, at: Place) {
+    var next = fetch(job, blocks, lane, 0u);
+    var k = 0u;
+    if AHEAD == 1u {
+        for (; k + STEP < job.inputs; k += STEP) {
+            stage(job, blocks, lane, k, next);
+            next = fetch(job, blocks, lane, k + STEP);
+            multiply(at);
+        }
+        stage(job, blocks, lane, k, next);
+        multiply(at);
+    } else {
+        var after = fetch(job, blocks, lane, STEP);
+        for (; k + 2u * STEP < job.inputs; k += 2u * STEP) {
+            stage(job, blocks, lane, k, next);
+            next = fetch(job, blocks, lane, k + 2u * STEP);
+            multiply(at);
+            stage(job, blocks, lane, k + STEP, after);
+            after = fetch(job, blocks, lane, k + 3u * STEP);
+            multiply(at);
+        }
+        stage(job, blocks, lane, k, next);
+        multiply(at);
+        stage(job, blocks, lane, k + STEP, after);
+        multiply(at);
+    }
+}
+
 @compute @workgroup_size(LANES)
 fn matmul(@builtin(workgroup_id) tile: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let job = job_of(tile);
@@ -474,30 +610,11 @@ fn matmul(@builtin(workgroup_id) tile: vec3<u32>, @builtin(local_invocation_inde
     let parts = COLS / SUB_COLS;
     let at = Place(subgroup, subgroup % SPLIT, part / parts * SUB_ROWS, part % parts * SUB_COLS);
 
-    var next = fetch(job, lane, 0u);
-    var k = 0u;
-    if AHEAD == 1u {
-        for (; k + STEP < job.inputs; k += STEP) {
-            stage(job, lane, k, next);
-            next = fetch(job, lane, k + STEP);
-            multiply(at);
-        }
-        stage(job, lane, k, next);
-        multiply(at);
+    // The loop twice, rather than the choice at every load, which then would wait for each other.
+    if has(job.matrix, F16) {
+        multiply_all(job, false, lane, at);
     } else {
-        var after = fetch(job, lane, STEP);
-        for (; k + 2u * STEP < job.inputs; k += 2u * STEP) {
-            stage(job, lane, k, next);
-            next = fetch(job, lane, k + 2u * STEP);
-            multiply(at);
-            stage(job, lane, k + STEP, after);
-            after = fetch(job, lane, k + 3u * STEP);
-            multiply(at);
-        }
-        stage(job, lane, k, next);
-        multiply(at);
-        stage(job, lane, k + STEP, after);
-        multiply(at);
+        multiply_all(job, true, lane, at);
     }
 
     let own = subgroup * PIECE;

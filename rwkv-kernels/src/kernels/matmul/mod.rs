@@ -9,7 +9,8 @@
 //! # With cooperative matrices
 //!
 //! They multiply halves, and sum in `f32`. The weights are halves as they are, or
-//! those of blocks rounded to the nearest, off by `2^-11 |w| + 2^-25` at most. Whoever writes `x` has divided it by `2^e`, `e`
+//! those of blocks rounded to the nearest, off by `2^-11 |w| + 2^-25` at most, in every tile anew: to decode a matrix once for all
+//! rows, in a dispatch before, was measured to take more than it saves. Whoever writes `x` has divided it by `2^e`, `e`
 //! the job's [`exponent`](Job::exponent), and rounded it, as [`rwkv_core::ops::to_halves`] says; it lies as
 //! [`packed`](super::packed) says. The products are exact. What they come to may be written so too: [`Store::Halves`].
 //!
@@ -19,9 +20,10 @@
 
 use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::matmul::Rows;
-use rwkv_core::quant::Format;
+use rwkv_core::quant::{BLOCK, Format};
 
-use super::{MAX_GROUPS, indexable, weights as stored};
+use super::weights::{self as stored, ELEMENT, HALF};
+use super::{MAX_GROUPS, indexable};
 use crate::Kernel;
 pub use crate::reflected::matmul::{Params, VARIANTS};
 
@@ -52,7 +54,7 @@ pub struct Coop {
     pub split: u32,
     /// Inputs at a time, the override `STEP`.
     pub step: u32,
-    /// Steps that are loaded ahead, the override `AHEAD`.
+    /// Steps that are loaded ahead, the override `AHEAD`. Of weights in blocks, which take half the registers, it is two.
     pub ahead: u32,
 }
 
@@ -105,11 +107,17 @@ impl Tile {
         VARIANTS.iter().filter(move |kernel| kernel.features.coop == self.coop.is_some())
     }
 
-    /// The overrides of a pipeline for it; [`Dims::transposed`] says the last.
+    /// The overrides of a pipeline for it, [`transposed`](Dims::transposed) or not, and for matrices in a
+    /// [set](stored::set) of formats.
     #[must_use]
-    pub fn overrides(self, transposed: bool) -> Vec<(&'static str, f64)> {
-        let mut all = vec![("ROWS", self.rows.into()), ("TRANSPOSED", u8::from(transposed).into())];
+    pub fn overrides(self, transposed: bool, formats: u32) -> Vec<(&'static str, f64)> {
+        let mut all = vec![
+            ("ROWS", self.rows.into()),
+            ("TRANSPOSED", u8::from(transposed).into()),
+            ("FORMATS", formats.into()),
+        ];
         if let Some(Coop { sub_rows, sub_cols, split, step, ahead }) = self.coop {
+            let ahead = if formats == stored::set([None]) { ahead } else { 2 };
             let own = [("SUB_ROWS", sub_rows), ("SUB_COLS", sub_cols), ("SPLIT", split), ("STEP", step)];
             all.extend(
                 own.into_iter()
@@ -153,11 +161,13 @@ pub struct Job {
     pub outputs: usize,
     /// Where the matrix starts, in elements.
     pub weights: usize,
-    /// Weights from one of its rows to the next: as many as it has in a row, or more if it is a part of one, of halves, whose
-    /// inputs others take.
+    /// Weights from one of its rows to the next: as many as it has in a row, or more if it is a part of one whose inputs
+    /// others take.
     pub row: usize,
     /// What it is in.
     pub format: Option<Format>,
+    /// In blocks, where its scales start, in halves: see [`Self::stored`].
+    pub scales: usize,
     /// Input rows in `x`, by words. For cooperative matrices they are halves, and start at multiples of 4.
     pub x: Rows,
     /// The power of two that `x` was divided by where it is halves: see [above](self).
@@ -168,6 +178,16 @@ pub struct Job {
     pub activation: Activation,
     /// What becomes of them.
     pub store: Store,
+}
+
+impl Job {
+    /// With a whole matrix in a format, its scales after the weights.
+    #[must_use]
+    pub const fn stored(self, format: Option<Format>) -> Self {
+        let end =
+            self.weights.saturating_add(stored::elements(format, self.inputs.saturating_mul(self.outputs)));
+        Self { format, scales: end.saturating_mul(ELEMENT / HALF), ..self }
+    }
 }
 
 /// What becomes of products.
@@ -184,7 +204,7 @@ pub enum Store {
 
 /// What jobs do with their products, a bit for each way. A pipeline of cooperative matrices that is compiled for no other has
 /// more registers for the products themselves: of 1.5B on an H100, a prompt's channel mix takes a fifth less.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Kinds {
     stores: u32,
     activations: u32,
@@ -237,10 +257,10 @@ pub struct Record {
     x_stride: u32,
     y: u32,
     y_stride: u32,
-    activation: u32,
+    scales: u32,
     store: u32,
     row: u32,
-    format: u32, // and the exponent, in the bits from the eighth on
+    format: u32, // the exponent, in the bits from the eighth on, the activation, from the sixteenth on
 }
 
 const _: () = assert!(size_of::<Record>() == 3 * 16, "three `vec4<u32>`");
@@ -371,7 +391,7 @@ pub fn lower(dims: Dims, jobs: &[Job]) -> Result<(Params, Vec<Record>, [u32; 3])
 
 /// Lowers one job, whose tiles start with `first_tile`.
 fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Error> {
-    let Job { inputs, outputs, weights, row, format, x, exponent, y, activation, store } = *of;
+    let Job { inputs, outputs, weights, row, format, scales, x, exponent, y, activation, store } = *of;
     let coop = dims.tile.coop.is_some();
     if inputs == 0 || outputs == 0 {
         return Err(Error::Empty { job: at, inputs, outputs });
@@ -379,7 +399,7 @@ fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Er
     let [along, rows] = if dims.transposed { [outputs, inputs] } else { [inputs, outputs] };
     let unit = stored::unit(format);
     let whole = along.is_multiple_of(unit) && row.is_multiple_of(unit);
-    if !whole || row < along || (row > along && format.is_some()) {
+    if !whole || row < along {
         return Err(Error::Row { job: at, got: along, row });
     }
     let stored = if let Store::Halves(exponent) = store { exponent } else { 0 };
@@ -413,10 +433,14 @@ fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Er
         Some(last) => last.checked_mul(of.stride)?.checked_add(of.offset)?.checked_add(width),
     };
     let matrix = row.checked_mul(rows - 1).and_then(|before| before.checked_add(along));
-    let matrix = matrix.and_then(|n| weights.checked_add(stored::len(format, n)));
-    let last = within("weights", dims.weights, matrix)?;
-    if format.is_some() && !stored::indexable(last) {
-        return Err(outside("weights", dims.weights));
+    let end_of_weights = matrix.and_then(|n| weights.checked_add(stored::elements(format, n)));
+    let mut last = within("weights", dims.weights, end_of_weights)?;
+    if format.is_some() {
+        let end = matrix.and_then(|n| scales.checked_add(n / BLOCK));
+        last = last.max(within("weights", dims.weights, end.map(|n| n.div_ceil(ELEMENT / HALF)))?);
+        if !stored::indexable(last) {
+            return Err(outside("weights", dims.weights));
+        }
     }
     within("x", dims.x, end(x, x_words))?;
     within("y", dims.y, end(y, y_words))?;
@@ -431,9 +455,9 @@ fn record(dims: Dims, at: usize, of: &Job, first_tile: u32) -> Result<Record, Er
         x_stride: word("x", dims.x, x.stride)?,
         y: word("y", dims.y, y.offset)?,
         y_stride: word("y", dims.y, y.stride)?,
-        activation: activation as u32,
+        scales: if format.is_some() { word("weights", dims.weights, scales)? } else { 0 },
         store: store.number(),
         row: word("weights", dims.weights, row)?,
-        format: stored::number(format) | u32::from(exponent) << 8,
+        format: stored::number(format) | u32::from(exponent) << 8 | (activation as u32) << 16,
     })
 }

@@ -9,7 +9,7 @@ use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::linear::Matrix;
 use rwkv_core::ops::matmul::{self as twin, Rows};
 use rwkv_core::ops::to_halves::to_half;
-use rwkv_core::quant::Format;
+use rwkv_core::quant::{BLOCK, Blocks, Format};
 use rwkv_core::rng::SplitMix64;
 
 use super::{
@@ -21,7 +21,7 @@ use crate::kernels::activation::tests::{ALL, limit};
 use crate::kernels::intervals::{FORMATS, Weights};
 use crate::kernels::layer_norm::tests::{bits, compare, floats};
 use crate::kernels::packed;
-use crate::kernels::weights::formats;
+use crate::kernels::weights::{elements, set};
 use crate::pipeline::Pipeline;
 
 /// One call: the jobs, their matrices as the kernel has them, and the operands.
@@ -79,18 +79,20 @@ impl Case {
             let rows_of = |offset| Rows { offset, stride: 0 };
             let at = weights.len() / 4;
             let extents = if transposed { [inputs, outputs] } else { [outputs, inputs] };
-            jobs.push(Job {
+            let job = Job {
                 inputs,
                 outputs,
                 weights: at,
                 row: extents[1],
-                format,
+                format: None,
+                scales: 0,
                 x: rows_of(x),
                 exponent,
                 y: rows_of(y),
                 activation,
                 store,
-            });
+            };
+            jobs.push(job.stored(format));
             let matrix = Weights::draw(&mut rng, format, extents);
             weights.extend(matrix.words());
             matrices.push(matrix);
@@ -254,15 +256,18 @@ impl Case {
 
 /// Every tile, compiled for one orientation; where there are no cooperative matrices, that is said once.
 fn tiles(transposed: bool) -> Vec<(Tile, &'static Device, Pipeline)> {
-    tiles_for(transposed, &[])
+    tiles_for(transposed, &FORMATS, &[])
 }
 
-/// Those that have overrides compiled with such, too.
-fn tiles_for(transposed: bool, of_coop: &[(&str, f64)]) -> Vec<(Tile, &'static Device, Pipeline)> {
+/// For matrices of some formats; those that have overrides compiled with such, too.
+fn tiles_for(
+    transposed: bool,
+    read: &[Option<Format>],
+    of_coop: &[(&str, f64)],
+) -> Vec<(Tile, &'static Device, Pipeline)> {
     let of = |tile: &Tile| {
         let variants: Vec<_> = tile.variants().copied().collect();
-        let mut overrides = tile.overrides(transposed);
-        overrides.push(formats(FORMATS));
+        let mut overrides = tile.overrides(transposed, set(read.iter().copied()));
         overrides.extend(of_coop.iter().filter(|_| tile.coop.is_some()));
         let compiled = variants_for_tests(&variants, &overrides);
         let tile = *tile;
@@ -371,15 +376,20 @@ fn what_is_not_compiled_is_not_missed() {
     {
         let shape =
             |(inputs, outputs, format)| Shape { inputs, outputs, exponent: 4, activation, store, format };
-        let shapes = [(96, 72, None), (64, 160, Some(Format::Int8))].map(shape);
-        let case = Case::draw(Call { rows: 70, transposed, coop: true }, &shapes, 4.0, 5);
-        let kinds = Kinds::of(&case.jobs);
-        assert!(kinds.contains(Kinds::of(&case.jobs[..1])), "{kinds:?}");
-        for (tile, device, kernel) in tiles_for(transposed, &kinds.overrides()) {
-            if case.suits(tile) {
-                let (want, limits) = case.twin(tile);
-                check(&case.run(device, &kernel, tile), &want, &limits)
-                    .unwrap_or_else(|e| panic!("{tile:?}{e}"));
+        // Of two formats, and of each alone.
+        for formats in
+            [[None, Some(Format::Int8)], [None; 2], [Some(Format::Int8); 2], [Some(Format::Int4); 2]]
+        {
+            let shapes = [(96, 72, formats[0]), (64, 160, formats[1])].map(shape);
+            let case = Case::draw(Call { rows: 70, transposed, coop: true }, &shapes, 4.0, 5);
+            let kinds = Kinds::of(&case.jobs);
+            assert!(kinds.contains(Kinds::of(&case.jobs[..1])), "{kinds:?}");
+            for (tile, device, kernel) in tiles_for(transposed, &formats, &kinds.overrides()) {
+                if case.suits(tile) {
+                    let (want, limits) = case.twin(tile);
+                    check(&case.run(device, &kernel, tile), &want, &limits)
+                        .unwrap_or_else(|e| panic!("{tile:?}, {formats:?}{e}"));
+                }
             }
         }
     }
@@ -395,27 +405,42 @@ fn what_is_not_compiled_is_not_missed() {
     );
 }
 
-/// Jobs that divide the inputs of one add up to it, in exact products of small whole numbers.
+/// Jobs that divide the inputs of one add up to it, in exact products of small numbers.
 #[test]
 fn inputs_may_be_divided() {
     let (rows, inputs, outputs, parts) = (33, 192, 64, 3);
     let mut rng = SplitMix64::new(3);
-    for transposed in [false, true] {
+    let most = |of| if of == Format::Int8 { 127.0 } else { 7.0 };
+    for (transposed, format) in [false, true].into_iter().flat_map(|of| FORMATS.map(|format| (of, format))) {
         let extents = if transposed { [inputs, outputs] } else { [outputs, inputs] };
         let mut whole = |n: usize| (0..n).map(|_| (rng.next_u64() % 9) as f32 - 4.0).collect::<Vec<f32>>();
-        let (matrix, x) = (whole(inputs * outputs), whole(rows * inputs));
-        let words = bytemuck::pod_collect_to_vec(
-            &matrix.iter().map(|&w| f16::from_f32(w).to_bits()).collect::<Vec<_>>(),
-        );
+        let (mut matrix, x) = (whole(inputs * outputs), whole(rows * inputs));
+        let words = match format {
+            None => bytemuck::pod_collect_to_vec(
+                &matrix.iter().map(|&w| f16::from_f32(w).to_bits()).collect::<Vec<_>>(),
+            ),
+            Some(format) => {
+                // Scales of a half, one and two, which the largest weights ask for.
+                for (at, block) in matrix.chunks_mut(BLOCK).enumerate() {
+                    block[0] = most(format);
+                    block.iter_mut().for_each(|w| *w *= [0.5, 1.0, 2.0][at % 3]);
+                }
+                let blocks = Blocks::encode(format, extents[1], &matrix).unwrap();
+                assert_eq!(blocks.decode().weights(), matrix, "exact");
+                Weights::Blocks(blocks).words()
+            }
+        };
         for (tile, device, kernel) in tiles(transposed) {
             let of_x = if tile.coop.is_some() { 2 } else { 1 };
             let own = inputs / parts;
             let job = |p: usize| Job {
                 inputs: own,
                 outputs,
-                weights: p * own * if transposed { outputs } else { 1 } / 8,
+                weights: elements(format, p * own * if transposed { outputs } else { 1 }),
                 row: extents[1],
-                format: None,
+                format,
+                scales: 8 * elements(format, inputs * outputs)
+                    + p * own * if transposed { outputs } else { 1 } / BLOCK,
                 x: Rows { offset: p * own / of_x, stride: inputs },
                 exponent: 0,
                 y: Rows { offset: p * outputs, stride: parts * outputs },
@@ -477,18 +502,20 @@ fn the_jobs_of_a_layer() {
             _ => identity,
         };
         let y_rows = Rows { offset: y, stride: p };
-        jobs.push(Job {
+        let job = Job {
             inputs: width,
             outputs,
             weights,
             row: width,
-            format,
+            format: None,
+            scales: 0,
             x,
             exponent: 0,
             y: y_rows,
             activation,
             store: Store::Put,
-        });
+        };
+        jobs.push(job.stored(format));
         (y, weights) = (y + outputs, weights + matrix.words().len() / 4);
     }
     let dims = |transposed, weights, x, y| Dims { rows, tile: TILES[0], transposed, weights, x, y };
@@ -511,6 +538,7 @@ fn the_jobs_of_a_layer() {
             weights,
             row: width,
             format: None,
+            scales: 0,
             x,
             exponent: 4,
             y,
@@ -527,7 +555,7 @@ fn the_jobs_of_a_layer() {
         x: Vec::new(),
         y: vec![f32::NAN; rows * 4 * width],
     };
-    let of_up = tiles_for(true, &Kinds::of(&up.jobs).overrides());
+    let of_up = tiles_for(true, &[None], &Kinds::of(&up.jobs).overrides());
     for (of_down, of_up) in tiles(false).iter().zip(&of_up) {
         let (tile, device, kernel) = of_down;
         // What cooperative matrices read of it are halves, divided alike.
@@ -554,6 +582,7 @@ fn refuses_what_it_cannot_run() {
         weights: 3,
         row: 16,
         format: None,
+        scales: 0,
         x: rows(2, 20),
         exponent: 3,
         y: rows(1, 70),
@@ -565,7 +594,7 @@ fn refuses_what_it_cannot_run() {
     let (params, records, groups) = lower(dims, &[job, job]).unwrap();
     assert_eq!((params.rows, params.jobs, groups), (33, 2, [4, 2, 1]), "plain");
     let words: &[u32] = bytemuck::cast_slice(&records);
-    assert_eq!(words[..12], [0, 16, 65, 3, 2, 20, 1, 70, 1, 1, 16, 3 << 8], "first");
+    assert_eq!(words[..12], [0, 16, 65, 3, 2, 20, 1, 70, 0, 1, 16, 1 << 16 | 3 << 8], "first");
     assert_eq!(words[12..16], [2, 16, 65, 3], "second");
     let lowered = |dims, job| lower(dims, &[job]).map(|(.., groups)| groups);
     assert_eq!(lowered(Dims { tile: TILES[1], ..dims }, job), Ok([2, 1, 1]), "other tiles");
@@ -634,7 +663,8 @@ fn refuses_what_it_cannot_run() {
     let blocks = Job { format: Some(Format::Int4), ..job };
     assert_eq!(lowered(dims, blocks), Err(Error::Row { job: 0, got: 16, row: 16 }), "half a block");
     // 65 rows of an element, and 9 of scales
-    let blocks = Job { inputs: 32, row: 32, x: rows(0, 32), ..blocks };
+    let blocks = Job { inputs: 32, row: 32, x: rows(0, 32), ..blocks }.stored(blocks.format);
+    assert_eq!(blocks.scales, 8 * (3 + 65), "scales after the weights");
     let part = |row, weights| lowered(Dims { weights, ..dims }, Job { row, ..job });
     // 64 rows of 24, and 16 of the last
     assert_eq!(part(24, 3 + 64 * 3 + 2), Ok([2, 2, 1]), "a part of its rows");
@@ -650,9 +680,9 @@ fn refuses_what_it_cannot_run() {
             "less than a row, or no eights"
         );
     }
-    let of_blocks = Job { row: 64, ..blocks };
-    let refused = Err(Error::Row { job: 0, got: 32, row: 64 });
-    assert_eq!(lowered(Dims { weights: 4096, x: 4096, ..dims }, of_blocks), refused, "a part of blocks");
+    let of_blocks = |row| lowered(Dims { weights: 4096, x: 4096, ..dims }, Job { row, ..blocks });
+    assert_eq!(of_blocks(64), Ok([2, 2, 1]), "a part of blocks");
+    assert_eq!(of_blocks(48), Err(Error::Row { job: 0, got: 32, row: 48 }), "half of one");
     let room = |weights| lowered(Dims { weights, x: 4096, ..dims }, blocks);
     assert_eq!(room(3 + 65 + 9), Ok([2, 2, 1]), "blocks and their scales");
     assert_eq!(
@@ -660,6 +690,11 @@ fn refuses_what_it_cannot_run() {
         Err(Error::Outside { job: 0, operand: "weights", len: 76 }),
         "without the last"
     );
+    let scales = |scales| lowered(Dims { weights: 80, x: 4096, ..dims }, Job { scales, ..blocks });
+    assert_eq!(scales(8 * 80 - 65), Ok([2, 2, 1]), "scales elsewhere");
+    for far in [8 * 80 - 64, usize::MAX] {
+        assert_eq!(scales(far), Err(Error::Outside { job: 0, operand: "weights", len: 80 }), "beyond");
+    }
     let overlap = Error::Overlap { job: 0, outputs: 65, stride: 64 };
     assert_eq!(lowered(dims, Job { y: rows(1, 64), ..job }), Err(overlap), "rows of y");
     assert_eq!(lowered(Dims { rows: 1, ..dims }, Job { y: rows(1, 64), ..job }), Ok([2, 1, 1]), "one row");
