@@ -273,7 +273,7 @@ mod tests {
         args: QualityArgs,
     }
 
-    /// Every figure is measured, those of a way that changes nothing are the plain ones, and those of one that does not.
+    /// Every figure is measured; a setting that changes nothing gives the plain ones, and one that changes something others.
     #[test]
     fn every_figure_of_every_way() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,8 +1,10 @@
 //! What the engine reaches on this machine, beside what the machine gives: by default, what each optimisation brings and
-//! costs. It runs alone: kernels, the bundled model and its text are in the program.
+//! costs. It runs alone: kernels, the bundled model and its text are in the program. (Of the parts, `cpu`, `states` and
+//! `weights`, and `growth` and `profile` without a shape, read the bundled model from files.)
 //!
-//! Every case is checked before it is timed: the engine's logits against the reference in f64, every other way to run it
-//! against those, bit for bit. Every figure stands beside the limit it is measured against, taken in the same run.
+//! Every case is checked before it is timed: on the CPU the engine's logits against the reference in f64, and every other
+//! way to run it against those, bit for bit; on the GPU its logits against the CPU executor's, within what rounding does.
+//! Every figure stands beside the limit it is measured against, taken in the same run.
 
 mod assets;
 mod chunks;

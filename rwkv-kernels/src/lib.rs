@@ -100,7 +100,7 @@ pub mod pipeline;
 /// One variant of a kernel, as reflected from its WGSL.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Kernel {
-    /// The operation: the name of the twin, the folder and the entry point.
+    /// The folder and the entry point. The twin has this name, or one that it begins with.
     pub name: &'static str,
     /// What the file name adds to it, such as `subgroup`; empty for the portable variant.
     pub suffix: &'static str,

@@ -66,8 +66,8 @@ pub enum Error {
     /// No tokens where at least one is needed.
     #[error("no tokens were given")]
     NoTokens,
-    /// Logits were asked for before the session read a token.
-    #[error("there are no logits: the session has not read a token yet")]
+    /// Logits were asked for before the session read a token, or after what it read last was undone, whose logits are gone.
+    #[error("there are no logits of the last token: read one")]
     NoLogits,
     /// A session of another engine.
     #[error("session {index} belongs to another engine")]
@@ -149,6 +149,11 @@ pub enum Error {
     /// A form of the state update that there is not.
     #[error("chunks of no tokens")]
     EmptyChunks,
+    /// Chunks, of which nothing is pending, and states that would have to be deferred or rounded at every token.
+    #[error(
+        "the state update is by chunks, and states are {0:?}, not single precision written at every token"
+    )]
+    ChunkedState(Resident),
     /// The threads could not be started.
     #[error("starting {threads} threads: {reason}")]
     Threads {
@@ -213,14 +218,14 @@ pub struct EngineOptions {
     /// Which way round the adapters are, where the file does not tell.
     pub lora: Option<LoraLayout>,
     /// Tokens in a pass, as far as the device has that many in one, and the CPU no more than 512, which keep it busy: longer
-    /// prompts take several. More need more memory; the results are the same.
+    /// prompts take several. More need more memory; the results are the same, on a GPU but for rounding (see [`Self::batch_invariant`]).
     pub pass_tokens: usize,
     /// What it runs on.
     pub device: Device,
     /// What its sessions' states are held in, and how many tokens they can undo.
     pub state: Resident,
-    /// GPU: sequences side by side for which there is memory from the start, as much as they need at most. More is made
-    /// when it is needed, for which all that there is is copied.
+    /// GPU: sequences side by side for which memory is made at the start. More is made when more come, and all that is
+    /// there is copied then.
     pub sessions: usize,
     /// Whether the channel mix skips the weights of hidden units that are zero: on a GPU of a token of one sequence, on the
     /// CPU of a few too. The results are the same, on a GPU but for rounding.
@@ -245,7 +250,7 @@ pub struct EngineOptions {
     /// GPU: whether a sequence's results are the same bits whatever runs beside it and however its tokens are split over
     /// passes, at the cost of speed for single sequences, and for prompts where [`Self::state`] is not the default.
     /// Otherwise they agree but for rounding, and states in halves or bytes are rounded once in a pass over a prompt, not each
-    /// time that they would be token by token. On the CPU they are always the same bits.
+    /// time that they would be token by token. On the CPU they are always the same bits, but for chunks ([`Self::wkv`]).
     pub batch_invariant: bool,
     /// GPU: whether operations are fused. Without, each is a dispatch of its own, for measurements.
     pub fused: bool,
@@ -502,8 +507,12 @@ impl Engine {
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Self, Error> {
         options.state.check()?;
-        if options.wkv == Some(Wkv::Chunked(0)) {
-            return Err(Error::EmptyChunks);
+        match options.wkv {
+            Some(Wkv::Chunked(0)) => return Err(Error::EmptyChunks),
+            Some(Wkv::Chunked(_)) if !options.state.is_plain() => {
+                return Err(Error::ChunkedState(options.state));
+            }
+            _ => {}
         }
         let model = checkpoint.config().vocab;
         let executor = Executor::open(checkpoint, &options, progress)?;
@@ -636,7 +645,8 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// If a session is of another engine, has no tokens, or has one outside the vocabulary. Then no session changed.
+    /// If a session is of another engine, has no tokens, or has one outside the vocabulary, or the GPU failed. Then no session
+    /// changed.
     pub fn step(&self, batch: &mut [(&mut Session, &[u32])]) -> Result<(), Error> {
         self.whole(batch, |batch| {
             self.run_all(batch.iter_mut().map(|(of, tokens)| Feed::new(&mut of.sequence, tokens)).collect())

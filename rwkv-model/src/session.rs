@@ -169,7 +169,7 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// If there are no tokens or one is outside the vocabulary.
+    /// If there are no tokens or one is outside the vocabulary, or the GPU failed.
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<(), Error> {
         self.engine.clone().step(&mut [(self, tokens)])
     }
@@ -227,7 +227,7 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// If there are no tokens or one is outside the vocabulary.
+    /// If there are no tokens or one is outside the vocabulary, or the GPU failed.
     pub fn logits_of(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Error> {
         let mut all = Vec::new();
         self.each_pass(tokens, |_, logits| all.extend_from_slice(logits))?;
@@ -239,7 +239,7 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// If there are no tokens or one is outside the vocabulary.
+    /// If there are no tokens or one is outside the vocabulary, or the GPU failed.
     pub fn score(&mut self, tokens: &[u32]) -> Result<Vec<f64>, Error> {
         let mut scores = self.engine.clone().score(&mut [(self, tokens)])?;
         Ok(scores.pop().unwrap_or_default())
@@ -271,7 +271,7 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// If no token was read yet, or none can be chosen.
+    /// If no token was read yet, none can be chosen, or the GPU failed.
     pub fn sample(&self, sampler: &Sampler) -> Result<u32, Error> {
         self.sample_except(&[], sampler)
     }
@@ -286,7 +286,7 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// If the token is outside the vocabulary.
+    /// If the token is outside the vocabulary, or the GPU failed.
     pub fn accept(&mut self, token: u32) -> Result<&[f32], Error> {
         self.prefill(&[token])?;
         self.sequence.generated(token);
@@ -345,7 +345,7 @@ impl Session {
     /// Undoes the last `tokens` tokens, exactly and without recomputing: the state, the position and the penalties'
     /// counts are what they were before them. So are the logits, but they are computed anew when they are asked for, by
     /// reading the token before once more: most who go back read another token first. If all that is pending is undone,
-    /// there are those that were there, or none where the first of these tokens came in the same call as tokens before it.
+    /// they are those from before the first token undone; there are none if that token came in one call with tokens before it.
     /// An engine that leaves layers out does not know which it left out then, and has none either way.
     /// For longer ways back there is [`Self::snapshot`].
     ///

@@ -1,5 +1,5 @@
 //! Against golden values, computed in f64 by an independent implementation (`tests/reference`): the reference in f64
-//! reproduces them to the last bit that they are stored in, and what runs in f32 stays as near as f32 allows.
+//! reproduces them to half an f32 unit of the largest value of each, and what runs in f32 stays as near as f32 allows.
 //!
 //! How near that is comes from the f64 run: the reference, in the same plain loops, is run in f32, and its distance
 //! from f64 is what rounding does to this model on this text. Another order of summation may do as much again; a limit

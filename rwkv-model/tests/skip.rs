@@ -264,13 +264,16 @@ fn engines_share_weights() {
 fn what_cannot_be_is_told() {
     let empty = try_engine(model().to_vec(), EngineOptions { wkv: Some(Wkv::Chunked(0)), ..on_cpu() });
     assert!(matches!(empty, Err(Error::EmptyChunks)), "{empty:?}");
+    let state = Resident::f16(16);
+    let deferred = EngineOptions { wkv: Some(Wkv::Chunked(16)), state, ..on_cpu() };
+    let deferred = try_engine(model().to_vec(), deferred);
+    assert!(matches!(deferred, Err(Error::ChunkedState(of)) if of == state), "{deferred:?}");
     let Some(options) = on_gpu() else { return };
     let chunked = |chunk| EngineOptions { wkv: Some(Wkv::Chunked(chunk)), ..options.clone() };
     for (chunk, options) in [
         (8, chunked(8)),
         (16, EngineOptions { fused: false, ..chunked(16) }),
         (16, EngineOptions { batch_invariant: true, ..chunked(16) }),
-        (16, EngineOptions { state: Resident::f16(0), ..chunked(16) }),
     ] {
         let refused = try_engine(model().to_vec(), options);
         assert!(

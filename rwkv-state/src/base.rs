@@ -160,6 +160,10 @@ pub const fn head_words(format: StateFormat, n: usize) -> usize {
 
 impl Base {
     /// Stores `state` `[rows, N]`, rounded to the nearest.
+    ///
+    /// # Panics
+    ///
+    /// If N is 0.
     #[must_use]
     pub fn new(format: StateFormat, n: usize, state: &[f32]) -> Self {
         let mut rows = Rows::zeros(format, state.len() / n, n);
@@ -247,6 +251,10 @@ impl Base {
     }
 
     /// Heads as a device held them: so many words of each as [`head_words`] says.
+    ///
+    /// # Panics
+    ///
+    /// If N is 0.
     #[must_use]
     pub fn from_words(format: StateFormat, n: usize, words: &[u32]) -> Self {
         let len = head_words(format, n);

@@ -51,12 +51,14 @@ pub mod base;
 pub mod format;
 pub mod layout;
 pub mod lazy;
+mod replace;
 pub mod resident;
 pub mod snapshot;
 pub mod store;
 
 pub use format::{EncodedState, StateFormat};
 pub use layout::{Part, StateLayout, WrongLength};
+pub use replace::replace;
 pub use resident::{Resident, ResidentRounding, ResidentState};
 pub use snapshot::Snapshot;
 pub use store::StateStore;

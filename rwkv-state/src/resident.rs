@@ -143,7 +143,7 @@ impl Resident {
     /// What reading `tokens` more does to a state of which `pending` are.
     #[must_use]
     pub const fn advance(self, pending: usize, tokens: usize) -> Advance {
-        let room = self.capacity - pending;
+        let room = self.capacity.saturating_sub(pending);
         if tokens <= room {
             return Advance { folds: false, pending: pending + tokens };
         }
@@ -245,15 +245,7 @@ impl ResidentState {
         Ok(Self { layout: *layout, wkv, shifts: vec![shifts], next: Vec::new(), advance })
     }
 
-    /// It in canonical order.
-    #[must_use]
-    pub fn to_canonical(&self) -> Vec<f32> {
-        let mut state = Vec::new();
-        self.to_canonical_in(&mut state);
-        state
-    }
-
-    /// As [`Self::to_canonical`], in the memory of `state`; what is in it is lost.
+    /// It in canonical order, in the memory of `state`; what is in it is lost.
     pub fn to_canonical_in(&self, state: &mut Vec<f32>) {
         let (att, ffn) = self.now().split_at(self.layout.part_len(Part::AttShift));
         state.clear();

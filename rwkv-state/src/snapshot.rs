@@ -26,7 +26,7 @@
 //! ```
 //!
 //! Invariant: a file is written under another name, synced, and then renamed: a crash leaves the old file or the new one.
-//! It may leave the other name as well, `.rwkv-state-`, some letters and `.tmp`, which nothing reads and anyone may delete who
+//! It may leave the other name as well, `.rwkv-`, some letters and `.tmp`, which nothing reads and anyone may delete who
 //! knows that no save is under way: a save cannot tell those of others from its own kind. Only its owner may read it, since a
 //! state tells of what was read.
 //!
@@ -49,6 +49,7 @@ use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Vi
 
 use crate::format::{self, EncodedState, StateFormat, int8};
 use crate::layout::{Part, StateLayout};
+use crate::replace::replace;
 
 /// The version that is written, and the only one that is read.
 pub const VERSION: u32 = 1;
@@ -59,6 +60,9 @@ pub const HEADER_LIMIT: u64 = 1 << 16;
 /// The longest file that is written or read, in bytes: four times a state in F32 of 61 layers of 64 heads of 64, which takes
 /// 66 MB.
 pub const FILE_LIMIT: u64 = 1 << 28;
+
+/// Tokens that a snapshot may say were read, at most: a session can go on counting from there as long as it will.
+pub const MAX_POSITION: u64 = u64::MAX >> 1;
 
 /// What tells a snapshot from other safetensors files.
 const FORMAT: &str = "rwkv-state";
@@ -238,7 +242,7 @@ pub struct Snapshot {
     pub model: String,
     /// Fingerprint of the tokenizer, opaque, where there was one.
     pub tokenizer: Option<String>,
-    /// Tokens read.
+    /// Tokens read, [`MAX_POSITION`] at most.
     pub position: u64,
     /// The state, with its layout. Of a sparse one, a file does not keep the rule.
     pub state: EncodedState,
@@ -296,7 +300,7 @@ impl Snapshot {
                 ("layers", layers.to_string()),
                 ("heads", heads.to_string()),
                 ("head_size", head_size.to_string()),
-                ("position", self.position.to_string()),
+                ("position", countable(self.position)?.to_string()),
                 ("model", self.model.clone()),
             ]
             .map(|(key, value)| (key.to_owned(), value)),
@@ -353,19 +357,7 @@ impl Snapshot {
     fn write(&self, path: &Path) -> Result<(), Fault> {
         let bytes = self.to_bytes()?;
         within(bytes.len() as u64)?;
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        // Removed when dropped, unless it was renamed.
-        let mut file = tempfile::Builder::new().prefix(".rwkv-state-").suffix(".tmp").tempfile_in(folder)?;
-        file.write_all(&bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        // Where folders can be opened, the new name is synced too.
-        #[cfg(unix)]
-        File::open(folder)?.sync_all()?;
-        Ok(())
+        Ok(replace(path, |error| error, |file| file.write_all(&bytes))?)
     }
 
     /// Reads a file of `len` bytes: its header first, and the rest only if all of it is as the header should say.
@@ -439,12 +431,13 @@ impl Snapshot {
                 _ => counts.insert(token, count),
             };
         }
+        let position = countable(number(&entries, "position")?)?;
         let logits =
             tensors.get(planes + 1).map(|(_, bytes)| words(bytes).into_iter().map(f32::from_bits).collect());
         Ok(Self {
             model: entry("model")?.to_owned(),
             tokenizer: optional("tokenizer").map(str::to_owned),
-            position: number(&entries, "position")?,
+            position,
             state: EncodedState::from_bytes(&layout, format, bytes)?,
             counts,
             logits,
@@ -579,6 +572,12 @@ fn extents(of: &StateLayout) -> Result<[usize; 3], Fault> {
     let wkv = of.shape(Part::Wkv);
     let extents = [0, 1, 2].map(|axis| wkv.get(axis).copied().unwrap_or(0));
     layout(extents[0], extents[1], extents[2]).map(|_| extents)
+}
+
+/// A position that can be gone on from.
+fn countable(position: u64) -> Result<u64, Fault> {
+    let fault = || Fault::Entry { key: "position", value: position.to_string() };
+    (position <= MAX_POSITION).then_some(position).ok_or_else(fault)
 }
 
 fn number<T: std::str::FromStr>(entries: &BTreeMap<String, String>, key: &'static str) -> Result<T, Fault> {

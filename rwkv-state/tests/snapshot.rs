@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use proptest::prelude::*;
-use rwkv_state::snapshot::{Digest, FILE_LIMIT, Fault, HEADER_LIMIT};
+use rwkv_state::snapshot::{Digest, FILE_LIMIT, Fault, HEADER_LIMIT, MAX_POSITION};
 use rwkv_state::{EncodedState, Part, Snapshot, StateFormat};
 use serde_json::{Value, json};
 use support::{FORMATS, draw, header_len, layout, snapshot, with_header};
@@ -17,7 +17,7 @@ fn any_snapshot() -> impl Strategy<Value = Snapshot> {
     let extents = (1usize..4, 1usize..3, prop::sample::select(vec![1usize, 3, 8, 17, 33]));
     let counts = prop::collection::btree_map(any::<u32>(), any::<u32>(), 0..5);
     let logits = prop::option::of(prop::collection::vec(-1e30f32..1e30, 0..9));
-    let rest = (any::<String>(), any::<Option<String>>(), any::<u64>(), counts, logits);
+    let rest = (any::<String>(), any::<Option<String>>(), 0..=MAX_POSITION, counts, logits);
     let state = (extents, prop::sample::select(FORMATS.to_vec()), any::<u64>());
     (state, rest).prop_map(|(((l, h, n), format, seed), (model, tokenizer, position, counts, logits))| {
         let state = snapshot(&layout(l, h, n), format, seed).state;
@@ -255,7 +255,7 @@ fn what_differs_is_named() {
 fn no_name_is_there_twice() {
     let file = snapshot(&layout(2, 3, 5), StateFormat::F16, 1).to_bytes().unwrap();
     let header = std::str::from_utf8(&file[8..header_len(&file)]).unwrap();
-    let entry = "\"position\":\"18446744073709551614\"";
+    let entry = "\"position\":\"9223372036854775807\"";
     let counts = &header[header.find("\"counts\"").unwrap()..];
     let counts = &counts[..=counts.find('}').unwrap()];
     let metadata = &header[header.find("\"__metadata__\"").unwrap()..];
@@ -301,6 +301,13 @@ fn sound_checksums_do_not_excuse() {
     assert_eq!(with("counts", 0, 9), "the counts are not in order: token 7 after 9", "out of order");
     let mut mended = edited(&file, |header| header["__metadata__"]["position"] = "x".into());
     assert_eq!(resealed(mended), "the metadata say `position` is \"x\"", "position");
+    // A session could not count on from there.
+    let beyond = MAX_POSITION + 1;
+    mended = edited(&file, |header| header["__metadata__"]["position"] = beyond.to_string().into());
+    assert_eq!(resealed(mended), format!("the metadata say `position` is \"{beyond}\""), "position");
+    let unwritable =
+        Snapshot { position: beyond, ..support::snapshot(&layout(1, 1, 4), StateFormat::F32, 1) };
+    assert!(matches!(unwritable.to_bytes(), Err(Fault::Entry { key: "position", .. })));
     mended = edited(&file, |header| {
         header["__metadata__"].as_object_mut().unwrap().remove("model");
     });

@@ -1,5 +1,5 @@
-//! `cargo xtask bench` and `cargo xtask quality`: builds the benchmarks, optimised, and runs them. The program needs neither
-//! cargo nor the sources: `target/release/rwkv-bench` runs alone.
+//! `cargo xtask bench` and `cargo xtask quality`: builds the benchmarks, optimised, and runs them. The program,
+//! `target/release/rwkv-bench`, needs neither cargo nor the sources.
 
 use std::process::Command;
 

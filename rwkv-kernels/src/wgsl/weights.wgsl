@@ -1,6 +1,6 @@
 // Weights of matrices, eight to an element of the buffer: halves, two to a word, the first in its low bits.
 //
-// A matrix kernel reads its weights through these alone, so that another format is another variant of this file.
+// Kernels read halves through these; `blocks.wgsl` adds the other formats.
 
 // The products of eight weights with eight values, summed.
 fn dot8(w: vec4<u32>, a: vec4<f32>, b: vec4<f32>) -> f32 {

@@ -1,11 +1,11 @@
 //! A checkpoint to a safetensors file with quantised matrices, a tensor at a time.
 
-use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use rwkv_core::Elements;
 use rwkv_core::quant::{self, Blocks};
+use rwkv_state::replace;
 use serde_json::{Map, Value, json};
 
 use super::directory::Dtype;
@@ -55,23 +55,17 @@ impl Checkpoint {
         self.check(recipe)?;
         let (whole, tensors) = self.planned(recipe);
 
-        // The name is not empty, so that the folder is: the current one is.
-        let folder = path.parent().filter(|of| !of.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        // Removed when dropped, unless it was renamed.
-        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(io)?;
-        let mut out = BufWriter::new(file.as_file_mut());
-        let header = header(&whole, &tensors, self.metadata.clone());
-        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
-        out.write_all(header.as_bytes()).map_err(io)?;
-        for (name, tensor) in &tensors {
-            let pieces = reader.pieces(&whole, name, tensor).map_err(|fault| self.error(fault))?;
-            pieces.iter().try_for_each(|piece| out.write_all(piece)).map_err(io)?;
-        }
-        out.flush().map_err(io)?;
-        drop(out);
-        file.as_file().sync_all().map_err(io)?;
-        file.persist(path).map_err(|error| io(error.error))?;
-        File::open(folder).and_then(|folder| folder.sync_all()).map_err(io)
+        replace(path, io, |file| {
+            let mut out = BufWriter::new(file);
+            let header = header(&whole, &tensors, self.metadata.clone());
+            out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
+            out.write_all(header.as_bytes()).map_err(io)?;
+            for (name, tensor) in &tensors {
+                let pieces = reader.pieces(&whole, name, tensor).map_err(|fault| self.error(fault))?;
+                pieces.iter().try_for_each(|piece| out.write_all(piece)).map_err(io)?;
+            }
+            out.flush().map_err(io)
+        })
     }
 
     /// What will be quantised in all, and the tensors in the order of the file.

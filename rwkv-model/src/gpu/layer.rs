@@ -144,8 +144,8 @@ impl Layers<'_> {
     pub(super) fn passed_by(&self, one: bool, shifts: SkipShifts) -> Result<Vec<Mixes>, Error> {
         let (s, planner, width) = (self.scratch, self.planner(), self.config.width);
         let rows = if one { 1 } else { s.rows };
-        // Nothing is received, written or removed, and by such products of their adapters decays are one and values no
-        // layer's but their own: the heads keep what they are, in whatever form, and pending tokens are folded as ever.
+        // All operands are zero, and the adapters' products so negative that every decay is one and the value residual is
+        // off: states stay as they are in every form, and pending tokens are folded as ever.
         const NEVER: f32 = -1e30;
         let inputs = planner.table(&vec![0.0f32; s.len.inputs / s.rows * rows]);
         let up = planner.table(&vec![NEVER; ADAPTERS * width * rows]);

@@ -4,7 +4,9 @@
 //! |---|---|
 //! | `weights` | the model, as the kernels read it |
 //! | `records` | what sequences leave behind: states as they were written, and what tokens did since |
-//! | `layer` | the dispatches of a layer, fused: five for one token, eight for many |
+//! | `pipelines` | the kernels, in the best variants that the device has |
+//! | `scratch` | the buffers between dispatches, and the tables that tell kernels of a pass |
+//! | `layer` | the dispatches of a layer, fused: five for one token, eight for several rows, ten or more for prompts |
 //! | `unfused` | the dispatches of a layer, one for each operation: what fusion is measured against |
 //! | `plan` | a pass, laid down once |
 //! | `ahead` | tokens generated ahead of the host |

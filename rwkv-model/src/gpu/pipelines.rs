@@ -263,7 +263,6 @@ pub(super) fn check_chunks(setup: &Setup) -> Result<(), Error> {
     let refuse = |why| Err(Error::Chunks(chunk, why));
     match chunk {
         _ if !setup.fused => refuse("without fusion there is one token after the other"),
-        _ if !setup.state.is_plain() => refuse("states are not single precision, written at every token"),
         _ if setup.batch_invariant => refuse("they would depend on how tokens are split over passes"),
         _ if !wkv7_chunked::CHUNKS.contains(&chunk) => refuse("there are those of 16, 32 and 64"),
         _ => Ok(()),

@@ -715,11 +715,11 @@ mod tests {
                 let encoded = EncodedState::encode(&layout, &[], format).unwrap();
                 assert_eq!(encoded.as_bytes().len(), bytes(&layout, format), "{format:?}, {layout}");
                 assert!(encoded.decode().is_empty(), "{format:?}, {layout}");
-                let odd = EncodedState::from_bytes(&layout, format, vec![0x7f; encoded.as_bytes().len()]);
-                assert!(
-                    odd.is_ok_and(|e| e.decode().is_empty()) || !encoded.as_bytes().is_empty(),
-                    "{layout}"
-                );
+                // Rows without values have exponents all the same, and those may mean nothing.
+                match EncodedState::from_bytes(&layout, format, vec![0x7f; encoded.as_bytes().len()]) {
+                    Ok(odd) => assert!(odd.decode().is_empty(), "{format:?}, {layout}"),
+                    Err(why) => assert!(!encoded.as_bytes().is_empty(), "{format:?}, {layout}: {why}"),
+                }
             }
         }
     }

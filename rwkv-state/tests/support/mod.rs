@@ -9,6 +9,7 @@ use rwkv_core::ModelConfig;
 use rwkv_core::config::Ranks;
 use rwkv_core::rng::SplitMix64;
 use rwkv_state::format::SparseRule;
+use rwkv_state::snapshot::MAX_POSITION;
 use rwkv_state::{EncodedState, Snapshot, StateFormat, StateLayout};
 
 pub(crate) const FORMATS: [StateFormat; 4] = [
@@ -34,7 +35,7 @@ pub(crate) fn snapshot(layout: &StateLayout, format: StateFormat, seed: u64) -> 
     Snapshot {
         model: "0123456789abcdef".to_owned(),
         tokenizer: Some("words \"and\" \u{e9}".to_owned()),
-        position: u64::MAX - 1,
+        position: MAX_POSITION,
         state: EncodedState::encode(layout, &draw(layout, seed), format).unwrap(),
         counts: [(0, 1), (7, u32::MAX), (u32::MAX, 2)].into(),
         logits: Some(vec![0.25, -0.0, f32::MIN, f32::INFINITY]),
