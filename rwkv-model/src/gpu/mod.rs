@@ -172,6 +172,7 @@ pub(crate) struct Setup {
     pub(crate) skip_zeros: bool,
     pub(crate) batch_invariant: bool,
     pub(crate) fused: bool,
+    pub(crate) fused_norm: bool,
     pub(crate) portable: bool,
     pub(crate) timestamps: bool,
     pub(crate) pipeline_cache: Option<PathBuf>,
