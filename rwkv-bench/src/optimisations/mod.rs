@@ -12,7 +12,7 @@ mod report;
 mod rows;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, bail, ensure};
@@ -36,6 +36,7 @@ use crate::assets::{self, ModelArgs};
 use crate::gpu::limit;
 use crate::random_model::{self, shape_of};
 use crate::states::changes;
+use crate::states::rows::held_bytes;
 use crate::{machine, progress};
 
 /// Measures what each optimisation brings and costs.
@@ -91,6 +92,9 @@ const BATCH: [usize; 2] = [8, 128];
 
 /// Bytes at the beginning of the text that layers are ranked on, and of its end that shares of them are measured on.
 const RANKED: usize = 4096;
+
+/// Bytes at the beginning of the text that rows are priced on of which single tokens alone tell.
+const TOKEN_BY_TOKEN: usize = 1024;
 
 /// Sequences side by side where quality is measured.
 const SESSIONS: usize = 16;
@@ -268,9 +272,6 @@ fn chosen(names: &[String], gpu: bool) -> anyhow::Result<(Vec<Row>, LeftOut)> {
             _ => rows.push(row),
         }
     }
-    if names.is_empty() {
-        left_out.extend(rows::NOT_BUILT.map(|(row, why)| (row.to_owned(), why.to_owned())));
-    }
     Ok((rows, left_out))
 }
 
@@ -303,7 +304,7 @@ impl Bench<'_> {
         let plain = self.plain_side();
         self.reference.check(&plain, limit(&self.plain)?).context("the plain engine")?;
         for &window in &self.windows {
-            self.scores.push(self.score(&self.plain, window, None)?);
+            self.scores.push(side_by_side(&self.plain, &self.text, window, None)?);
         }
         self.bar.inc(1);
         if rows.iter().any(Row::needs_costs) {
@@ -398,14 +399,28 @@ impl Bench<'_> {
 
         let mut quality = Vec::new();
         for (at, &window) in self.windows.iter().enumerate() {
-            let rest = if let Way::Rest(rest) = row.with { Some(rest) } else { None };
-            let scores = self.score(&with.engine, window, rest)?;
+            let score = |way, engine: &Engine| match way {
+                _ if row.is_of_single_tokens() => token_by_token(engine, &self.text, window),
+                Way::Plain => Ok(self.scores[at].clone()),
+                Way::Rest(rest) => side_by_side(engine, &self.text, window, Some(rest)),
+                Way::Options(_) | Way::Skip(_) => side_by_side(engine, &self.text, window, None),
+            };
+            let before = match row.without {
+                // At rest in single precision a state is what it was.
+                Way::Rest(of) if of.format == StateFormat::F32 => self.scores[at].clone(),
+                way => score(way, &without.engine)?,
+            };
+            let after = score(row.with, &with.engine)?;
             let nats = |of: &[Score]| of.iter().map(|of| of.nats).collect::<Vec<_>>();
-            let (change, change_error) = changes(&nats(&scores), &nats(&self.scores[at]));
-            let bits = |of: &[Score]| of.iter().copied().sum::<Score>().bits_per_byte();
-            let (without, with) = (bits(&self.scores[at]), bits(&scores));
+            let (change, change_error) = changes(&nats(&after), &nats(&before));
+            let [without, with] = [before, after].map(|of| of.into_iter().sum::<Score>().bits_per_byte());
             quality.push(Quality { window, without, with, change, change_error });
         }
+        let state = |way, side: &Side| {
+            let rest = if let Way::Rest(rest) = way { Some(rest) } else { None };
+            let (written, pending) = held_bytes(side.engine.config(), side.engine.resident(), rest);
+            (written + pending) as u64
+        };
         let [promised_speed, promised_quality] = row.promised.map(str::to_owned);
         Ok(report::Row {
             name: row.name.to_owned(),
@@ -413,22 +428,12 @@ impl Bench<'_> {
             promised_speed,
             promised_quality,
             error,
+            weights: [&without, &with].map(|side| side.engine.weight_bytes()),
+            state: [state(row.without, &without), state(row.with, &with)],
             cases,
             quality,
             said: row.said.to_owned(),
         })
-    }
-
-    fn score(
-        &self,
-        engine: &Engine,
-        window: usize,
-        rest: Option<quality::Rest>,
-    ) -> anyhow::Result<Vec<Score>> {
-        let options = SideBySide { window, sessions: SESSIONS, rest };
-        let scores = quality::side_by_side(engine, &self.text, options, |_| {})?;
-        ensure!(!scores.is_empty(), "a text of less than two tokens predicts nothing");
-        Ok(scores)
     }
 
     fn ranked(&self) -> (&[u8], &[u8], SideBySide) {
@@ -513,16 +518,6 @@ impl Bench<'_> {
 
     /// The peer's figures, in a process of its own on the same model, beside ours.
     fn peer(&mut self, name: &str) -> anyhow::Result<Vec<PeerCase>> {
-        #[derive(Deserialize)]
-        struct Line {
-            engine: String,
-            case: String,
-            #[serde(default)]
-            batch: usize,
-            #[serde(default)]
-            tokens: serde_json::Value,
-            tokens_per_second: Option<f64>,
-        }
         let program = if name == "web-rwkv" { "web-rwkv-bench" } else { name };
         let own = self.args.out.join("model.safetensors");
         let model = match self.model.path() {
@@ -533,14 +528,12 @@ impl Bench<'_> {
             }
         };
         let converted = self.args.out.join("model.st");
-        let started = Command::new(program).arg("convert").args([model, &converted]).status();
-        let done = started
-            .with_context(|| format!("{program}: rwkv-bench/web-rwkv/README.md says how to build it"))?;
-        ensure!(done.success(), "{program} convert: {done}");
+        told(Command::new(program).arg("convert").args([model, &converted]))?;
         let batch = self.args.batch.unwrap_or(BATCH[1]);
+        let [tokens, windows] = if self.args.quick { ["8", "3"] } else { ["64", "5"] };
         let mut command = Command::new(program);
-        command.arg(&converted).args(["--json", "--decode", "64", "--batch", "1", &batch.to_string()]);
-        command.args(["--prefill", &self.args.length.to_string()]);
+        command.arg(&converted).args(["--json", "--decode", tokens, "--windows", windows]);
+        command.args(["--batch", "1", &batch.to_string(), "--prefill", &self.args.length.to_string()]);
         if self.model.path().is_none() {
             // Activations of books-10m are beyond halves.
             command.args(["--precision", "f32"]);
@@ -548,24 +541,94 @@ impl Bench<'_> {
         if let Device::Gpu(Some(adapter)) = &self.args.device {
             command.args(["--adapter", adapter]);
         }
-        let done = command.output()?;
-        let said = String::from_utf8_lossy(&done.stderr);
-        ensure!(done.status.success(), "{program}: {}: {}", done.status, said.trim());
+        let said = told(&mut command)?;
         for file in [&own, &converted] {
             let _ = std::fs::remove_file(file); // the one may not be there, the other only takes room
         }
         let side = self.plain_side();
         let mut all = Vec::new();
-        for line in String::from_utf8_lossy(&done.stdout).lines() {
-            let line: Line = serde_json::from_str(line).with_context(|| format!("{program}: {line}"))?;
-            let Some(peer) = line.tokens_per_second else { continue };
-            let length = usize::try_from(line.tokens.as_u64().unwrap_or_default())?;
-            let load = if line.case == "decode" { Load::Decode(line.batch) } else { Load::Prefill(length) };
+        for (engine, load, peer) in loads(&said).with_context(|| program.to_owned())? {
             let own = case(load, [&side, &side], &mut self.controls.copy, [0.0; 2], self.effort)?;
-            all.push(PeerCase { engine: line.engine, case: load.name(), peer, ours: own.with.median });
+            all.push(PeerCase { engine, case: load.name(), peer, ours: own.with.median });
         }
         Ok(all)
     }
+}
+
+/// What a program says, once it is done.
+fn told(command: &mut Command) -> anyhow::Result<String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let done = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("{program}: rwkv-bench/web-rwkv/README.md says how to build it"))?;
+    let said = String::from_utf8_lossy(&done.stderr);
+    ensure!(done.status.success(), "{program}: {}: {}", done.status, said.trim());
+    String::from_utf8(done.stdout).with_context(|| program)
+}
+
+/// The cases that the peer's program says it timed: what ran it, in what precision; the load; and tokens a second.
+fn loads(said: &str) -> anyhow::Result<Vec<(String, Load, f64)>> {
+    /// One of a load, of which alone there is a rate.
+    #[derive(Deserialize)]
+    struct Line {
+        engine: String,
+        case: String,
+        precision: Option<String>,
+        batch: Option<usize>,
+        tokens: Option<usize>,
+        tokens_per_second: Option<f64>,
+    }
+    let mut all = Vec::new();
+    for line in said.lines() {
+        let Line { engine, case, precision, batch, tokens, tokens_per_second } =
+            serde_json::from_str(line).with_context(|| line.to_owned())?;
+        let load = match (case.as_str(), batch, tokens) {
+            ("decode", Some(batch), _) => Load::Decode(batch),
+            ("prefill", _, Some(tokens)) => Load::Prefill(tokens),
+            ("load", ..) => continue,
+            _ => bail!("{line}: neither decode nor prefill"),
+        };
+        let rate =
+            tokens_per_second.filter(|rate| *rate > 0.0).with_context(|| format!("{line}: no rate"))?;
+        all.push((precision.into_iter().fold(engine, |engine, of| format!("{engine}, {of}")), load, rate));
+    }
+    ensure!(!all.is_empty(), "it timed nothing");
+    Ok(all)
+}
+
+/// Scores a text in windows, side by side, as prompts.
+fn side_by_side(
+    engine: &Engine,
+    text: &[u8],
+    window: usize,
+    rest: Option<quality::Rest>,
+) -> anyhow::Result<Vec<Score>> {
+    let options = SideBySide { window, sessions: SESSIONS, rest };
+    let scores = quality::side_by_side(engine, text, options, |_| {})?;
+    ensure!(!scores.is_empty(), "a text of less than two tokens predicts nothing");
+    Ok(scores)
+}
+
+/// Scores the beginning of a text in windows, one after the other, a token a call.
+fn token_by_token(engine: &Engine, text: &[u8], window: usize) -> anyhow::Result<Vec<Score>> {
+    let tokenizer = engine.tokenizer()?;
+    let tokens = tokenizer.encode(&text[..text.len().min(TOKEN_BY_TOKEN)]);
+    let starts = (0..tokens.len().saturating_sub(1)).step_by(window.max(1));
+    let scores = starts.map(|start| {
+        let own = &tokens[start..tokens.len().min(start.saturating_add(window.max(1)).saturating_add(1))];
+        let (mut session, mut score) = (engine.session(), Score::default());
+        for &token in own {
+            let found = session.score(&[token])?;
+            score.nats -= found.iter().sum::<f64>();
+            score.tokens += found.len();
+        }
+        score.bytes = tokenizer.decode(&own[1..])?.len();
+        anyhow::Ok(score)
+    });
+    let scores = scores.collect::<anyhow::Result<Vec<_>>>()?;
+    ensure!(!scores.is_empty(), "a text of less than two tokens predicts nothing");
+    Ok(scores)
 }
 
 /// How much faster prompts could be at most, if the state update took no time, of the longest that were timed both ways.
@@ -663,7 +726,12 @@ fn state_updates(
 mod tests {
     use clap::Parser;
 
-    use super::{Figure, Form, OptimisationArgs, bound, chosen, compared, date, html, measure, read, write};
+    use std::process::Command;
+
+    use super::{
+        Engine, EngineOptions, Figure, Form, Load, OptimisationArgs, bound, chosen, compared, date, html,
+        loads, measure, read, side_by_side, token_by_token, told, write,
+    };
 
     #[derive(Parser)]
     struct Program {
@@ -741,7 +809,20 @@ mod tests {
             change("skip-middle") > 10.0 && change("lazy").abs() < 1e-3,
             "skipping costs, being lazy does not"
         );
-        assert!(change("ffn-sparsity").abs() < 1e-9, "exact");
+        assert!(change("ffn-sparsity").abs() < 1e-3, "but for rounding");
+        let memory = |name: &str| {
+            let row = report.rows.iter().find(|row| row.name == name).unwrap();
+            [row.weights, row.state].map(|[without, with]| with as f64 / without as f64)
+        };
+        // Blocks of 8.5 bits for halves, but for adapters and the head.
+        let [weights, state] = memory("int8-weights");
+        assert!(
+            (0.53..0.7).contains(&weights) && state == 1.0,
+            "{weights} of the weights, {state} of a state"
+        );
+        let [weights, state] = memory("lazy");
+        assert!(weights == 1.0 && state > 1.5, "{weights} of the weights, {state} of a state and its tokens");
+        assert!(memory("sparse-rest")[1] < 1.0, "at rest");
         assert!(report.shares.len() > 10 && report.forms.len() == 24, "plots");
 
         let folder = tempfile::tempdir().unwrap();
@@ -753,6 +834,50 @@ mod tests {
         let page = html::page(&report).unwrap();
         assert_eq!(page.matches("<svg").count(), 3, "plots");
         assert!(page.contains("<td>skip-middle</td>") && !page.contains("src="), "one file");
+    }
+
+    /// A text costs the same token by token as all at once, but for rounding.
+    #[test]
+    fn token_by_token_is_the_same() {
+        let args = quick(&["--device", "cpu"]);
+        let options = EngineOptions { device: args.device.clone(), ..EngineOptions::default() };
+        let engine = Engine::new(&args.model.checkpoint().unwrap(), options, &|_| {}).unwrap();
+        let text = &args.model.text().unwrap()[..100];
+        for window in [1, 33, 200] {
+            let [one, all] =
+                [token_by_token(&engine, text, window), side_by_side(&engine, text, window, None)]
+                    .map(Result::unwrap);
+            assert_eq!(one.len(), all.len(), "windows of {window}");
+            for (one, all) in one.iter().zip(&all) {
+                assert_eq!((one.tokens, one.bytes), (all.tokens, all.bytes), "windows of {window}");
+                assert!((one.nats - all.nats).abs() < 1e-4 * all.nats, "{one:?} for {all:?}");
+            }
+        }
+        assert!(token_by_token(&engine, b"a", 4).is_err(), "nothing is predicted");
+    }
+
+    #[test]
+    fn what_a_peer_says() {
+        let said = r#"{"engine":"peer 1","adapter":"A","case":"load","seconds":0.1}
+{"engine":"peer 1","adapter":"A","precision":"f32","case":"decode","batch":8,"tokens":64,"tokens_per_second":12.5}
+{"engine":"peer 1","adapter":"A","case":"prefill","batch":1,"tokens":512,"tokens_per_second":2.5}"#;
+        let want = [
+            ("peer 1, f32".to_owned(), Load::Decode(8), 12.5),
+            ("peer 1".to_owned(), Load::Prefill(512), 2.5),
+        ];
+        assert_eq!(loads(said).unwrap(), want, "cases");
+        for bad in [
+            "",
+            "no JSON",
+            r#"{"engine":"peer 1","case":"load","seconds":0.1}"#,
+            r#"{"engine":"peer 1","case":"decode","tokens":64,"tokens_per_second":12.5}"#,
+            r#"{"engine":"peer 1","case":"prefill","tokens":64,"tokens_per_second":null}"#,
+            r#"{"engine":"peer 1","case":"sleep","tokens":64,"tokens_per_second":12.5}"#,
+        ] {
+            assert!(loads(bad).is_err(), "{bad}");
+        }
+        let error = told(&mut Command::new("no-such-peer")).unwrap_err().to_string();
+        assert!(error.contains("no-such-peer") && error.contains("README.md says how"), "{error}");
     }
 
     #[test]

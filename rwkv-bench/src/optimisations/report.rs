@@ -86,6 +86,12 @@ pub(crate) struct Row {
     pub(crate) promised_quality: String,
     /// How far its logits were off from the reference's, as a root mean square relative to their size.
     pub(crate) error: f64,
+    /// Bytes of the weights, without and with.
+    #[serde(default)]
+    pub(crate) weights: [u64; 2],
+    /// Bytes of a sequence's state, likewise, with as many tokens pending as may be; at rest where it rests, and there at most.
+    #[serde(default)]
+    pub(crate) state: [u64; 2],
     pub(crate) cases: Vec<Case>,
     pub(crate) quality: Vec<Quality>,
     /// What is to be said of it.
@@ -187,6 +193,17 @@ impl Row {
         let gain = |of: &Case| format!("{}: {:+.1} ({:.1}) %", of.name, of.gain(), of.gain_spread());
         self.cases.iter().map(gain).collect::<Vec<_>>().join(", ")
     }
+
+    /// What changes of the memory of weights and of a state, as text.
+    fn memory(&self) -> String {
+        let changed = [("weights", self.weights), ("a state", self.state)];
+        let changed = changed.into_iter().filter(|(_, [without, with])| without != with);
+        let text = |(of, bytes): (&str, [u64; 2])| {
+            let [without, with] = bytes.map(|bytes| bytes as f64 / 1e6);
+            format!("{of} {without:.2} to {with:.2} MB")
+        };
+        changed.map(text).collect::<Vec<_>>().join(", ")
+    }
 }
 
 impl Quality {
@@ -216,7 +233,7 @@ impl Report {
 
     /// The tables, with their captions.
     pub(crate) fn tables(&self) -> Vec<(String, Table)> {
-        let mut head = vec!["optimisation", "promised", "measured speed", "promised"];
+        let mut head = vec!["optimisation", "promised", "measured speed", "memory", "promised"];
         let windows: Vec<String> = self.rows.first().map_or_else(Vec::new, |row| {
             row.quality.iter().map(|of| format!("bits/byte, windows of {}", of.window)).collect()
         });
@@ -227,6 +244,7 @@ impl Report {
                 row.title.clone(),
                 row.promised_speed.clone(),
                 row.gains(),
+                row.memory(),
                 row.promised_quality.clone(),
             ];
             cells.extend(row.quality.iter().map(Quality::text));
