@@ -250,8 +250,8 @@ pub struct EngineOptions {
     /// GPU: whether operations are fused. Without, each is a dispatch of its own, for measurements.
     pub fused: bool,
     /// GPU: whether the group norm of what the heads answer, its bonus and its gate are in the dispatch of the state update over a
-    /// few tokens of a sequence. Without, they are a dispatch of their own, as they are in any case over prompts, with
-    /// [`Self::batch_invariant`] and without [`Self::fused`]; for measurements.
+    /// few tokens of a sequence. Without, they are a dispatch of their own, as they are over prompts and without [`Self::fused`] in
+    /// any case; for measurements. The results are the same but for rounding.
     pub fused_norm: bool,
     /// GPU: whether kernels keep to what every device has, whatever this one has beyond it.
     pub portable: bool,

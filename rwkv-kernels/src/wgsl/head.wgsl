@@ -12,7 +12,7 @@
 // row of the head's 64 channels. The groups, of eight teams, are divided among the adapters as `lower` says, in
 // proportion to their ranks, so that all four are summed at once: there must be four groups. Otherwise `up` has the
 // products.
-
+//
 // Without NORM the group norm, the bonus and the gate are left to `readout_packed`, for which a row is [3, D]: the state's
 // answers, what the bonus adds to them, and the gate.
 

@@ -178,6 +178,13 @@ pub(crate) struct Setup {
     pub(crate) pipeline_cache: Option<PathBuf>,
 }
 
+impl Setup {
+    /// Whether the heads' norm is by itself though operations are fused.
+    const fn norm_apart(&self) -> bool {
+        self.fused && !self.fused_norm
+    }
+}
+
 /// A sequence's share of a pass.
 /// It has at least one token.
 #[derive(Debug)]

@@ -81,7 +81,7 @@ impl Held {
     }
 
     /// The kernel, compiled for workgroups of so many lanes; what it writes may be halves, of what two to such a power
-    /// divides. Where the norm is not in it that is another's to write.
+    /// divides. Without the norm it is single precision.
     pub(super) fn compile(
         self,
         device: &Device,
@@ -399,7 +399,7 @@ impl Kernels {
         let written = |exponent| (coop && setup.fused).then_some(exponent);
         let normed = [norm[0], packed::halves(written(0))];
         let readout = written(READOUT_EXPONENT);
-        let of_heads = |wanted| held.compile(device, lanes(wanted), false, setup.fused_norm, readout);
+        let of_heads = |wanted| held.compile(device, lanes(wanted), false, !setup.norm_apart(), readout);
         Ok(Self {
             held,
             embedding: compile(device, embedding::VARIANTS, &norm)?,
@@ -561,7 +561,7 @@ impl StepKernels {
                 mix_in::VARIANTS,
                 &[("LANES", f(mix_lanes)), ("TEAM_ROWS", f(team_rows)), ("WIDTH", f(width)), formats],
             )?,
-            time_mix: held.compile(device, heads_lanes, true, setup.fused_norm, None)?,
+            time_mix: held.compile(device, heads_lanes, true, !setup.norm_apart(), None)?,
             readout: readout_of_heads(device, setup, None)?,
             linear,
             value,
@@ -588,7 +588,7 @@ impl StepKernels {
 fn readout_of_heads(device: &Device, setup: &Setup, written: Option<u8>) -> Result<Option<Pipeline>, Error> {
     let overrides = [packed::halves(written), readout_packed::of_heads()];
     let compiled = || compile(device, readout_packed::VARIANTS, &overrides);
-    (setup.fused && !setup.fused_norm).then(compiled).transpose()
+    setup.norm_apart().then(compiled).transpose()
 }
 
 /// Rows of a matrix to a workgroup, so many to a team. Teams are subgroups of 32 on most devices; others go through a
