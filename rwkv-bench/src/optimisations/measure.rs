@@ -52,7 +52,7 @@ pub(crate) struct Side {
 }
 
 /// A token of those there are.
-fn token(engine: &Engine, index: usize) -> u32 {
+pub(crate) fn token(engine: &Engine, index: usize) -> u32 {
     u32::try_from(index * 7919 % engine.config().vocab).unwrap_or_default()
 }
 

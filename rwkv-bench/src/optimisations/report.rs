@@ -89,7 +89,7 @@ pub(crate) struct Row {
     /// Bytes of the weights, without and with.
     #[serde(default)]
     pub(crate) weights: [u64; 2],
-    /// Bytes of a sequence's state, likewise, with as many tokens pending as may be; at rest where it rests, and there at most.
+    /// Bytes of a sequence's state, likewise: with as many tokens pending as may be, or at rest.
     #[serde(default)]
     pub(crate) state: [u64; 2],
     pub(crate) cases: Vec<Case>,
