@@ -34,7 +34,7 @@ use self::measure::{Effort, Load, Reference, Side, case};
 use self::report::{Figure, Form, PeerCase, Quality, Report, Share, moved};
 use self::rows::{On, Row, Way};
 use crate::assets::{self, ModelArgs};
-use crate::gpu::limit;
+use crate::gpu::rounds_to_halves;
 use crate::random_model::{self, shape_of};
 use crate::states::changes;
 use crate::states::rows::held_bytes;
@@ -226,7 +226,7 @@ fn measure(args: &OptimisationArgs, model: &ModelArgs) -> anyhow::Result<Report>
     let bar = progress::bar("{bar:40} {pos}/{len} {msg} ({elapsed})", rows.len() as u64 + 3);
     bar.set_message("the reference");
     let mut bench = Bench {
-        reference: Reference::new(&checkpoint, &options, None)?,
+        reference: Reference::new(&checkpoint, &options, None, rounds_to_halves(&plain)?)?,
         args,
         model,
         checkpoint,
@@ -310,7 +310,7 @@ impl Bench<'_> {
     fn all(&mut self, rows: &[Row], report: &mut Report) -> anyhow::Result<()> {
         self.say("the plain engine");
         let plain = self.plain_side();
-        self.reference.check(&plain, limit(&self.plain)?).context("the plain engine")?;
+        self.reference.check(&plain, 0.0).context("the plain engine")?;
         for &window in &self.windows {
             self.scores.push(side_by_side(&self.plain, &self.text, window, None)?);
         }
@@ -381,14 +381,13 @@ impl Bench<'_> {
         let (options, skips) = (self.options_of(row.with), with.engine.skips());
         let own;
         let reference = if skips.is_some() || options.weights != self.options.weights {
-            own = Reference::new(&self.checkpoint, &options, skips)?;
+            own = Reference::new(&self.checkpoint, &options, skips, rounds_to_halves(&with.engine)?)?;
             &own
         } else {
             &self.reference
         };
-        self.reference.check(&without, limit(&without.engine)?).context("without it")?;
-        let limit = limit(&with.engine)? + row.limit;
-        let error = reference.check(&with, limit).context("with it")?.sqrt();
+        self.reference.check(&without, 0.0).context("without it")?;
+        let error = reference.check(&with, row.limit).context("with it")?.sqrt();
 
         let batch = self.args.batch.unwrap_or(BATCH[usize::from(self.gpu)]);
         let loads = match row.at_rest() {
