@@ -89,9 +89,11 @@ pub(crate) struct Row {
     /// Bytes of the weights, without and with.
     #[serde(default)]
     pub(crate) weights: [u64; 2],
-    /// Bytes of a sequence's state, likewise: with as many tokens pending as may be, or at rest.
+    /// Bytes of a sequence's state, likewise, as it is written or at rest; and, while it runs, of tokens that may be pending.
     #[serde(default)]
     pub(crate) state: [u64; 2],
+    #[serde(default)]
+    pub(crate) pending: [u64; 2],
     pub(crate) cases: Vec<Case>,
     pub(crate) quality: Vec<Quality>,
     /// What is to be said of it.
@@ -196,7 +198,8 @@ impl Row {
 
     /// What changes of the memory of weights and of a state, as text.
     fn memory(&self) -> String {
-        let changed = [("weights", self.weights), ("a state", self.state)];
+        let changed =
+            [("weights", self.weights), ("a state", self.state), ("its pending tokens", self.pending)];
         let changed = changed.into_iter().filter(|(_, [without, with])| without != with);
         let text = |(of, bytes): (&str, [u64; 2])| {
             let [without, with] = bytes.map(|bytes| bytes as f64 / 1e6);
