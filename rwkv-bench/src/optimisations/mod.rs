@@ -148,13 +148,13 @@ fn compared(old: &Report, new: &Report) -> Vec<String> {
         lines.push(format!("the earlier report is of {}, on {}, {}", old.model, old.device, old.machine));
     }
     if all.is_empty() {
-        lines.push(format!("no row moved beyond noise since commit {}, {}", old.commit, old.date));
+        lines.push(format!("nothing moved beyond noise since commit {}, {}", old.commit, old.date));
     }
     lines.extend(all.iter().map(|of| {
         let percent = 100.0 * (of.ratio - 1.0);
-        let (what, noise) =
-            (if of.way == "with" { "its gain" } else { "tokens/s without it" }, 100.0 * of.noise);
-        format!("moved: {}, {}: {what} {percent:+.1} %, noise up to {noise:+.1} %", of.row, of.case)
+        let (what, noise) = (of.row.as_deref(), 100.0 * of.noise);
+        let what = what.map_or_else(|| "the plain engine".to_owned(), |row| format!("the gain of {row}"));
+        format!("moved: {what}, {}: {percent:+.1} %, noise up to {noise:+.1} %", of.case)
     }));
     lines
 }
@@ -433,6 +433,7 @@ impl Bench<'_> {
             promised_speed,
             promised_quality,
             error,
+            plain: [row.without, row.with].map(|way| matches!(way, Way::Plain)),
             weights: [&without, &with].map(|side| side.engine.weight_bytes()),
             state: [self.state_bytes(row.without, &without)?, self.state_bytes(row.with, &with)?],
             pending: [&without, &with]
@@ -853,7 +854,7 @@ mod tests {
         write(&path, &serde_json::to_vec(&report).unwrap()).unwrap();
         let again = read(&path).unwrap();
         let [line] = &compared(&again, &report)[..] else { panic!("one line") };
-        assert!(line.starts_with("no row moved"), "{line}");
+        assert!(line.starts_with("nothing moved"), "{line}");
         let page = html::page(&report).unwrap();
         assert_eq!(page.matches("<svg").count(), 3, "plots");
         assert!(page.contains("<td>skip-middle</td>") && !page.contains("src="), "one file");
