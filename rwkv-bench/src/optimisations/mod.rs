@@ -77,8 +77,8 @@ pub(crate) struct OptimisationArgs {
     /// An earlier report: tells which rows moved beyond noise.
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
-    /// Compare this report with it, rather than measure.
-    #[arg(long, value_name = "FILE", requires = "compare")]
+    /// Show this report, and compare it, rather than measure.
+    #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
     /// Where report.html and report.json go.
     #[arg(long, value_name = "FOLDER", default_value = "target/bench")]
@@ -107,14 +107,11 @@ const SESSIONS: usize = 16;
 pub(crate) fn run(args: &OptimisationArgs) -> anyhow::Result<()> {
     // What cannot be is told before anything takes time.
     let old: Option<Report> = args.compare.as_deref().map(read).transpose()?;
-    if let (Some(old), Some(new)) = (&old, &args.report) {
-        compared(old, &read(new)?).iter().for_each(|line| println!("{line}"));
-        return Ok(());
-    }
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
-    let report = match &args.shape {
-        None => measure(args, &args.model)?,
-        Some(name) => {
+    let report = match (&args.report, &args.shape) {
+        (Some(path), _) => read(path)?,
+        (None, None) => measure(args, &args.model)?,
+        (None, Some(name)) => {
             let of = |path: &Path| measure(args, &args.model.on(path.to_owned()));
             random_model::with(shape_of(name)?, &args.out, of)?
         }

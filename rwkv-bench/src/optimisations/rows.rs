@@ -220,7 +220,7 @@ pub(super) fn all() -> Vec<Row> {
             without: Way::Options(|options| options.skip_zeros = false),
             with: Way::Plain,
             limit: EXACT,
-            said: "Exact: what is left out is multiplied by zero. It pays where one token's units are as often zero as here. On a GPU, passes over several rows read all of them either way. Bits per byte of the beginning of the text, token by token.",
+            said: "Exact: what is left out is multiplied by zero. It pays where weights take most of a step, as they do not of a small model on a GPU. There, passes over several rows read all of them either way. Bits per byte of the beginning of the text, token by token.",
         },
         Row {
             name: "f16-adapters",
