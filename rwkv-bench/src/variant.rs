@@ -132,6 +132,7 @@ mod tests {
         let out: Vec<usize> = (0..8).filter(|&layer| skip.policy.skips(layer, 8, 0)).collect();
         assert_eq!((out, skip.part, skip.prefill), (vec![3, 4], SkipPart::ChannelMix, true), "layers");
         assert!(!options.skip_zeros && Variant::plain().apply(EngineOptions::default()).skip_zeros, "zeros");
+        assert!(!of("norm=apart").unwrap().fused_norm && of("norm=apart").unwrap().fused, "the norm alone");
         assert!("state=rest-sparse-512".parse::<Variant>().unwrap().rest.is_some(), "at rest");
         for bad in ["", "state=f64", "skip=list:x", "wkv=chunked", "zeros=written"] {
             assert!(bad.parse::<Variant>().is_err(), "{bad}");

@@ -210,3 +210,26 @@ fn forms(report: &Report) -> anyhow::Result<String> {
     let title = format!("Forms of the state update over the length of a prompt: {of}");
     lines(&title, ["tokens", "tokens a second"], &all, &|log| format!("{:.0}", log.exp2()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::report::{Case, Figure, Report, Row};
+    use super::gains;
+
+    /// What is a hundred times as fast is cut off within the picture, says so, and leaves the others to be seen.
+    #[test]
+    fn bars_are_cut_off() {
+        let case = |ratio| Case {
+            name: "decode, batch 1".to_owned(),
+            ratio: Figure::new(vec![ratio]),
+            ..Case::default()
+        };
+        let row = Row { cases: vec![case(1.2), case(100.0)], ..Row::default() };
+        let svg = gains(&Report { rows: vec![row], ..Report::default() }).unwrap();
+        let width = |bar: &str| bar.split("width=\"").nth(1)?.split('"').next()?.parse::<u32>().ok();
+        let bars: Vec<u32> =
+            svg.lines().filter(|of| of.contains("height=\"13\"")).filter_map(width).collect();
+        assert!(matches!(bars[..], [50..200, 500..800]), "{bars:?}");
+        assert!(svg.contains("+9900.0"), "what it is");
+    }
+}

@@ -401,9 +401,7 @@ mod tests {
     #[test]
     fn what_halves_do() {
         let checkpoint = Program::parse_from(["bench"]).model.checkpoint().unwrap();
-        for weights in
-            [Recipe::default(), Recipe::layers(WeightFormat::Int8), Recipe::layers(WeightFormat::Int4)]
-        {
+        for weights in [Recipe::default(), Recipe::layers(WeightFormat::Int8)] {
             let options = EngineOptions { weights, ..EngineOptions::default() };
             let [exact, halves] =
                 [false, true].map(|of| Reference::new(&checkpoint, &options, None, of).unwrap());
