@@ -119,8 +119,12 @@ const LIMIT_OF_HALVES: f64 = 1e-5;
 
 /// What is let pass on an engine's device.
 pub(crate) fn limit(engine: &Engine) -> anyhow::Result<f64> {
-    let of_halves = engine.report()?.kernels.iter().any(|label| label.contains("coop"));
-    Ok(if of_halves { LIMIT_OF_HALVES } else { LIMIT })
+    Ok(if rounds_to_halves(engine)? { LIMIT_OF_HALVES } else { LIMIT })
+}
+
+/// Whether an engine multiplies by cooperative matrices.
+pub(crate) fn rounds_to_halves(engine: &Engine) -> anyhow::Result<bool> {
+    Ok(engine.report()?.kernels.iter().any(|label| label.contains("coop")))
 }
 
 pub(crate) fn token(index: usize) -> u32 {

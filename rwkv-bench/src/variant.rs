@@ -12,7 +12,7 @@ use crate::states::rows;
 /// What a variant is named by, for `--help`.
 pub(crate) const GRAMMAR: &str = "settings, by commas: state=NAME as `states` names them (f16-c16, int8-c16, rest-sparse-512, ..); \
     skip=first10, middle or list:3+4, part=layer or ffn, shifts=refreshed or frozen; wkv=sequential or chunked:16; \
-    zeros=read; adapters=f32; fused=no; portable=yes; invariant=yes";
+    zeros=read; adapters=f32; fused=no; norm=apart; portable=yes; invariant=yes";
 
 /// A way to run an engine.
 #[derive(Clone, Debug)]
@@ -32,6 +32,7 @@ enum Setting {
     ReadZeros,
     WideAdapters,
     Unfused,
+    NormApart,
     Portable,
     Invariant,
 }
@@ -52,6 +53,7 @@ impl Variant {
                 Setting::ReadZeros => options.skip_zeros = false,
                 Setting::WideAdapters => options.wide_adapters = true,
                 Setting::Unfused => options.fused = false,
+                Setting::NormApart => options.fused_norm = false,
                 Setting::Portable => options.portable = true,
                 Setting::Invariant => options.batch_invariant = true,
             }
@@ -104,6 +106,7 @@ impl FromStr for Variant {
                 ("zeros", "read") => variant.settings.push(Setting::ReadZeros),
                 ("adapters", "f32") => variant.settings.push(Setting::WideAdapters),
                 ("fused", "no") => variant.settings.push(Setting::Unfused),
+                ("norm", "apart") => variant.settings.push(Setting::NormApart),
                 ("portable", "yes") => variant.settings.push(Setting::Portable),
                 ("invariant", "yes") => variant.settings.push(Setting::Invariant),
                 _ => bail!("no setting `{setting}`; {GRAMMAR}"),
@@ -129,6 +132,7 @@ mod tests {
         let out: Vec<usize> = (0..8).filter(|&layer| skip.policy.skips(layer, 8, 0)).collect();
         assert_eq!((out, skip.part, skip.prefill), (vec![3, 4], SkipPart::ChannelMix, true), "layers");
         assert!(!options.skip_zeros && Variant::plain().apply(EngineOptions::default()).skip_zeros, "zeros");
+        assert!(!of("norm=apart").unwrap().fused_norm && of("norm=apart").unwrap().fused, "the norm alone");
         assert!("state=rest-sparse-512".parse::<Variant>().unwrap().rest.is_some(), "at rest");
         for bad in ["", "state=f64", "skip=list:x", "wkv=chunked", "zeros=written"] {
             assert!(bad.parse::<Variant>().is_err(), "{bad}");

@@ -254,6 +254,10 @@ pub struct EngineOptions {
     pub batch_invariant: bool,
     /// GPU: whether operations are fused. Without, each is a dispatch of its own, for measurements.
     pub fused: bool,
+    /// GPU: whether the group norm of what the heads answer, its bonus and its gate are in the dispatch of the state update over a
+    /// few tokens of a sequence. Without, they are a dispatch of their own, as they are over prompts and without [`Self::fused`] in
+    /// any case; for measurements. The results are the same but for rounding.
+    pub fused_norm: bool,
     /// GPU: whether kernels keep to what every device has, whatever this one has beyond it.
     pub portable: bool,
     /// GPU: whether dispatches are timed, for [`Engine::profile`].
@@ -280,6 +284,7 @@ impl Default for EngineOptions {
             weights: Recipe::default(),
             batch_invariant: false,
             fused: true,
+            fused_norm: true,
             portable: false,
             timestamps: false,
             pipeline_cache: None,
@@ -401,6 +406,7 @@ impl Executor {
             skip_zeros: options.skip_zeros,
             batch_invariant: options.batch_invariant,
             fused: options.fused,
+            fused_norm: options.fused_norm,
             portable: options.portable,
             timestamps: options.timestamps,
             pipeline_cache: options.pipeline_cache.clone(),

@@ -23,10 +23,11 @@ use rwkv_core::rng::SplitMix64;
 use rwkv_core::{ElementType, Elements, ModelConfig, Real};
 use rwkv_model::checkpoint::LoadMatrix;
 use rwkv_model::engine::Device;
+use rwkv_model::skip::{Listed, Skipping};
 use rwkv_model::tokenizer::World;
 use rwkv_model::{
-    Checkpoint, Engine, EngineOptions, Error, FinishReason, Sampler, Session, TextOptions, Tokenizer, gpu,
-    quality,
+    Checkpoint, Engine, EngineOptions, Error, FinishReason, Resident, Sampler, Session, TextOptions,
+    Tokenizer, gpu, quality,
 };
 use support::{
     BUNDLED, Tensor, alone, engine, get, on_cpu, on_gpu, random_model, read, safetensors, shown, together,
@@ -843,6 +844,54 @@ fn chunks_agree_with_the_reference() {
             want.holds(&session, "the bundled model, by chunks");
         }
     }
+}
+
+/// The group norm, the bonus and the gate in a dispatch of their own, of single tokens and several sequences, whatever their
+/// states are held in; of prompts they always are.
+#[test]
+fn the_norm_apart() {
+    let Some(options) = on_gpu() else { return };
+    let options = EngineOptions { pass_tokens: 64, ..options };
+    let prompt = prompt(40, 9);
+    for state in [Resident::default(), Resident::lazy(3)] {
+        let options = EngineOptions { state, ..options.clone() };
+        let [apart, fused] = [false, true].map(|fused_norm| {
+            engine(safetensors(&small_model()), EngineOptions { fused_norm, ..options.clone() })
+        });
+        let ([apart_of, fused_of], layers) = ([&apart, &fused].map(|of| of.report().unwrap()), 2);
+        assert_eq!(apart_of.step_dispatches, fused_of.step_dispatches + layers, "one token: {apart_of:?}");
+        assert_eq!(apart_of.batch_dispatches, fused_of.batch_dispatches + layers, "several: {apart_of:?}");
+        for length in [1, 2, 7, 33] {
+            let mut session = apart.session();
+            prompt.chunks(length).for_each(|tokens| session.prefill(tokens).unwrap());
+            let want = Reference::small().read(&prompt, Logits::Last);
+            want.holds(&session, &format!("{state:?}: calls of {length}"));
+        }
+        let prompts = prompts(&[3, 1, 2, 1, 5], VOCAB, 5);
+        for (prompt, session) in prompts.iter().zip(together(&apart, &prompts)) {
+            let what = format!("{state:?}: {} tokens beside others", prompt.len());
+            Reference::small().read(prompt, Logits::Last).holds(&session, &what);
+        }
+        let mut session = alone(&apart, &prompt);
+        let tokens = generate(&mut session, Sampler::greedy(), 9);
+        the_same(&session, &retold(&apart, &prompt, &tokens), "generated");
+    }
+    // Of layers that are left out nothing is wanted but their states.
+    let model = exact(random_model([3, 2, 64, 96, VOCAB, 8], 7));
+    let skip = |fused_norm| {
+        let skip = Some(Skipping::new(Listed(vec![1])));
+        let options = EngineOptions { fused_norm, skip, ..options.clone() };
+        let engine = engine(safetensors(&model), options);
+        let mut session = alone(&engine, &prompt[..20]);
+        for &token in &prompt[20..] {
+            session.step(token).unwrap();
+        }
+        session.logits().unwrap().to_vec()
+    };
+    let [got, want] = [false, true].map(skip);
+    let reference = Reference::new(&support::open(safetensors(&model), None).unwrap());
+    let limit = reference.read(&prompt, Logits::Last).limits[0];
+    max_abs(&got, &want.iter().copied().map(f64::from).collect::<Vec<_>>(), limit).unwrap();
 }
 
 #[test]

@@ -55,6 +55,9 @@ pub(super) fn plots(report: &Report) -> anyhow::Result<Vec<(&'static str, String
     Ok(plots)
 }
 
+/// Percent beyond which bars are cut off: what is ten times as fast would leave nothing to be seen of the others.
+const MOST: f64 = 150.0;
+
 /// Percent gained, a bar for each load of each row.
 #[expect(clippy::cast_possible_truncation, reason = "places within a picture")]
 fn gains(report: &Report) -> anyhow::Result<String> {
@@ -64,17 +67,19 @@ fn gains(report: &Report) -> anyhow::Result<String> {
         report.rows.iter().flat_map(|row| row.cases.iter().map(move |of| (row, of))).collect();
     let ends = cases.iter().flat_map(|(_, of)| [of.ratio.low, of.ratio.high].map(|of| 100.0 * (of - 1.0)));
     let (low, high) = ends.fold((-5.0f64, 5.0f64), |(low, high), of| (low.min(of), high.max(of)));
-    let (low, high) = (low * 1.1, high * 1.1);
+    let (low, high) = (low * 1.1, high.min(MOST) * 1.1);
     let (width, height) = (1100, 60 + BAR * i32::try_from(cases.len())?);
     let place = |percent: f64| {
-        NAMES + ((percent - low) / (high - low) * f64::from(width - NAMES - 80)).round() as i32
+        NAMES + ((percent.min(high) - low) / (high - low) * f64::from(width - NAMES - 80)).round() as i32
     };
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, (u32::try_from(width)?, u32::try_from(height)?))
             .into_drawing_area();
         area.fill(&WHITE).map_err(fail)?;
-        let title = "Tokens a second gained, in percent; lines are what medians may be off";
+        let title = format!(
+            "Tokens a second gained, in percent, bars cut off beyond {MOST}; lines are what medians may be off"
+        );
         area.draw(&Text::new(title, (12, 8), (FONT, 18))).map_err(fail)?;
         let bottom = height - 16;
         area.draw(&PathElement::new([(place(0.0), 34), (place(0.0), bottom)], BLACK)).map_err(fail)?;
@@ -204,4 +209,27 @@ fn forms(report: &Report) -> anyhow::Result<String> {
     let all: Vec<Line> = names(report.forms.iter().map(|of| of.form.clone())).into_iter().map(line).collect();
     let title = format!("Forms of the state update over the length of a prompt: {of}");
     lines(&title, ["tokens", "tokens a second"], &all, &|log| format!("{:.0}", log.exp2()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::report::{Case, Figure, Report, Row};
+    use super::gains;
+
+    /// What is a hundred times as fast is cut off within the picture, says so, and leaves the others to be seen.
+    #[test]
+    fn bars_are_cut_off() {
+        let case = |ratio| Case {
+            name: "decode, batch 1".to_owned(),
+            ratio: Figure::new(vec![ratio]),
+            ..Case::default()
+        };
+        let row = Row { cases: vec![case(1.2), case(100.0)], ..Row::default() };
+        let svg = gains(&Report { rows: vec![row], ..Report::default() }).unwrap();
+        let width = |bar: &str| bar.split("width=\"").nth(1)?.split('"').next()?.parse::<u32>().ok();
+        let bars: Vec<u32> =
+            svg.lines().filter(|of| of.contains("height=\"13\"")).filter_map(width).collect();
+        assert!(matches!(bars[..], [50..200, 500..800]), "{bars:?}");
+        assert!(svg.contains("+9900.0"), "what it is");
+    }
 }

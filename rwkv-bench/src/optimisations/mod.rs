@@ -12,7 +12,7 @@ mod report;
 mod rows;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, bail, ensure};
@@ -26,6 +26,7 @@ use rwkv_model::engine::Device;
 use rwkv_model::quality::{self, Score, SideBySide};
 use rwkv_model::skip::{self, Contribution, LayerCost, Skipping};
 use rwkv_model::{Checkpoint, Engine, EngineOptions, ModelConfig, Resident, StateFormat, Wkv};
+use rwkv_state::EncodedState;
 use serde::Deserialize;
 
 use self::ceiling::Controls;
@@ -33,9 +34,10 @@ use self::measure::{Effort, Load, Reference, Side, case};
 use self::report::{Figure, Form, PeerCase, Quality, Report, Share, moved};
 use self::rows::{On, Row, Way};
 use crate::assets::{self, ModelArgs};
-use crate::gpu::limit;
+use crate::gpu::rounds_to_halves;
 use crate::random_model::{self, shape_of};
 use crate::states::changes;
+use crate::states::rows::held_bytes;
 use crate::{machine, progress};
 
 /// Measures what each optimisation brings and costs.
@@ -75,6 +77,9 @@ pub(crate) struct OptimisationArgs {
     /// An earlier report: tells which rows moved beyond noise.
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
+    /// Show this report, and compare it, rather than measure.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// Where report.html and report.json go.
     #[arg(long, value_name = "FOLDER", default_value = "target/bench")]
     out: PathBuf,
@@ -92,6 +97,9 @@ const BATCH: [usize; 2] = [8, 128];
 /// Bytes at the beginning of the text that layers are ranked on, and of its end that shares of them are measured on.
 const RANKED: usize = 4096;
 
+/// Bytes at the beginning of the text that rows are priced on of which single tokens alone tell, and of a quick run.
+const TOKEN_BY_TOKEN: [usize; 2] = [1024, 64];
+
 /// Sequences side by side where quality is measured.
 const SESSIONS: usize = 16;
 
@@ -100,9 +108,10 @@ pub(crate) fn run(args: &OptimisationArgs) -> anyhow::Result<()> {
     // What cannot be is told before anything takes time.
     let old: Option<Report> = args.compare.as_deref().map(read).transpose()?;
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
-    let report = match &args.shape {
-        None => measure(args, &args.model)?,
-        Some(name) => {
+    let report = match (&args.report, &args.shape) {
+        (Some(path), _) => read(path)?,
+        (None, None) => measure(args, &args.model)?,
+        (None, Some(name)) => {
             let of = |path: &Path| measure(args, &args.model.on(path.to_owned()));
             random_model::with(shape_of(name)?, &args.out, of)?
         }
@@ -136,13 +145,13 @@ fn compared(old: &Report, new: &Report) -> Vec<String> {
         lines.push(format!("the earlier report is of {}, on {}, {}", old.model, old.device, old.machine));
     }
     if all.is_empty() {
-        lines.push(format!("no row moved beyond noise since commit {}, {}", old.commit, old.date));
+        lines.push(format!("nothing moved beyond noise since commit {}, {}", old.commit, old.date));
     }
     lines.extend(all.iter().map(|of| {
         let percent = 100.0 * (of.ratio - 1.0);
-        let (what, noise) =
-            (if of.way == "with" { "its gain" } else { "tokens/s without it" }, 100.0 * of.noise);
-        format!("moved: {}, {}: {what} {percent:+.1} %, noise up to {noise:+.1} %", of.row, of.case)
+        let (what, noise) = (of.row.as_deref(), 100.0 * of.noise);
+        let what = what.map_or_else(|| "the plain engine".to_owned(), |row| format!("the gain of {row}"));
+        format!("moved: {what}, {}: {percent:+.1} %, noise up to {noise:+.1} %", of.case)
     }));
     lines
 }
@@ -214,7 +223,7 @@ fn measure(args: &OptimisationArgs, model: &ModelArgs) -> anyhow::Result<Report>
     let bar = progress::bar("{bar:40} {pos}/{len} {msg} ({elapsed})", rows.len() as u64 + 3);
     bar.set_message("the reference");
     let mut bench = Bench {
-        reference: Reference::new(&checkpoint, &options, None)?,
+        reference: Reference::new(&checkpoint, &options, None, rounds_to_halves(&plain)?)?,
         args,
         model,
         checkpoint,
@@ -268,9 +277,6 @@ fn chosen(names: &[String], gpu: bool) -> anyhow::Result<(Vec<Row>, LeftOut)> {
             _ => rows.push(row),
         }
     }
-    if names.is_empty() {
-        left_out.extend(rows::NOT_BUILT.map(|(row, why)| (row.to_owned(), why.to_owned())));
-    }
     Ok((rows, left_out))
 }
 
@@ -301,9 +307,9 @@ impl Bench<'_> {
     fn all(&mut self, rows: &[Row], report: &mut Report) -> anyhow::Result<()> {
         self.say("the plain engine");
         let plain = self.plain_side();
-        self.reference.check(&plain, limit(&self.plain)?).context("the plain engine")?;
+        self.reference.check(&plain, 0.0).context("the plain engine")?;
         for &window in &self.windows {
-            self.scores.push(self.score(&self.plain, window, None)?);
+            self.scores.push(side_by_side(&self.plain, &self.text, window, None)?);
         }
         self.bar.inc(1);
         if rows.iter().any(Row::needs_costs) {
@@ -372,14 +378,13 @@ impl Bench<'_> {
         let (options, skips) = (self.options_of(row.with), with.engine.skips());
         let own;
         let reference = if skips.is_some() || options.weights != self.options.weights {
-            own = Reference::new(&self.checkpoint, &options, skips)?;
+            own = Reference::new(&self.checkpoint, &options, skips, rounds_to_halves(&with.engine)?)?;
             &own
         } else {
             &self.reference
         };
-        self.reference.check(&without, limit(&without.engine)?).context("without it")?;
-        let limit = limit(&with.engine)? + row.limit;
-        let error = reference.check(&with, limit).context("with it")?.sqrt();
+        self.reference.check(&without, 0.0).context("without it")?;
+        let error = reference.check(&with, row.limit).context("with it")?.sqrt();
 
         let batch = self.args.batch.unwrap_or(BATCH[usize::from(self.gpu)]);
         let loads = match row.at_rest() {
@@ -398,12 +403,24 @@ impl Bench<'_> {
 
         let mut quality = Vec::new();
         for (at, &window) in self.windows.iter().enumerate() {
-            let rest = if let Way::Rest(rest) = row.with { Some(rest) } else { None };
-            let scores = self.score(&with.engine, window, rest)?;
+            let score = |way, engine: &Engine| match way {
+                _ if row.is_of_single_tokens() => {
+                    let bytes = TOKEN_BY_TOKEN[usize::from(self.args.quick)].min(self.text.len());
+                    token_by_token(engine, &self.text[..bytes], window)
+                }
+                Way::Plain => Ok(self.scores[at].clone()),
+                Way::Rest(rest) => side_by_side(engine, &self.text, window, Some(rest)),
+                Way::Options(_) | Way::Skip(_) => side_by_side(engine, &self.text, window, None),
+            };
+            let before = match row.without {
+                // At rest in single precision a state is what it was.
+                Way::Rest(of) if of.format == StateFormat::F32 => self.scores[at].clone(),
+                way => score(way, &without.engine)?,
+            };
+            let after = score(row.with, &with.engine)?;
             let nats = |of: &[Score]| of.iter().map(|of| of.nats).collect::<Vec<_>>();
-            let (change, change_error) = changes(&nats(&scores), &nats(&self.scores[at]));
-            let bits = |of: &[Score]| of.iter().copied().sum::<Score>().bits_per_byte();
-            let (without, with) = (bits(&self.scores[at]), bits(&scores));
+            let (change, change_error) = changes(&nats(&after), &nats(&before));
+            let [without, with] = [before, after].map(|of| of.into_iter().sum::<Score>().bits_per_byte());
             quality.push(Quality { window, without, with, change, change_error });
         }
         let [promised_speed, promised_quality] = row.promised.map(str::to_owned);
@@ -413,22 +430,31 @@ impl Bench<'_> {
             promised_speed,
             promised_quality,
             error,
+            plain: [row.without, row.with].map(|way| matches!(way, Way::Plain)),
+            weights: [&without, &with].map(|side| side.engine.weight_bytes()),
+            state: [self.state_bytes(row.without, &without)?, self.state_bytes(row.with, &with)?],
+            pending: [&without, &with]
+                .map(|side| held_bytes(side.engine.config(), side.engine.resident(), None).1 as u64),
             cases,
             quality,
             said: row.said.to_owned(),
         })
     }
 
-    fn score(
-        &self,
-        engine: &Engine,
-        window: usize,
-        rest: Option<quality::Rest>,
-    ) -> anyhow::Result<Vec<Score>> {
-        let options = SideBySide { window, sessions: SESSIONS, rest };
-        let scores = quality::side_by_side(engine, &self.text, options, |_| {})?;
-        ensure!(!scores.is_empty(), "a text of less than two tokens predicts nothing");
-        Ok(scores)
+    /// Bytes of a sequence's state: as it is written while it runs; or of one that rests, after the beginning of the text or,
+    /// where there is no tokenizer, of any tokens.
+    fn state_bytes(&self, way: Way, side: &Side) -> anyhow::Result<u64> {
+        let engine = &side.engine;
+        let Way::Rest(quality::Rest { format, every }) = way else {
+            return Ok(held_bytes(engine.config(), engine.resident(), None).0 as u64);
+        };
+        let text = &self.text[..every.min(self.text.len())];
+        let any = || (0..every).map(|index| measure::token(engine, index)).collect();
+        let tokens = engine.tokenizer().map_or_else(|_| any(), |tokenizer| tokenizer.encode(text));
+        let mut session = engine.session();
+        session.prefill(&tokens)?;
+        let encoded = EncodedState::encode(&engine.state_layout(), &session.state()?, format)?;
+        Ok(encoded.as_bytes().len() as u64)
     }
 
     fn ranked(&self) -> (&[u8], &[u8], SideBySide) {
@@ -513,16 +539,6 @@ impl Bench<'_> {
 
     /// The peer's figures, in a process of its own on the same model, beside ours.
     fn peer(&mut self, name: &str) -> anyhow::Result<Vec<PeerCase>> {
-        #[derive(Deserialize)]
-        struct Line {
-            engine: String,
-            case: String,
-            #[serde(default)]
-            batch: usize,
-            #[serde(default)]
-            tokens: serde_json::Value,
-            tokens_per_second: Option<f64>,
-        }
         let program = if name == "web-rwkv" { "web-rwkv-bench" } else { name };
         let own = self.args.out.join("model.safetensors");
         let model = match self.model.path() {
@@ -533,14 +549,12 @@ impl Bench<'_> {
             }
         };
         let converted = self.args.out.join("model.st");
-        let started = Command::new(program).arg("convert").args([model, &converted]).status();
-        let done = started
-            .with_context(|| format!("{program}: rwkv-bench/web-rwkv/README.md says how to build it"))?;
-        ensure!(done.success(), "{program} convert: {done}");
+        told(Command::new(program).arg("convert").args([model, &converted]))?;
         let batch = self.args.batch.unwrap_or(BATCH[1]);
+        let [tokens, windows] = if self.args.quick { ["8", "3"] } else { ["64", "5"] };
         let mut command = Command::new(program);
-        command.arg(&converted).args(["--json", "--decode", "64", "--batch", "1", &batch.to_string()]);
-        command.args(["--prefill", &self.args.length.to_string()]);
+        command.arg(&converted).args(["--json", "--decode", tokens, "--windows", windows]);
+        command.args(["--batch", "1", &batch.to_string(), "--prefill", &self.args.length.to_string()]);
         if self.model.path().is_none() {
             // Activations of books-10m are beyond halves.
             command.args(["--precision", "f32"]);
@@ -548,24 +562,94 @@ impl Bench<'_> {
         if let Device::Gpu(Some(adapter)) = &self.args.device {
             command.args(["--adapter", adapter]);
         }
-        let done = command.output()?;
-        let said = String::from_utf8_lossy(&done.stderr);
-        ensure!(done.status.success(), "{program}: {}: {}", done.status, said.trim());
+        let said = told(&mut command)?;
         for file in [&own, &converted] {
             let _ = std::fs::remove_file(file); // the one may not be there, the other only takes room
         }
         let side = self.plain_side();
         let mut all = Vec::new();
-        for line in String::from_utf8_lossy(&done.stdout).lines() {
-            let line: Line = serde_json::from_str(line).with_context(|| format!("{program}: {line}"))?;
-            let Some(peer) = line.tokens_per_second else { continue };
-            let length = usize::try_from(line.tokens.as_u64().unwrap_or_default())?;
-            let load = if line.case == "decode" { Load::Decode(line.batch) } else { Load::Prefill(length) };
+        for (engine, load, peer) in loads(&said).with_context(|| program.to_owned())? {
             let own = case(load, [&side, &side], &mut self.controls.copy, [0.0; 2], self.effort)?;
-            all.push(PeerCase { engine: line.engine, case: load.name(), peer, ours: own.with.median });
+            all.push(PeerCase { engine, case: load.name(), peer, ours: own.with.median });
         }
         Ok(all)
     }
+}
+
+/// What a program says, once it is done.
+fn told(command: &mut Command) -> anyhow::Result<String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let done = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("{program}: rwkv-bench/web-rwkv/README.md says how to build it"))?;
+    let said = String::from_utf8_lossy(&done.stderr);
+    ensure!(done.status.success(), "{program}: {}: {}", done.status, said.trim());
+    String::from_utf8(done.stdout).with_context(|| program)
+}
+
+/// The cases that the peer's program says it timed: what ran it, in what precision; the load; and tokens a second.
+fn loads(said: &str) -> anyhow::Result<Vec<(String, Load, f64)>> {
+    /// One of a load, of which alone there is a rate.
+    #[derive(Deserialize)]
+    struct Line {
+        engine: String,
+        case: String,
+        precision: Option<String>,
+        batch: Option<usize>,
+        tokens: Option<usize>,
+        tokens_per_second: Option<f64>,
+    }
+    let mut all = Vec::new();
+    for line in said.lines() {
+        let Line { engine, case, precision, batch, tokens, tokens_per_second } =
+            serde_json::from_str(line).with_context(|| line.to_owned())?;
+        let load = match (case.as_str(), batch, tokens) {
+            ("decode", Some(batch), _) => Load::Decode(batch),
+            ("prefill", _, Some(tokens)) => Load::Prefill(tokens),
+            ("load", ..) => continue,
+            _ => bail!("{line}: neither decode nor prefill"),
+        };
+        let rate =
+            tokens_per_second.filter(|rate| *rate > 0.0).with_context(|| format!("{line}: no rate"))?;
+        all.push((precision.into_iter().fold(engine, |engine, of| format!("{engine}, {of}")), load, rate));
+    }
+    ensure!(!all.is_empty(), "it timed nothing");
+    Ok(all)
+}
+
+/// Scores a text in windows, side by side, as prompts.
+fn side_by_side(
+    engine: &Engine,
+    text: &[u8],
+    window: usize,
+    rest: Option<quality::Rest>,
+) -> anyhow::Result<Vec<Score>> {
+    let options = SideBySide { window, sessions: SESSIONS, rest };
+    let scores = quality::side_by_side(engine, text, options, |_| {})?;
+    ensure!(!scores.is_empty(), "a text of less than two tokens predicts nothing");
+    Ok(scores)
+}
+
+/// Scores a text in windows, one after the other, a token a call.
+fn token_by_token(engine: &Engine, text: &[u8], window: usize) -> anyhow::Result<Vec<Score>> {
+    let tokenizer = engine.tokenizer()?;
+    let tokens = tokenizer.encode(text);
+    let starts = (0..tokens.len().saturating_sub(1)).step_by(window.max(1));
+    let scores = starts.map(|start| {
+        let own = &tokens[start..tokens.len().min(start.saturating_add(window.max(1)).saturating_add(1))];
+        let (mut session, mut score) = (engine.session(), Score::default());
+        for &token in own {
+            let found = session.score(&[token])?;
+            score.nats -= found.iter().sum::<f64>();
+            score.tokens += found.len();
+        }
+        score.bytes = tokenizer.decode(&own[1..])?.len();
+        anyhow::Ok(score)
+    });
+    let scores = scores.collect::<anyhow::Result<Vec<_>>>()?;
+    ensure!(!scores.is_empty(), "a text of less than two tokens predicts nothing");
+    Ok(scores)
 }
 
 /// How much faster prompts could be at most, if the state update took no time, of the longest that were timed both ways.
@@ -663,7 +747,12 @@ fn state_updates(
 mod tests {
     use clap::Parser;
 
-    use super::{Figure, Form, OptimisationArgs, bound, chosen, compared, date, html, measure, read, write};
+    use std::process::Command;
+
+    use super::{
+        Engine, EngineOptions, Figure, Form, Load, OptimisationArgs, bound, chosen, compared, date, html,
+        loads, measure, read, side_by_side, token_by_token, told, write,
+    };
 
     #[derive(Parser)]
     struct Program {
@@ -741,7 +830,20 @@ mod tests {
             change("skip-middle") > 10.0 && change("lazy").abs() < 1e-3,
             "skipping costs, being lazy does not"
         );
-        assert!(change("ffn-sparsity").abs() < 1e-9, "exact");
+        assert!(change("ffn-sparsity").abs() < 1e-3, "but for rounding");
+        let memory = |name: &str| {
+            let row = report.rows.iter().find(|row| row.name == name).unwrap();
+            let [weights, state] =
+                [row.weights, row.state].map(|[without, with]| with as f64 / without as f64);
+            (weights, state, row.pending[1])
+        };
+        // Blocks of 8.5 bits for halves, but for adapters and the head.
+        let (weights, state, pending) = memory("int8-weights");
+        assert!((0.53..0.7).contains(&weights) && (state, pending) == (1.0, 0), "{weights} of the weights");
+        let (weights, state, pending) = memory("lazy");
+        assert!((weights, state) == (1.0, 1.0) && pending > 0, "{pending} bytes of pending tokens");
+        let (_, at_rest, _) = memory("sparse-rest");
+        assert!((0.1..0.9).contains(&at_rest), "{at_rest} of a state at rest");
         assert!(report.shares.len() > 10 && report.forms.len() == 24, "plots");
 
         let folder = tempfile::tempdir().unwrap();
@@ -749,10 +851,54 @@ mod tests {
         write(&path, &serde_json::to_vec(&report).unwrap()).unwrap();
         let again = read(&path).unwrap();
         let [line] = &compared(&again, &report)[..] else { panic!("one line") };
-        assert!(line.starts_with("no row moved"), "{line}");
+        assert!(line.starts_with("nothing moved"), "{line}");
         let page = html::page(&report).unwrap();
         assert_eq!(page.matches("<svg").count(), 3, "plots");
         assert!(page.contains("<td>skip-middle</td>") && !page.contains("src="), "one file");
+    }
+
+    /// A text costs the same token by token as all at once, but for rounding.
+    #[test]
+    fn token_by_token_is_the_same() {
+        let args = quick(&["--device", "cpu"]);
+        let options = EngineOptions { device: args.device.clone(), ..EngineOptions::default() };
+        let engine = Engine::new(&args.model.checkpoint().unwrap(), options, &|_| {}).unwrap();
+        let text = &args.model.text().unwrap()[..100];
+        for window in [1, 33, 200] {
+            let [one, all] =
+                [token_by_token(&engine, text, window), side_by_side(&engine, text, window, None)]
+                    .map(Result::unwrap);
+            assert_eq!(one.len(), all.len(), "windows of {window}");
+            for (one, all) in one.iter().zip(&all) {
+                assert_eq!((one.tokens, one.bytes), (all.tokens, all.bytes), "windows of {window}");
+                assert!((one.nats - all.nats).abs() < 1e-4 * all.nats, "{one:?} for {all:?}");
+            }
+        }
+        assert!(token_by_token(&engine, b"a", 4).is_err(), "nothing is predicted");
+    }
+
+    #[test]
+    fn what_a_peer_says() {
+        let said = r#"{"engine":"peer 1","adapter":"A","case":"load","seconds":0.1}
+{"engine":"peer 1","adapter":"A","precision":"f32","case":"decode","batch":8,"tokens":64,"tokens_per_second":12.5}
+{"engine":"peer 1","adapter":"A","case":"prefill","batch":1,"tokens":512,"tokens_per_second":2.5}"#;
+        let want = [
+            ("peer 1, f32".to_owned(), Load::Decode(8), 12.5),
+            ("peer 1".to_owned(), Load::Prefill(512), 2.5),
+        ];
+        assert_eq!(loads(said).unwrap(), want, "cases");
+        for bad in [
+            "",
+            "no JSON",
+            r#"{"engine":"peer 1","case":"load","seconds":0.1}"#,
+            r#"{"engine":"peer 1","case":"decode","tokens":64,"tokens_per_second":12.5}"#,
+            r#"{"engine":"peer 1","case":"prefill","tokens":64,"tokens_per_second":null}"#,
+            r#"{"engine":"peer 1","case":"sleep","tokens":64,"tokens_per_second":12.5}"#,
+        ] {
+            assert!(loads(bad).is_err(), "{bad}");
+        }
+        let error = told(&mut Command::new("no-such-peer")).unwrap_err().to_string();
+        assert!(error.contains("no-such-peer") && error.contains("README.md says how"), "{error}");
     }
 
     #[test]

@@ -52,6 +52,11 @@ impl Row {
         matches!(self.with, Way::Rest(_))
     }
 
+    /// Whether only calls of one token run otherwise with it: what it costs is not told by a text that is a prompt.
+    pub(super) fn is_of_single_tokens(&self) -> bool {
+        [NORM, ZEROS].contains(&self.name)
+    }
+
     /// Whether it needs to know what layers cost.
     pub(super) fn needs_costs(&self) -> bool {
         self.name == LEAST
@@ -60,6 +65,10 @@ impl Row {
 
 /// The row that leaves out the layers that are missed least.
 const LEAST: &str = "skip-least";
+
+/// The rows of what prompts do not do, on a GPU or at all.
+const NORM: &str = "norm";
+const ZEROS: &str = "ffn-sparsity";
 
 /// Layers left out where prompts do too, so that the text, which is a prompt, tells what that costs.
 fn skip(part: SkipPart, first_tokens: Option<u64>) -> Skipping {
@@ -86,6 +95,16 @@ pub(super) fn all() -> Vec<Row> {
             with: Way::Plain,
             limit: EXACT,
             said: "The unfused form has 31 dispatches a layer and one sequence a pass: what fusion saves is mostly dispatches.",
+        },
+        Row {
+            name: NORM,
+            title: "group norm, bonus and gate in the heads' kernel, against a dispatch of their own",
+            promised: NO_PROMISE,
+            on: On::Gpu("the CPU has it apart in any case"),
+            without: Way::Options(|options| options.fused_norm = false),
+            with: Way::Plain,
+            limit: EXACT,
+            said: "One dispatch of six a layer at batch 1. Prompts have it apart in any case. Bits per byte of the beginning of the text, token by token.",
         },
         Row {
             name: "f16-state",
@@ -125,7 +144,7 @@ pub(super) fn all() -> Vec<Row> {
             without: Way::Plain,
             with: Way::Options(|options| options.weights = Recipe::layers(WeightFormat::Int8)),
             limit: EXACT,
-            said: "Checked against the reference of the same decoded weights; `weights` has what other recipes cost, and their memory.",
+            said: "Checked against the reference of the same decoded weights; `weights` has what other recipes cost.",
         },
         Row {
             name: "int4-weights",
@@ -194,14 +213,14 @@ pub(super) fn all() -> Vec<Row> {
             said: "Int8 at rest is smaller and nearer: `states` compares them.",
         },
         Row {
-            name: "ffn-sparsity",
+            name: ZEROS,
             title: "weights of channel-mix units that are zero are not read",
             promised: NO_PROMISE,
             on: On::Both,
             without: Way::Options(|options| options.skip_zeros = false),
             with: Way::Plain,
             limit: EXACT,
-            said: "Exact: what is left out is multiplied by zero. It pays where one token's units are as often zero as here. On a GPU, passes over several rows read all of them either way.",
+            said: "Exact: what is left out is multiplied by zero. It pays where weights take most of a step, as they do not of a small model on a GPU. There, passes over several rows read all of them either way. Bits per byte of the beginning of the text, token by token.",
         },
         Row {
             name: "f16-adapters",
@@ -228,9 +247,3 @@ fn chunked(name: &'static str, title: &'static str, with: fn(&mut EngineOptions)
         said: "Chunks are more arithmetic in a shorter chain: of use where few heads leave a device waiting for the token before. Heads and sequences give a CPU enough to do, where chunks are plain loops beside the vectors of the form token by token.",
     }
 }
-
-/// Rows of the plan that cannot be measured, and why.
-pub(super) const NOT_BUILT: [(&str, &str); 1] = [(
-    "group norm fused or not",
-    "there is no form of the fused kernels with a group norm of its own; `fused` compares all of it",
-)];

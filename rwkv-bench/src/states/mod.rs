@@ -264,7 +264,7 @@ impl Bench {
         let nats: Vec<f64> = scores.iter().map(|of| of.nats).collect();
         let plain = found(PLAIN, &self.figures).map_or_else(|| nats.clone(), |plain| plain.nats);
         let (change, change_error) = changes(&nats, &plain);
-        let (state_bytes, pending_bytes) = row.bytes(engine.config());
+        let (state_bytes, pending_bytes) = rows::held_bytes(engine.config(), row.state, row.rest);
         self.figures.quality.push(Quality {
             row: row.name.clone(),
             device,

@@ -72,17 +72,17 @@ impl Row {
         }
         window <= LONG || [PLAIN, "f16-c16", "int8-c16", "int8-c32"].contains(&self.name.as_str())
     }
+}
 
-    /// Bytes of a state: at rest; or while it runs, written and, at most, pending.
-    pub(crate) fn bytes(&self, config: &ModelConfig) -> (usize, usize) {
-        if let Some(Rest { format, .. }) = self.rest {
-            return (bytes(&StateLayout::new(config), format), 0);
-        }
-        let ModelConfig { n_layers, n_heads, head_size, width, .. } = *config;
-        let (heads, shifts) = (n_layers * n_heads, 2 * n_layers * width);
-        let written = heads * head_words(self.state.format, head_size) + shifts;
-        // Five vectors of each head, and the shifts.
-        let token = heads * 5 * head_size + shifts;
-        (4 * written, 4 * token * self.state.capacity)
+/// Bytes of a state: at rest; or while it runs, written and, at most, pending.
+pub(crate) fn held_bytes(config: &ModelConfig, state: Resident, rest: Option<Rest>) -> (usize, usize) {
+    if let Some(Rest { format, .. }) = rest {
+        return (bytes(&StateLayout::new(config), format), 0);
     }
+    let ModelConfig { n_layers, n_heads, head_size, width, .. } = *config;
+    let (heads, shifts) = (n_layers * n_heads, 2 * n_layers * width);
+    let written = heads * head_words(state.format, head_size) + shifts;
+    // Five vectors of each head, and the shifts.
+    let token = heads * 5 * head_size + shifts;
+    (4 * written, 4 * token * state.capacity)
 }

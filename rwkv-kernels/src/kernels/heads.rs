@@ -6,7 +6,7 @@ use rwkv_core::config::Ranks;
 use rwkv_core::ops::decay::DECAY_SCALE;
 use rwkv_core::ops::kappa::KAPPA_EPS;
 use rwkv_core::ops::linear::Matrix;
-use rwkv_core::ops::readout::GN_EPS;
+use rwkv_core::ops::readout::{self, GN_EPS};
 use rwkv_core::ops::time_mix::{Inputs, Weights};
 use rwkv_core::rng::SplitMix64;
 
@@ -186,6 +186,28 @@ impl Heads {
         let (mut v_first, mut out) = (wide(&self.v_first[row * width..][..width]), vec![f64::NAN; width]);
         run(of, x, &mut v_first, &mut out);
         [out, v_first]
+    }
+
+    /// The output `[D]` of a row of which a kernel leaves the norm, `[3, D]`: the twin's readout of the answers, with a bonus of
+    /// one times what it adds.
+    pub(super) fn finished(&self, left: &[f32]) -> Vec<f32> {
+        let width = self.width();
+        let [y, v, gate] = [0, 1, 2].map(|of| wide(&left[of * width..][..width]));
+        let [gain, bias] = [6, 7].map(|of| wide(self.vector(of)));
+        let one: Vec<f64> = (0..width).map(|at| f64::from(u8::from(at % N == 0))).collect();
+        let mut out = vec![f64::NAN; width];
+        let x = readout::Inputs {
+            y: &y,
+            r: &one,
+            k: &one,
+            v: &v,
+            gate: &gate,
+            gain: &gain,
+            bias: &bias,
+            r_k: &one,
+        };
+        readout::readout(N, x, &mut out);
+        out.into_iter().map(f32::of).collect()
     }
 
     /// The operands of a row in a head.

@@ -12,7 +12,11 @@
 // row of the head's 64 channels. The groups, of eight teams, are divided among the adapters as `lower` says, in
 // proportion to their ranks, so that all four are summed at once: there must be four groups. Otherwise `up` has the
 // products.
+//
+// Without NORM the group norm, the bonus and the gate are left to `readout_packed`, for which a row is [3, D]: the state's
+// answers, what the bonus adds to them, and the gate.
 
+override NORM: bool = true;
 override PARTS: u32 = LANES * 2u;
 override GROUPS: u32 = LANES / N;
 
@@ -202,7 +206,7 @@ fn gathered(q: f32, square: f32, extra: f32, i: u32, g: u32, l: u32) -> vec3<f32
     return sum;
 }
 
-// What the groups' answers y come to: normed, with the bonus, gated, written. Every invocation must call it. After it an
+// What the groups' answers y come to: normed, with the bonus, gated, written, if NORM. Every invocation must call it. After it an
 // invocation of another group than the first reads nothing that the first writes before the next barrier.
 fn finish(row: u32, head: u32, own: Vectors, y: f32, bonus: f32, gate: f32, i: u32, g: u32, l: u32) {
     parts[LANES + l] = y;
@@ -213,6 +217,15 @@ fn finish(row: u32, head: u32, own: Vectors, y: f32, bonus: f32, gate: f32, i: u
             sum += parts[LANES + p * N + i];
         }
         answer[i] = sum;
+        if !NORM {
+            let to = 3u * row * params.width + head * N + i;
+            out[to] = bitcast<u32>(sum);
+            out[to + params.width] = bitcast<u32>(bonus);
+            out[to + 2u * params.width] = bitcast<u32>(gate);
+        }
+    }
+    if !NORM {
+        return;
     }
     workgroupBarrier();
     if g == 0u {

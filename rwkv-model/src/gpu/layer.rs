@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`Layers::step`] | one token of one sequence | `mix_in`, `time_mix`, `linear`, `mix_in`, `channel_mix_value` |
 //! | [`Layers::batch`] | any rows | `mix_rows`, `matmul`, `matmul`, `time_mix`, `matmul`, `mix_rows`, `matmul`, `matmul` |
+//! | both | the norm apart | with `readout_packed` after `time_mix` |
 //! | the same, long | prompts | with `time_mix_operands`, `wkv7_scan`, `readout_packed` for `time_mix` |
 //! | the same, of few rows | cooperative matrices | with `matmul`, `add_planes` for the last `matmul` |
 //! | the same, by chunks | prompts | with `wkv7_chunked_factors`, `wkv7_chunked` for `wkv7_scan` |
@@ -72,6 +73,8 @@ pub(super) fn refused<E: std::fmt::Display>(part: &'static str) -> impl Fn(E) ->
 /// What differs between the forms in the dispatch of the heads.
 struct Heads<'a> {
     pipeline: &'a Pipeline,
+    /// What is left to do of its answers, and wanted.
+    readout: Option<&'a Pipeline>,
     /// Lanes, if the adapters' second factors are multiplied in it.
     lora_up: Option<u32>,
     rows: usize,
@@ -160,6 +163,7 @@ impl Layers<'_> {
             };
             let heads = Heads {
                 pipeline: &self.kernels.time_mix,
+                readout: None,
                 lora_up: None,
                 rows,
                 segments: if one { segment } else { Bound::Whole(&s.segments) },
@@ -172,10 +176,9 @@ impl Layers<'_> {
                 bytes: self.state_bytes(),
             };
             let DeviceLayout { att_shift, ffn_shift, .. } = self.records.layout;
-            Ok(Mixes {
-                time_mix: vec![shift("ln1", att_shift, &weights.att)?, self.heads(heads, weights, records)?],
-                channel_mix: vec![shift("ln2", ffn_shift, &weights.ffn)?],
-            })
+            let mut time_mix = vec![shift("ln1", att_shift, &weights.att)?];
+            time_mix.extend(self.heads(heads, weights, records)?);
+            Ok(Mixes { time_mix, channel_mix: vec![shift("ln2", ffn_shift, &weights.ffn)?] })
         })
     }
 
@@ -252,6 +255,7 @@ impl Layers<'_> {
 
         let heads = Heads {
             pipeline: &kernels.time_mix,
+            readout: kernels.readout.as_ref(),
             lora_up: Some(kernels.heads_lanes),
             rows: 1,
             segments: segment,
@@ -288,7 +292,8 @@ impl Layers<'_> {
             &s.inputs,
         )?;
         let key = mix("key", layout.ffn_shift, &key, &weights.ffn, &weights.key, &s.hidden)?;
-        Ok(Mixes { time_mix: vec![projections, heads, output], channel_mix: vec![key, value] })
+        let time_mix = std::iter::once(projections).chain(heads).chain([output]).collect();
+        Ok(Mixes { time_mix, channel_mix: vec![key, value] })
     }
 
     /// A form for several rows, in the tiles for so many of them, and of logits.
@@ -396,9 +401,10 @@ impl Layers<'_> {
             Some(kernels) if form != Form::Few => {
                 time_mix.extend(self.scan(kernels, form, weights, records)?);
             }
-            _ => time_mix.push(self.heads(
+            _ => time_mix.extend(self.heads(
                 Heads {
                     pipeline: self.kernels.heads(rows),
+                    readout: self.kernels.readout.as_ref(),
                     lora_up: None,
                     rows: s.rows,
                     segments: Bound::Whole(&s.segments),
@@ -502,11 +508,17 @@ impl Layers<'_> {
             }
         }
 
-        let dims = readout_packed::Dims { rows, heads };
+        steps.push(self.readout(&kernels.readout, weights)?);
+        Ok(steps)
+    }
+
+    /// Group norm, bonus and gate of what the heads answer, by themselves.
+    fn readout(&self, pipeline: &Pipeline, weights: &Layer) -> Result<Step, Error> {
+        let (s, heads) = (self.scratch, self.config.n_heads);
+        let dims = readout_packed::Dims { rows: s.rows, heads };
         let (params, _) = readout_packed::lower(dims).map_err(refused("readout"))?;
         let buffers = [&s.mixed, &s.up, &weights.heads, &s.readout].map(Bound::Whole);
-        steps.push(planner.step("readout", &kernels.readout, params, &buffers, each, 0)?);
-        Ok(steps)
+        self.planner().step("readout", pipeline, params, &buffers, Grid::EachRow(count(heads)), 0)
     }
 
     /// What is in the place of `wkv7_scan` by chunks.
@@ -577,15 +589,17 @@ impl Layers<'_> {
         self.planner().step_with(of.part, pipeline, params, &buffers, grid, of.weights.size())
     }
 
-    fn heads(&self, of: Heads<'_>, weights: &Layer, records: &wgpu::Buffer) -> Result<Step, Error> {
+    fn heads(&self, of: Heads<'_>, weights: &Layer, records: &wgpu::Buffer) -> Result<Vec<Step>, Error> {
         let (s, layout, planner) = (self.scratch, self.records.layout, self.planner());
         let ModelConfig { n_heads: heads, head_size, width, .. } = *self.config;
         let (rows, ranks, inputs, offset) = (of.rows, weights.ranks, weights.inputs(width), 0);
+        // What is left to be normed takes the place of the rows that were mixed, which were read.
+        let out = if self.kernels.readout.is_some() { &s.mixed } else { &s.readout };
         let mut buffers =
-            [of.inputs, of.inputs, &weights.up, of.up, &weights.heads, records, &s.v_first, &s.readout]
+            [of.inputs, of.inputs, &weights.up, of.up, &weights.heads, records, &s.v_first, out]
                 .map(Bound::Whole);
         buffers[0] = of.segments;
-        match self.kernels.held {
+        let update = match self.kernels.held {
             Held::Plain => {
                 let stride = layout.base_words;
                 let dims =
@@ -612,7 +626,9 @@ impl Layers<'_> {
                 let (params, _) = time_mix_resident::lower(dims, of.lora_up).map_err(refused(HEADS))?;
                 planner.step(HEADS, of.pipeline, params, &buffers, of.grid, of.bytes)
             }
-        }
+        }?;
+        let readout = of.readout.map(|pipeline| self.readout(pipeline, weights)).transpose()?;
+        Ok([update].into_iter().chain(readout).collect())
     }
 
     /// What the heads read and write of one sequence's state in a layer, on average over the tokens of a period.

@@ -174,9 +174,17 @@ pub(crate) struct Setup {
     pub(crate) skip_zeros: bool,
     pub(crate) batch_invariant: bool,
     pub(crate) fused: bool,
+    pub(crate) fused_norm: bool,
     pub(crate) portable: bool,
     pub(crate) timestamps: bool,
     pub(crate) pipeline_cache: Option<PathBuf>,
+}
+
+impl Setup {
+    /// Whether the heads' norm is by itself though operations are fused.
+    const fn norm_apart(&self) -> bool {
+        self.fused && !self.fused_norm
+    }
 }
 
 /// A sequence's share of a pass.

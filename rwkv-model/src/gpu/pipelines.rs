@@ -81,24 +81,24 @@ impl Held {
     }
 
     /// The kernel, compiled for workgroups of so many lanes; what it writes may be halves, of what two to such a power
-    /// divides.
+    /// divides. Without the norm it is single precision.
     pub(super) fn compile(
         self,
         device: &Device,
         lanes: u32,
         lora_up: bool,
+        norm: bool,
         written: Option<u8>,
     ) -> Result<Pipeline, Error> {
-        let written = packed::halves(written);
+        let written = [packed::halves(written.filter(|_| norm)), readout_packed::norm(norm)];
         match self {
             Self::Plain => {
-                let overrides =
-                    [("LANES", f64::from(lanes)), ("LORA_UP", f64::from(u8::from(lora_up))), written];
-                compile(device, time_mix::VARIANTS, &overrides)
+                let overrides = [("LANES", f64::from(lanes)), ("LORA_UP", f64::from(u8::from(lora_up)))];
+                compile(device, time_mix::VARIANTS, &[overrides, written].concat())
             }
             Self::Resident { format, rounding, lazy } => {
                 let overrides = time_mix_resident::overrides(format, rounding, lazy, lanes, lora_up);
-                compile(device, time_mix_resident::VARIANTS, &[&overrides[..], &[written]].concat())
+                compile(device, time_mix_resident::VARIANTS, &[&overrides[..], &written].concat())
             }
         }
     }
@@ -130,6 +130,8 @@ pub(super) struct Kernels {
     /// With the adapters' products given; of few sequences, more lanes to each.
     pub(super) time_mix: Pipeline,
     time_mix_few: Option<Pipeline>,
+    /// The group norm, the bonus and the gate, where they are not in those.
+    pub(super) readout: Option<Pipeline>,
     /// For prompts, if there may be such a form.
     pub(super) scan: Option<ScanKernels>,
     /// For one token, if the device has the memory for them.
@@ -278,6 +280,8 @@ pub(super) struct StepKernels {
     pub(super) mix_in: Pipeline,
     /// With the adapters' second factors multiplied in it.
     pub(super) time_mix: Pipeline,
+    /// As [`Kernels::readout`].
+    pub(super) readout: Option<Pipeline>,
     pub(super) linear: Pipeline,
     pub(super) value: Pipeline,
     /// Rows of a stack to a workgroup of `mix_in`, at most: two or one to each of its teams.
@@ -393,7 +397,8 @@ impl Kernels {
         // What the products read: rows are normed, or gated. Without fusion each operation has single precision.
         let written = |exponent| (coop && setup.fused).then_some(exponent);
         let normed = [norm[0], packed::halves(written(0))];
-        let of_heads = |wanted| held.compile(device, lanes(wanted), false, written(READOUT_EXPONENT));
+        let readout = written(READOUT_EXPONENT);
+        let of_heads = |wanted| held.compile(device, lanes(wanted), false, !setup.norm_apart(), readout);
         Ok(Self {
             held,
             embedding: compile(device, embedding::VARIANTS, &norm)?,
@@ -410,10 +415,11 @@ impl Kernels {
             },
             time_mix: of_heads(held.batch_lanes())?,
             time_mix_few: if setup.batch_invariant { None } else { Some(of_heads(FEW_LANES)?) },
+            readout: readout_of_heads(device, setup, readout)?,
             // It rounds a state once in a pass: where it must not show how tokens were spread over passes, it is for those
             // that are not rounded and of which nothing is pending.
             scan: if setup.fused && (setup.state.is_plain() || !setup.batch_invariant) {
-                Some(ScanKernels::new(device, config, setup, held, written(READOUT_EXPONENT))?)
+                Some(ScanKernels::new(device, config, setup, held, readout)?)
             } else {
                 None
             },
@@ -506,12 +512,14 @@ impl Kernels {
     /// What was chosen.
     pub(super) fn labels(&self) -> Vec<String> {
         let mut all = vec![&self.mix_rows, &self.time_mix];
+        all.extend(&self.readout);
         if let Some(of) = &self.scan {
             all.extend([&of.operands, &of.scan, &of.readout]);
             all.extend(of.chunked.iter().flat_map(|of| [&of.factors, &of.update]));
         }
         if let Some(step) = &self.step {
             all.extend([&step.mix_in, &step.time_mix, &step.linear, &step.value]);
+            all.extend(&step.readout);
         }
         self.labels_with(all)
     }
@@ -552,7 +560,8 @@ impl StepKernels {
                 mix_in::VARIANTS,
                 &[("LANES", f(mix_lanes)), ("TEAM_ROWS", f(team_rows)), ("WIDTH", f(width)), formats],
             )?,
-            time_mix: held.compile(device, heads_lanes, true, None)?,
+            time_mix: held.compile(device, heads_lanes, true, !setup.norm_apart(), None)?,
+            readout: readout_of_heads(device, setup, None)?,
             linear,
             value,
             mix_tile: tile(mix_lanes, team_rows),
@@ -572,6 +581,13 @@ impl StepKernels {
         let mut tiles = (1..=self.mix_tile / self.team_rows).map(|teams| teams * self.team_rows);
         tiles.find(|tile| groups(tile) <= PROCESSORS).unwrap_or(self.mix_tile)
     }
+}
+
+/// What is left to do of what the heads' kernels answer, where the norm is not in them.
+fn readout_of_heads(device: &Device, setup: &Setup, written: Option<u8>) -> Result<Option<Pipeline>, Error> {
+    let overrides = [packed::halves(written), readout_packed::of_heads()];
+    let compiled = || compile(device, readout_packed::VARIANTS, &overrides);
+    setup.norm_apart().then(compiled).transpose()
 }
 
 /// Rows of a matrix to a workgroup, so many to a team. Teams are subgroups of 32 on most devices; others go through a

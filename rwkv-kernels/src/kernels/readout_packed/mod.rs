@@ -1,4 +1,5 @@
-//! [`readout`](rwkv_core::ops::readout) of what [`wkv7_scan`](super::wkv7_scan) answers, for many rows side by side.
+//! [`readout`](rwkv_core::ops::readout) of what [`wkv7_scan`](super::wkv7_scan) answers, or [`time_mix`](super::time_mix) and
+//! [`time_mix_resident`](super::time_mix_resident) where they leave the norm to others, for many rows side by side.
 
 #[cfg(test)]
 #[cfg(feature = "gpu")]
@@ -11,6 +12,19 @@ pub use super::extents::Error;
 use super::extents::{elements, groups};
 use super::wkv7_scan::{HEAD_SIZE, OPERANDS};
 pub use crate::reflected::readout_packed::{Params, VARIANTS};
+
+/// The override of the kernels with heads, whether they have the group norm, the bonus and the gate, or leave them to this
+/// one.
+#[must_use]
+pub fn norm(fused: bool) -> (&'static str, f64) {
+    ("NORM", f64::from(u8::from(fused)))
+}
+
+/// The override of this one for what kernels with heads leave to it.
+#[must_use]
+pub const fn of_heads() -> (&'static str, f64) {
+    ("BONUS", 0.0)
+}
 
 /// The extents of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,9 +2,10 @@
 
 use half::f16;
 use proptest::prelude::*;
+use rwkv_core::Real as _;
 use rwkv_core::ops::wkv7;
 
-use super::{Dims, Error, HEAD_SIZE as N, VARIANTS, lower};
+use super::{Dims, Error, HEAD_SIZE as N, VARIANTS, lower, of_heads};
 use crate::gpu::variants_for_tests;
 use crate::kernels::MAX_GROUPS;
 use crate::kernels::packed::{self, tests::EXPONENTS};
@@ -24,12 +25,33 @@ fn operands(case: &Case) -> [Vec<f32>; 3] {
     [operands, up, vectors]
 }
 
+/// The same as kernels with heads leave it, the product of the bonus and the values rounded once.
+fn of_heads_operands(case: &Case) -> [Vec<f32>; 3] {
+    let [r, k, v, gate, _, _, r_k, y] = &case.operands;
+    let [_, up, vectors] = operands(case);
+    let width = r_k.len();
+    let bonus = |at: usize| {
+        let head = at / N * N;
+        let term = |j: usize| [r[head + j], k[head + j], r_k[head % width + j]].map(f64::from);
+        let sum: f64 = (0..N).map(|j| term(j).iter().product::<f64>()).sum();
+        f32::of(sum * f64::from(v[at]))
+    };
+    let row = |at: usize| {
+        let bonus = (at..at + width).map(bonus).collect();
+        [y[at..][..width].to_vec(), bonus, gate[at..][..width].to_vec()]
+    };
+    let left = (0..y.len()).step_by(width).flat_map(row).flatten().collect();
+    [left, vec![f32::NAN; up.len()], vectors]
+}
+
 /// In single precision within the limits of `readout`, whose sums pass no fewer additions; as halves within their rounding
 /// besides.
 #[test]
 fn agrees_with_its_twin() {
-    for halves in EXPONENTS {
-        let variants = variants_for_tests(VARIANTS, &[packed::halves(halves)]);
+    for (halves, heads_left) in EXPONENTS.into_iter().flat_map(|halves| [(halves, false), (halves, true)]) {
+        let overrides = [packed::halves(halves), of_heads()];
+        let variants = variants_for_tests(VARIANTS, &overrides[..1 + usize::from(heads_left)]);
+        let operands = if heads_left { of_heads_operands } else { operands };
         proptest!(config(file!()), |(tokens in 1..=5usize, heads in 1..=4usize, seed: u64)| {
             let case = Case::draw(wkv7::Dims { tokens, heads, head_size: N }, seed);
             let (mut want, mut limits) = (case.twin(), case.limits(N / 2));

@@ -13,8 +13,8 @@ use crate::gpu::{Device, device_for_tests};
 use crate::kernels::MAX_GROUPS;
 use crate::kernels::heads::{Heads, NAN, swapped};
 use crate::kernels::intervals::{Interval, below, exact, floats, held};
-use crate::kernels::packed;
 use crate::kernels::testing::{bits as words, wide};
+use crate::kernels::{packed, readout_packed};
 use crate::pipeline::Pipeline;
 
 /// One call.
@@ -104,17 +104,17 @@ impl Case {
             words(&self.of.vectors),
             words(&before.state),
             words(&before.v_first),
-            packed::tests::words(&before.out, self.width(), of.halves),
+            packed::tests::words(&before.out, of.planes * self.width(), of.halves),
         ];
         let after = of.device.run(&of.kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
         assert_eq!(after[..5], buffers[..5], "the operands are untouched");
         let [state, v_first] = [5, 6].map(|i| floats(&after[i]));
-        let out = packed::tests::floats(&after[7], self.width(), of.halves);
+        let out = packed::tests::floats(&after[7], of.planes * self.width(), of.halves);
         After { state, v_first, out }
     }
 
-    fn before(&self) -> After {
-        let out = vec![f32::NAN; self.dims.rows * self.width()];
+    fn before(&self, of: &Compiled) -> After {
+        let out = vec![f32::NAN; self.dims.rows * of.planes * self.width()];
         After { state: self.state.clone(), v_first: self.of.v_first.clone(), out }
     }
 
@@ -123,11 +123,11 @@ impl Case {
         for segment in segments {
             let heads = self.head(segment.to, 0).start..self.head(segment.to, self.dims.heads).start;
             after.state[heads.clone()].copy_from_slice(&before.state[heads]);
-            let rows =
-                segment.first as usize * self.width()..(segment.first + segment.rows) as usize * self.width();
-            after.out[rows.clone()].copy_from_slice(&before.out[rows.clone()]);
+            let [first, end] = [segment.first, segment.first + segment.rows].map(|row| row as usize);
+            let rows = |of: &[f32]| first * (of.len() / self.dims.rows)..end * (of.len() / self.dims.rows);
+            after.out[rows(&before.out)].copy_from_slice(&before.out[rows(&before.out)]);
             if self.dims.ranks.v == 0 {
-                after.v_first[rows.clone()].copy_from_slice(&before.v_first[rows]);
+                after.v_first[rows(&before.v_first)].copy_from_slice(&before.v_first[rows(&before.v_first)]);
             }
         }
         after
@@ -136,7 +136,7 @@ impl Case {
     /// Runs the first row of every segment, then the second, and so on. Each is within its bounds of the twin, which
     /// goes on from where the kernel is; and all together have the bits of one call.
     fn agrees(&self, of: &Compiled) -> Result<(), TestCaseError> {
-        let mut now = self.before();
+        let mut now = self.before(of);
         let (whole, width) = (self.run(of, &self.segments, &now), self.width());
         let untouched = self.put_back(&self.segments, &now, whole.clone());
         prop_assert!(untouched.bits() == now.bits(), "{}: all else is as it was", of.label);
@@ -153,6 +153,7 @@ impl Case {
                 let row = first as usize;
                 let heads = self.head(from, 0).start..self.head(from, self.dims.heads).start;
                 let [state, out, v_first] = self.twin(row, &now.state[heads]);
+                let got = of.finished(&self.of, row, &next.out);
                 if self.dims.ranks.v == 0 {
                     prop_assert_eq!(
                         wide(&next.v_first[row * width..][..width]),
@@ -168,7 +169,7 @@ impl Case {
                     let written: Vec<_> = bounds[1].iter().map(|out| out.rounded(of.halves)).collect();
                     let what = |of: &str, label| format!("{label}: {of} of row {row}, head {head}");
                     held(&what("state", of.label), &next.state[self.head(to, head)], &bounds[0])?;
-                    held(&what("out", of.label), &next.out[row * width + head * N..][..N], &written)?;
+                    held(&what("out", of.label), &got[head * N..][..N], &written)?;
                 }
             }
             now = next;
@@ -202,7 +203,17 @@ struct Compiled {
     lanes: u32,
     lora_up: bool,
     halves: Option<u8>,
+    /// Vectors that it leaves of a row: one, or three where the norm is left to others.
+    planes: usize,
     label: &'static str,
+}
+
+impl Compiled {
+    /// A row of the output `[D]`.
+    fn finished(&self, of: &Heads, row: usize, out: &[f32]) -> Vec<f32> {
+        let row = &out[row * self.planes * of.width()..][..self.planes * of.width()];
+        if self.planes == 1 { row.to_vec() } else { of.finished(row) }
+    }
 }
 
 /// Workgroups of one group of keys and more; the largest beyond what WebGPU promises.
@@ -214,10 +225,14 @@ fn compiled() -> Vec<Compiled> {
         lanes <= capabilities.invocations && 52 * lanes + 3000 <= capabilities.workgroup_bytes
     });
     // Where products are given, those that read the output may be of cooperative matrices.
-    let with = |(lanes, lora_up): (u32, bool)| {
-        let halves = if lora_up || lanes == 128 { None } else { Some(4) };
-        let overrides =
-            [("LANES", lanes.into()), ("LORA_UP", u8::from(lora_up).into()), packed::halves(halves)];
+    let with = |(lanes, lora_up, norm): (u32, bool, bool)| {
+        let halves = if lora_up || lanes == 128 || !norm { None } else { Some(4) };
+        let overrides = [
+            ("LANES", lanes.into()),
+            ("LORA_UP", u8::from(lora_up).into()),
+            packed::halves(halves),
+            readout_packed::norm(norm),
+        ];
         let kernel = device.pipeline(&VARIANTS[0], &overrides).unwrap();
         Compiled {
             device,
@@ -225,11 +240,15 @@ fn compiled() -> Vec<Compiled> {
             lanes,
             lora_up,
             halves,
-            label: format!("{lanes} {lora_up} {halves:?}").leak(),
+            planes: if norm { 1 } else { 3 },
+            label: format!("{lanes} {lora_up} {halves:?} {norm}").leak(),
         }
     };
-    let of_lora =
-        |lanes| [(lanes, true), (lanes, false)].into_iter().filter(|(lanes, up)| !up || *lanes >= 256);
+    let of_lora = |lanes| {
+        let all = [(lanes, true, true), (lanes, true, false), (lanes, false, true), (lanes, false, false)];
+        // The norm is left to others of one size.
+        all.into_iter().filter(|(lanes, up, norm)| (!up || *lanes >= 256) && (*norm || *lanes == 256))
+    };
     sizes.flat_map(of_lora).map(with).collect()
 }
 

@@ -17,8 +17,8 @@ use super::{
 use crate::gpu::{Device, device_for_tests};
 use crate::kernels::heads::{Heads, NAN, Operands, swapped, total};
 use crate::kernels::intervals::{Interval, below, exact, floats, held};
-use crate::kernels::packed;
 use crate::kernels::testing::{bits as words, wide};
+use crate::kernels::{packed, readout_packed};
 use crate::pipeline::Pipeline;
 
 /// How states are held.
@@ -155,8 +155,8 @@ impl Case {
         Self { of, dims, held, lengths: rows, sequences, state }
     }
 
-    fn before(&self) -> After {
-        let out = vec![f32::NAN; self.of.rows * self.of.width()];
+    fn before(&self, of: &Compiled) -> After {
+        let out = vec![f32::NAN; self.of.rows * of.planes * self.of.width()];
         After { state: self.state.clone(), v_first: self.of.v_first.clone(), out }
     }
 
@@ -214,11 +214,11 @@ impl Case {
             words(&self.of.vectors),
             before.state.clone(),
             words(&before.v_first),
-            packed::tests::words(&before.out, self.of.width(), of.halves),
+            packed::tests::words(&before.out, of.planes * self.of.width(), of.halves),
         ];
         let after = of.device.run(&of.kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
         assert_eq!(after[..5], buffers[..5], "the operands are untouched");
-        let out = packed::tests::floats(&after[7], self.of.width(), of.halves);
+        let out = packed::tests::floats(&after[7], of.planes * self.of.width(), of.halves);
         After { state: after[5].clone(), v_first: floats(&after[6]), out }
     }
 
@@ -310,10 +310,12 @@ impl Case {
         if self.dims.ranks.v == 0 {
             prop_assert_eq!(wide(&next.v_first[row_at * width..][..width]), v_first, "{}: v_first", label);
         }
+        let of_row = &next.out[row_at * of.planes * width..][..of.planes * width];
+        let of_row = if of.planes == 1 { of_row.to_vec() } else { self.of.finished(of_row) };
         for head in 0..heads {
             let own = head * N..(head + 1) * N;
             let mut x = self.of.operands(row_at, head);
-            let got = &next.out[row_at * width..][..width][own.clone()];
+            let got = &of_row[own.clone()];
             if lazy {
                 let (vectors, bounds) = self.step(&x, &seen.state, &here, head);
                 let slot = *then.pending.last().unwrap();
@@ -395,8 +397,8 @@ impl Case {
     /// bits of one call.
     fn agrees(&self, of: &Compiled) -> Result<(), TestCaseError> {
         let longest = self.lengths.iter().map(|[_, rows]| *rows).max().unwrap_or_default();
-        let (whole, ends) = self.run(of, &self.sequences, 0, longest, &self.before());
-        let (mut now, mut at) = (self.before(), self.sequences.clone());
+        let (whole, ends) = self.run(of, &self.sequences, 0, longest, &self.before(of));
+        let (mut now, mut at) = (self.before(of), self.sequences.clone());
         for t in 0..longest {
             let (next, then) = self.run(of, &at, t, 1, &now);
             for (s, &[first, _]) in self.lengths.iter().enumerate().filter(|(_, [_, rows])| t < *rows) {
@@ -480,6 +482,8 @@ struct Compiled {
     lanes: u32,
     lora_up: bool,
     halves: Option<u8>,
+    /// Vectors that it leaves of a row: one, or three where the norm is left to others.
+    planes: usize,
     label: String,
 }
 
@@ -489,15 +493,20 @@ fn compiled(held: Held) -> Vec<Compiled> {
         let capabilities = device.capabilities();
         lanes <= capabilities.invocations && workgroup_bytes(lanes) <= capabilities.workgroup_bytes
     });
-    let of_lora =
-        |lanes| [(lanes, true), (lanes, false)].into_iter().filter(|(lanes, up)| !up || *lanes >= 256);
-    let with = |(lanes, lora_up): (u32, bool)| {
+    let of_lora = |lanes| {
+        // The norm is left to others of the smallest workgroup.
+        let all = [(lanes, true, true), (lanes, false, true), (lanes, false, false)];
+        all.into_iter().filter(|(lanes, up, norm)| (!up || *lanes >= 256) && (*norm || *lanes == 64))
+    };
+    let with = |(lanes, lora_up, norm): (u32, bool, bool)| {
         // Where products are given, those that read the output may be of cooperative matrices.
-        let halves = if lora_up || lanes == 128 { None } else { Some(4) };
+        let halves = if lora_up || lanes == 128 || !norm { None } else { Some(4) };
         let overrides = overrides(held.format, held.rounding, held.capacity > 0, lanes, lora_up);
-        let overrides = [&overrides[..], &[packed::halves(halves)]].concat();
+        let overrides = [&overrides[..], &[packed::halves(halves), readout_packed::norm(norm)]].concat();
         let kernel = device.pipeline(&VARIANTS[0], &overrides).unwrap();
-        Compiled { device, kernel, lanes, lora_up, halves, label: format!("{lanes} {lora_up} {halves:?}") }
+        let planes = if norm { 1 } else { 3 };
+        let label = format!("{lanes} {lora_up} {halves:?} {norm}");
+        Compiled { device, kernel, lanes, lora_up, halves, planes, label }
     };
     sizes.flat_map(of_lora).map(with).collect()
 }

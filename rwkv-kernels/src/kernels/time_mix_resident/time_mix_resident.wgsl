@@ -56,7 +56,7 @@ struct Params {
 @group(0) @binding(5) var<storage, read> vectors: array<f32>;        // [8, D], w0 a0 v0 k_k k_a r_k, gain, bias
 @group(0) @binding(6) var<storage, read_write> state: array<u32>;    // bases, then slots
 @group(0) @binding(7) var<storage, read_write> v_first: array<f32>;  // [T, D]
-@group(0) @binding(8) var<storage, read_write> out: array<u32>;      // [T, D]
+@group(0) @binding(8) var<storage, read_write> out: array<u32>;      // [T, D], or [T, 3, D] without NORM
 
 // Product of w since the base, after this token, by channel.
 var<workgroup> since: array<f32, N>;
