@@ -13,6 +13,7 @@ mod rows;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::slice;
 use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, bail, ensure};
@@ -21,6 +22,7 @@ use indicatif::ProgressBar;
 use rwkv_core::fast::linear::Packed;
 use rwkv_core::model::{Compute, SkipPart, WkvSegment};
 use rwkv_core::ops::wkv7::{Dims, Inputs};
+use rwkv_core::ops::wkv7_lazy::ENTRY;
 use rwkv_core::rng::SplitMix64;
 use rwkv_model::engine::Device;
 use rwkv_model::quality::{self, Score, SideBySide};
@@ -37,7 +39,7 @@ use crate::assets::{self, ModelArgs};
 use crate::gpu::rounds_to_halves;
 use crate::random_model::{self, shape_of};
 use crate::states::changes;
-use crate::states::rows::held_bytes;
+use crate::states::rows::{held_bytes, named};
 use crate::{machine, progress};
 
 /// Measures what each optimisation brings and costs.
@@ -259,16 +261,14 @@ type LeftOut = Vec<(String, String)>;
 
 /// The rows that are asked for and can be measured, and the others with the reason.
 fn chosen(names: &[String], gpu: bool) -> anyhow::Result<(Vec<Row>, LeftOut)> {
-    let named = |row: &str, name: &String| {
-        row.strip_prefix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
-    };
-    if let Some(name) = names.iter().find(|name| !rows::all().iter().any(|row| named(row.name, name))) {
+    let unknown = |name: &&String| !rows::all().iter().any(|row| named(row.name, slice::from_ref(name)));
+    if let Some(name) = names.iter().find(unknown) {
         let all: Vec<&str> = rows::all().iter().map(|row| row.name).collect();
         bail!("no row {name}; there are {}", all.join(", "));
     }
     let (mut rows, mut left_out) = (Vec::new(), LeftOut::new());
     for row in rows::all() {
-        if !names.is_empty() && !names.iter().any(|name| named(row.name, name)) {
+        if !names.is_empty() && !named(row.name, names) {
             continue;
         }
         match row.on {
@@ -684,7 +684,9 @@ fn work(load: Load, side: &Side) -> f64 {
     match load {
         Load::Decode(n) => {
             let states = n * n_layers * state_bytes(config, side.engine.resident());
-            (2 * params + states) as f64
+            // What is left out has its share of the matrices, in whatever they are.
+            let share = params as f64 / config.streamed_params() as f64;
+            side.engine.weight_bytes() as f64 * share + states as f64
         }
         Load::Prefill(n) => 2.0 * ((params - vocab * width) * n + vocab * width) as f64,
         Load::Rest => 0.0,
@@ -701,8 +703,8 @@ fn state_bytes(config: &ModelConfig, resident: Resident) -> usize {
     let base = element * config.wkv_len();
     match resident.capacity {
         0 => 2 * base,
-        // Read at each, written at one; the entries of those before, five vectors of one.
-        capacity => base + base / capacity + 5 * 4 * config.width * capacity.div_ceil(2),
+        // Read at each, written at one; the entries of those before.
+        capacity => base + base / capacity + ENTRY * 4 * config.width * capacity.div_ceil(2),
     }
 }
 

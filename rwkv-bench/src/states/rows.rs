@@ -1,5 +1,6 @@
 //! The ways to hold a state whose price is measured.
 
+use rwkv_core::ops::wkv7_lazy::ENTRY;
 use rwkv_model::quality::Rest;
 use rwkv_model::{ModelConfig, Resident, ResidentRounding, StateFormat, StateLayout};
 use rwkv_state::base::head_words;
@@ -82,7 +83,6 @@ pub(crate) fn held_bytes(config: &ModelConfig, state: Resident, rest: Option<Res
     let ModelConfig { n_layers, n_heads, head_size, width, .. } = *config;
     let (heads, shifts) = (n_layers * n_heads, 2 * n_layers * width);
     let written = heads * head_words(state.format, head_size) + shifts;
-    // Five vectors of each head, and the shifts.
-    let token = heads * 5 * head_size + shifts;
+    let token = heads * ENTRY * head_size + shifts;
     (4 * written, 4 * token * state.capacity)
 }
