@@ -17,7 +17,7 @@
 // What this is written for, as NVIDIA's compiler (driver 580) was seen to do: sums are in the order of the text, so that
 // what does not wait for each other is side by side there.
 
-override ROWS: u32 = 16u; // of a state, to a workgroup: 8, 16 or 32
+override ROWS: u32 = 16u; // of a state, to a workgroup: 16 or 32
 
 const N: u32 = 64u;
 const TEAM: u32 = 16u;
@@ -36,7 +36,7 @@ const R: u32 = 4u * QUADS;
 // Vectors that an invocation loads at a time, and the most that they may be.
 override LOADED: u32 = STAGE * VECTORS;
 override EACH: u32 = (LOADED + LANES - 1u) / LANES;
-const MOST: u32 = 40u; // 32 tokens, 64 invocations
+const MOST: u32 = 20u; // 32 tokens, 128 invocations
 
 struct Params {
     heads: u32,
