@@ -233,11 +233,10 @@ pub struct EngineOptions {
     /// CPU: whether the factors of adapters are widened to single precision as they are read, for measurements: by default
     /// they are held as the file has them. The results are the same.
     pub wide_adapters: bool,
-    /// The form of the state update over prompts; by default the fastest, as far as it was measured: on a GPU chunks of 16
-    /// tokens while there are no more than 16 heads in all, otherwise one token after another.
-    /// Chunks are more arithmetic, a fifth by 16 tokens and four fifths by 64, in a shorter chain: for devices that wait for
-    /// that, as a GPU does over few heads, and a CPU does not. They take any length on the CPU, in plain loops, to be
-    /// measured; on a GPU 16, 32 or 64 tokens, with fusion, states held as they are by default, and without
+    /// The form of the state update over prompts; by default the fastest, as far as it was measured: on a GPU with subgroups of
+    /// 16 one token after another, but with one sum for four of them, otherwise one token after another.
+    /// Chunks are more arithmetic, a fifth by 16 tokens and four fifths by 64, in a shorter chain. They were fastest on no
+    /// device, and are there to be measured: on the CPU of any length, in plain loops; on a GPU 16, 32 or 64 tokens, with fusion, states held as they are by default, and without
     /// [`Self::batch_invariant`]. Their sums are of another order: with them a sequence's results depend on how its tokens
     /// are split over calls, but for rounding.
     pub wkv: Option<Wkv>,

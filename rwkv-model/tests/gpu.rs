@@ -810,32 +810,44 @@ fn fused_or_not_and_portable() {
     }
 }
 
-/// Prompts by chunks, whatever their lengths, alone and side by side, with single tokens before and after.
+/// A form of the state update over prompts of the small model, whatever their lengths, alone and side by side, with single tokens
+/// before and after.
+fn agrees_over_prompts(engine: &Engine, form: &str) {
+    let prompt = prompt(200, 9);
+    let want = Reference::small().read(&prompt, Logits::Last);
+    for length in [9, 16, 33, 100, 200] {
+        let mut session = engine.session();
+        prompt.chunks(length).for_each(|tokens| session.prefill(tokens).unwrap());
+        want.holds(&session, &format!("{form}, calls of {length}"));
+    }
+    let prompts = prompts(&[70, 1, 16, 2, 100, 17], VOCAB, 5);
+    for (prompt, session) in prompts.iter().zip(together(engine, &prompts)) {
+        let what = format!("{form}, {} tokens beside others", prompt.len());
+        Reference::small().read(prompt, Logits::Last).holds(&session, &what);
+    }
+}
+
+/// That a form is another than one token after the other.
+fn is_another_form(options: &EngineOptions, wkv: Option<Wkv>) -> bool {
+    let prompt = prompt(200, 9);
+    let shown = [Some(Wkv::Sequential), wkv].map(|wkv| {
+        let options = EngineOptions { wkv, ..options.clone() };
+        shown(&alone(&engine(safetensors(&small_model()), options), &prompt))
+    });
+    shown[0] != shown[1]
+}
+
 #[test]
 fn chunks_agree_with_the_reference() {
     let Some(options) = on_gpu() else { return };
-    let prompt = prompt(200, 9);
     for chunk in [16, 32, 64] {
-        let options = EngineOptions { wkv: Some(Wkv::Chunked(chunk)), pass_tokens: 256, ..options.clone() };
+        let wkv = Some(Wkv::Chunked(chunk));
+        let options = EngineOptions { wkv, pass_tokens: 256, ..options.clone() };
         let by_chunks = engine(safetensors(&small_model()), options.clone());
         let kernels = by_chunks.report().unwrap().kernels;
         assert!(kernels.iter().any(|of| of == "wkv7_chunked"), "{kernels:?}");
-        let want = Reference::small().read(&prompt, Logits::Last);
-        for length in [9, 16, 33, 100, 200] {
-            let mut session = by_chunks.session();
-            prompt.chunks(length).for_each(|tokens| session.prefill(tokens).unwrap());
-            want.holds(&session, &format!("chunks of {chunk}, calls of {length}"));
-        }
-        let one_by_one = [Wkv::Sequential, Wkv::Chunked(chunk)].map(|wkv| {
-            let options = EngineOptions { wkv: Some(wkv), ..options.clone() };
-            shown(&alone(&engine(safetensors(&small_model()), options), &prompt))
-        });
-        assert_ne!(one_by_one[0], one_by_one[1], "another form");
-        let prompts = prompts(&[70, 1, 16, 2, 100, 17], VOCAB, 5);
-        for (prompt, session) in prompts.iter().zip(together(&by_chunks, &prompts)) {
-            let what = format!("chunks of {chunk}, {} tokens beside others", prompt.len());
-            Reference::small().read(prompt, Logits::Last).holds(&session, &what);
-        }
+        agrees_over_prompts(&by_chunks, &format!("chunks of {chunk}"));
+        assert!(is_another_form(&options, wkv), "another form");
         if chunk == 64 {
             let bundled = Engine::open_with(BUNDLED, options, &|_| {}).unwrap();
             let (tokens, want) = passage();
@@ -892,6 +904,24 @@ fn the_norm_apart() {
     let reference = Reference::new(&support::open(safetensors(&model), None).unwrap());
     let limit = reference.read(&prompt, Logits::Last).limits[0];
     max_abs(&got, &want.iter().copied().map(f64::from).collect::<Vec<_>>(), limit).unwrap();
+}
+
+/// One sum for four tokens is the default where subgroups are large enough, with more rows of a state to a workgroup where there
+/// are many heads; elsewhere there is one for each.
+#[test]
+fn fours_agree_with_the_reference() {
+    let Some(options) = on_gpu() else { return };
+    let options = EngineOptions { pass_tokens: 256, ..options };
+    let by_fours = engine(safetensors(&small_model()), options.clone());
+    agrees_over_prompts(&by_fours, "by fours");
+    let kernels = by_fours.report().unwrap().kernels;
+    let has_fours = kernels.iter().any(|of| of == "wkv7_fours_subgroup");
+    assert_eq!(is_another_form(&options, None), has_fours, "{kernels:?}");
+    let prompts = prompts(&[12; 20], VOCAB, 3);
+    for (at, (prompt, session)) in prompts.iter().zip(together(&by_fours, &prompts)).enumerate() {
+        let what = format!("by fours, prompt {at} of {}", prompts.len());
+        Reference::small().read(prompt, Logits::Last).holds(&session, &what);
+    }
 }
 
 #[test]

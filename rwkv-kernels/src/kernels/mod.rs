@@ -32,6 +32,7 @@ pub mod wkv4;
 pub mod wkv7;
 pub mod wkv7_chunked;
 pub mod wkv7_chunked_factors;
+pub mod wkv7_fours;
 pub mod wkv7_scan;
 
 #[cfg(test)]

@@ -5,9 +5,9 @@
 //! | [`Layers::step`] | one token of one sequence | `mix_in`, `time_mix`, `linear`, `mix_in`, `channel_mix_value` |
 //! | [`Layers::batch`] | any rows | `mix_rows`, `matmul`, `matmul`, `time_mix`, `matmul`, `mix_rows`, `matmul`, `matmul` |
 //! | both | the norm apart | with `readout_packed` after `time_mix` |
-//! | the same, long | prompts | with `time_mix_operands`, `wkv7_scan`, `readout_packed` for `time_mix` |
+//! | the same, long | prompts | with `time_mix_operands`, `wkv7_fours` or `wkv7_scan`, `readout_packed` for `time_mix` |
 //! | the same, of few rows | cooperative matrices | with `matmul`, `add_planes` for the last `matmul` |
-//! | the same, by chunks | prompts | with `wkv7_chunked_factors`, `wkv7_chunked` for `wkv7_scan` |
+//! | the same, by chunks | prompts, if asked for | with `wkv7_chunked_factors`, `wkv7_chunked` for `wkv7_scan` |
 
 use rwkv_core::ModelConfig;
 use rwkv_core::model::SkipShifts;
@@ -20,7 +20,7 @@ use rwkv_kernels::kernels::weights::{self as stored, ELEMENT};
 use rwkv_kernels::kernels::{
     add_planes, carry, channel_mix_value, embedding, extents, layer_norm, linear, matmul, mix_in, mix_rows,
     readout_packed, time_mix, time_mix_operands, time_mix_resident, wkv7_chunked, wkv7_chunked_factors,
-    wkv7_scan,
+    wkv7_fours, wkv7_scan,
 };
 use rwkv_kernels::pipeline::Pipeline;
 use rwkv_state::layout::DeviceLayout;
@@ -477,10 +477,23 @@ impl Layers<'_> {
 
         let (stride, y_stride) = (layout.base_words, ADAPTERS * width);
         let mut steps = vec![operands];
-        match (&kernels.chunked, &s.factors) {
-            (Some(of), Some(factors)) if form == Form::Chunked => {
-                let dims = wkv7_chunked::Dims { rows, segments: 1, heads, stride, offset: 0, y_stride };
+        let dims = wkv7_chunked::Dims { rows, segments: 1, heads, stride, offset: 0, y_stride };
+        let fours = |rows_each| kernels.fours.iter().find(move |(of, _)| *of == rows_each);
+        match (form, &kernels.chunked, &s.factors) {
+            (Form::Chunked, Some(of), Some(factors)) => {
                 steps.extend(self.chunked(of, dims, factors, records)?);
+            }
+            (Form::Fours { rows_each }, ..) if let Some((_, of)) = fours(rows_each) => {
+                let (params, [groups, ..]) = wkv7_fours::lower(dims, rows_each).map_err(refused(HEADS))?;
+                let buffers = [&s.segments, &s.mixed, records, &s.up].map(Bound::Whole);
+                steps.push(planner.step(
+                    HEADS,
+                    of,
+                    params,
+                    &buffers,
+                    Grid::Segments(groups),
+                    self.state_bytes(),
+                )?);
             }
             _ => {
                 let pending = lazy.then(|| wkv7_scan::Pending {

@@ -45,17 +45,9 @@ impl Shape {
     /// follows the state update is then done for all tokens at once.
     const LONG: u32 = 8;
 
-    /// Tokens of a sequence in the mean, from which on chunks of them may be faster than one after the other.
-    const CHUNKED: u32 = 64;
-
     /// Whether a sequence may have many tokens.
     pub(super) const fn is_long(self) -> bool {
         self.rows - self.segments >= Self::LONG
-    }
-
-    /// Whether sequences have many tokens, and no more heads in all than `most`.
-    pub(super) const fn is_chunked(self, heads: u32, most: u32) -> bool {
-        self.segments.saturating_mul(heads) <= most && self.rows / self.segments >= Self::CHUNKED
     }
 }
 
@@ -216,18 +208,5 @@ impl Planner<'_> {
             contents,
             usage: usage | wgpu::BufferUsages::COPY_DST,
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Shape;
-
-    #[test]
-    fn chunks_are_for_few_heads_and_many_tokens() {
-        let shape = |rows, segments| Shape { rows, segments, logits: 1 };
-        assert!(shape(64, 1).is_chunked(16, 16) && shape(2048, 8).is_chunked(16, 128), "at the bounds");
-        assert!(!shape(63, 1).is_chunked(16, 16) && !shape(65 + 62, 2).is_chunked(16, 64), "too few tokens");
-        assert!(!shape(64, 1).is_chunked(17, 16) && !shape(2048, 9).is_chunked(16, 128), "too many heads");
     }
 }

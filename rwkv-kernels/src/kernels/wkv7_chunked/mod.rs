@@ -3,8 +3,8 @@
 //!
 //! It takes the place of [`wkv7_scan`](super::wkv7_scan), of whose operands
 //! [`wkv7_chunked_factors`](super::wkv7_chunked_factors) first computes what does not wait, for all chunks at once. Of a chunk
-//! then three products are left, which take less time than its tokens one after the other, but are more arithmetic: it is
-//! for few sequences, which leave a device idle.
+//! then three products are left, which take less time than its tokens one after the other; with the factors, no less than
+//! [`wkv7_fours`](super::wkv7_fours) on an H100. It is there to be measured.
 //!
 //! Records and segments are those of [`wkv7_scan`](super::wkv7_scan) in single precision that is written at every call; `y` is
 //! read before it is written.

@@ -1,7 +1,8 @@
 //! The state update of [`wkv7`](rwkv_core::ops::wkv7) over packed segments of many tokens, as a prompt has.
 //!
 //! It reads what [`time_mix_operands`](super::time_mix_operands) writes, and [`readout_packed`](super::readout_packed)
-//! reads what it answers: all that does not wait for the token before is done for all tokens at once. For a token of
+//! reads what it answers: all that does not wait for the token before is done for all tokens at once. Where subgroups are large
+//! enough, [`wkv7_fours`](super::wkv7_fours) does the same for single precision, and waits less. For a token of
 //! each of many sequences [`time_mix`](super::time_mix) and [`time_mix_resident`](super::time_mix_resident) are faster,
 //! which do all in one.
 //!

@@ -1,0 +1,55 @@
+//! The state update of [`wkv7`](rwkv_core::ops::wkv7) over packed segments of many tokens, four tokens to a sum.
+//!
+//! It takes the place of [`wkv7_scan`](super::wkv7_scan) for states in single precision that are written at every call, and
+//! has its operands, records, segments and answers. As there with `PAIRED`, a sequence's results depend, but for rounding, on how its
+//! tokens are spread over calls: those of a segment are taken by fours from its first on.
+
+#[cfg(test)]
+#[cfg(feature = "gpu")]
+mod tests;
+
+pub use super::extents::Error;
+use super::extents::{elements, fits, groups};
+pub use super::wkv7_chunked::Dims;
+use super::wkv7_scan::OPERANDS;
+pub use super::wkv7_scan::{HEAD_SIZE, Segment};
+use crate::Kernel;
+pub use crate::reflected::wkv7_fours::{Params, VARIANTS};
+
+/// Rows of a state to a workgroup: what `ROWS` is overridden with. The fewer, the more workgroups share a head.
+pub const ROWS: [usize; 2] = [16, 32];
+
+/// Tokens that may be staged at a time: what `STAGE` is overridden with where a workgroup has the memory, the most first. What is
+/// done for all of them at once is then done more seldom.
+pub const STAGES: [usize; 2] = [32, 16];
+
+/// Invocations that the variant with subgroups takes for granted in one.
+pub const SUBGROUP: u32 = 16;
+
+/// The variants for a device whose subgroups have so many invocations at least.
+pub fn variants(subgroup: u32) -> impl Iterator<Item = &'static Kernel> + Clone {
+    VARIANTS.iter().filter(move |kernel| !kernel.features.subgroup || subgroup >= SUBGROUP)
+}
+
+/// Workgroup memory of the variant with subgroups.
+#[must_use]
+pub const fn workgroup_bytes(rows_each: usize, stage: usize) -> usize {
+    // Five vectors of a token, its values, and its products with its group.
+    size_of::<f32>() * stage * ((OPERANDS - 1) * HEAD_SIZE + rows_each + 4)
+}
+
+/// The parameters and workgroups of a call, with so many rows of a state to a workgroup.
+///
+/// # Errors
+///
+/// If the extents are not what the kernel can do.
+pub fn lower(dims: Dims, rows_each: usize) -> Result<(Params, [u32; 3]), Error> {
+    let (kernel, Dims { rows, segments, heads, stride, offset, y_stride }) = (&VARIANTS[0], dims);
+    let width = heads.saturating_mul(HEAD_SIZE);
+    let y_stride = fits(kernel, rows, [0, width, y_stride])?;
+    let stride = fits(kernel, 1, [offset, width.saturating_mul(HEAD_SIZE), stride])?;
+    elements(kernel, rows, width.saturating_mul(OPERANDS))?;
+    let grid = groups(kernel, [heads.saturating_mul(HEAD_SIZE / rows_each.max(1)), segments])?;
+    let of = |n| elements(kernel, 1, n);
+    Ok((Params { heads: of(heads)?, stride, offset: of(offset)?, y_stride }, grid))
+}

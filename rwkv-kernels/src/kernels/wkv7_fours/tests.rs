@@ -1,0 +1,147 @@
+//! `wkv7_fours.wgsl` and its variants against [`rwkv_core::ops::wkv7`] in `f64`, and its numerics contract.
+
+use proptest::prelude::*;
+
+use super::{
+    Dims, Error, HEAD_SIZE as N, ROWS, STAGES, SUBGROUP, Segment, VARIANTS, lower, variants, workgroup_bytes,
+};
+use crate::gpu::{Device, device_for_tests, variants_for_tests};
+use crate::kernels::MAX_GROUPS;
+use crate::kernels::intervals::floats;
+use crate::kernels::testing::bits;
+use crate::kernels::wkv7::tests::limits;
+use crate::kernels::wkv7_chunked::tests::kinds;
+use crate::kernels::wkv7_scan::{self, tests::Call};
+use crate::pipeline::Pipeline;
+
+/// A variant with so many rows to a workgroup.
+type Compiled = (usize, &'static Device, Pipeline);
+
+/// Those that the device can run, with as many tokens staged as they say and as it has memory for.
+fn compiled() -> Vec<Compiled> {
+    let Some(device) = device_for_tests() else { return Vec::new() };
+    let room = device.capabilities().workgroup_bytes as usize;
+    let kernels: Vec<_> = variants(device.info().subgroup_min_size).copied().collect();
+    let mut all = Vec::new();
+    for rows in ROWS {
+        let own = ("ROWS", f64::from(u32::try_from(rows).unwrap()));
+        all.extend(variants_for_tests(&kernels, &[own]).into_iter().map(|(of, kernel)| (rows, of, kernel)));
+        for stage in STAGES.into_iter().filter(|&stage| workgroup_bytes(rows, stage) <= room) {
+            let stage = ("STAGE", f64::from(u32::try_from(stage).unwrap()));
+            let subgroup: Vec<_> = kernels.iter().filter(|of| of.features.subgroup).copied().collect();
+            let compiled = variants_for_tests(&subgroup, &[own, stage]);
+            all.extend(compiled.into_iter().map(|(of, kernel)| (rows, of, kernel)));
+        }
+    }
+    all
+}
+
+/// States and outputs after some of the segments of a call; `state` is what is there before.
+fn run(
+    (rows_each, device, kernel): &Compiled,
+    call: &Call,
+    segments: &[Segment],
+    state: &[f32],
+) -> [Vec<f32>; 2] {
+    let wkv7_scan::Dims { rows, heads, stride, offset, y_stride, .. } = call.dims;
+    let dims = Dims { rows, segments: segments.len(), heads, stride, offset, y_stride };
+    let (params, groups) = lower(dims, *rows_each).unwrap();
+    let y = vec![f32::NAN; rows * y_stride];
+    let buffers = [bytemuck::cast_slice(segments).to_vec(), bits(&call.operands), bits(state), bits(&y)];
+    let after = device.run(kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
+    assert!(after[..2] == buffers[..2], "what is only read is as it was");
+    [floats(&after[2]), floats(&after[3])]
+}
+
+fn label((rows, _, kernel): &Compiled) -> String {
+    format!("{}, {rows} rows", kernel.kernel().label())
+}
+
+fn lengths() -> impl Strategy<Value = Vec<usize>> {
+    // Around groups of four, and around what is staged at a time.
+    let edges = prop::sample::select(vec![0usize, 3, 4, 5, 7, 8, 9, 31, 32, 33, 64, 65]);
+    proptest::collection::vec(prop_oneof![1 => edges, 1 => 1..=40usize], 1..=3)
+}
+
+fn config() -> ProptestConfig {
+    ProptestConfig { cases: 16, ..ProptestConfig::with_source_file(file!()) }
+}
+
+/// Within what the token-by-token form may be off. A state is rounded once for a token where `u` is moved on and once where what
+/// the token removes is taken from it, and the increments more seldom than there: about `2 u^2 |s|^2`, which the limit's
+/// 16 covers as well. What a token asks has as many roundings as there, and those of the products with the tokens of its
+/// group, three at most.
+#[test]
+fn agrees_with_its_twin() {
+    let compiled = compiled();
+    proptest!(config(), |(heads in 1..=3usize, lengths in lengths(), kind in kinds(), seed: u64)| {
+        let call = Call::draw_with(heads, &lengths, seed, &|dims, seed| kind.draw(dims, seed));
+        for of in &compiled {
+            let after = run(of, &call, &call.segments, &call.state);
+            call.holds(&label(of), after, limits)?;
+        }
+    });
+}
+
+/// A segment has its bits whatever is beside it, and in two calls, cut after a group of four, those of one.
+#[test]
+fn a_segment_has_its_bits_alone_and_by_fours() {
+    let compiled = compiled();
+    proptest!(config(), |(heads in 1..=2usize, lengths in lengths(), cut in 0..10u32, seed: u64)| {
+        let call = Call::draw(heads, &lengths, seed);
+        for of in &compiled {
+            let all = run(of, &call, &call.segments, &call.state);
+            for (s, &segment) in call.segments.iter().enumerate() {
+                let first = (4 * cut).min(segment.rows);
+                let begin = Segment { rows: first, ..segment };
+                let rest = Segment {
+                    first: segment.first + first,
+                    rows: segment.rows - first,
+                    from: segment.to,
+                    ..segment
+                };
+                let [state, mut y] = run(of, &call, &[begin], &call.state);
+                let [state, rest] = run(of, &call, &[rest], &state);
+                for (y, rest) in y.iter_mut().zip(rest).filter(|(y, _)| y.is_nan()) {
+                    *y = rest;
+                }
+                let (got, want) = (call.of(s, &[state, y]), call.of(s, &all));
+                prop_assert!(bits(&got[0]) == bits(&want[0]), "state of {s}, {}", label(of));
+                prop_assert!(bits(&got[1]) == bits(&want[1]), "y of {s}, {}", label(of));
+            }
+        }
+    });
+}
+
+#[test]
+fn refuses_what_it_cannot_run() {
+    let name = "wkv7_fours";
+    let state = 3 * N * N;
+    let plain = Dims { rows: 9, segments: 2, heads: 3, stride: state + 10, offset: 10, y_stride: 192 };
+    let lowered = |dims| lower(dims, 16).map(|(of, groups)| (of.heads, of.stride, of.offset, groups));
+    assert_eq!(lowered(plain), Ok((3, 12_298, 10, [12, 2, 1])), "plain");
+    assert_eq!(lower(plain, 32).map(|(_, groups)| groups), Ok([6, 2, 1]), "more rows to a workgroup");
+    let stride = |width, offset, stride| Err(Error::Stride { kernel: name, width, offset, stride });
+    assert_eq!(lowered(Dims { offset: 11, ..plain }), stride(state, 11, state + 10), "record");
+    assert_eq!(lowered(Dims { y_stride: 191, ..plain }), stride(192, 0, 191), "y");
+    let groups = |got| Err(Error::Groups { kernel: name, got });
+    assert_eq!(lowered(Dims { segments: 65_536, ..plain }), groups([12, 65_536]), "segments");
+    assert!(lowered(Dims { segments: MAX_GROUPS as usize, ..plain }).is_ok(), "the most");
+    for dims in [
+        Dims { rows: usize::MAX, ..plain },
+        Dims { heads: usize::MAX, ..plain },
+        Dims { offset: usize::MAX, stride: usize::MAX, ..plain },
+        Dims { rows: 1 << 22, ..plain },
+    ] {
+        assert!(lowered(dims).is_err(), "{dims:?}");
+    }
+}
+
+#[test]
+fn small_subgroups_have_the_portable_variant() {
+    let suffixes = |subgroup| variants(subgroup).map(|kernel| kernel.suffix).collect::<Vec<_>>();
+    assert_eq!(suffixes(SUBGROUP - 1), [""], "too few");
+    assert_eq!(suffixes(SUBGROUP), ["", "subgroup"], "enough");
+    let bytes = |suffix| VARIANTS.iter().find(|of| of.suffix == suffix).unwrap().workgroup_bytes;
+    assert_eq!(bytes("subgroup") as usize, workgroup_bytes(16, 16), "as the WGSL declares");
+}
