@@ -236,9 +236,9 @@ pub struct EngineOptions {
     /// The form of the state update over prompts; by default the fastest, as far as it was measured: on a GPU with subgroups of
     /// 16 one token after another, but with one sum for four of them, otherwise one token after another.
     /// Chunks are more arithmetic, a fifth by 16 tokens and four fifths by 64, in a shorter chain. They were fastest on no
-    /// device, and are there to be measured: on the CPU of any length, in plain loops; on a GPU 16, 32 or 64 tokens, with fusion, states held as they are by default, and without
-    /// [`Self::batch_invariant`]. Their sums are of another order: with them a sequence's results depend on how its tokens
-    /// are split over calls, but for rounding.
+    /// device, and are there to be measured: on the CPU of any length, in plain loops; on a GPU of 16, 32 or 64 tokens, with
+    /// fusion, states held as they are by default, and without [`Self::batch_invariant`]. Sums of both are of another order: a
+    /// sequence's results depend on how its tokens are split over calls, but for rounding.
     pub wkv: Option<Wkv>,
     /// Layers that are left out, if any.
     pub skip: Option<Skipping>,
