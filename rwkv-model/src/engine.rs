@@ -503,6 +503,11 @@ impl Engine {
 
     /// Loads an opened checkpoint.
     ///
+    /// On a GPU the kernels for products of several rows are compiled when a pass first has so many, by classes that end at 16,
+    /// 32, 64 and so on up to 2,048 rows. With cooperative matrices that pass takes longer by up to a second: once on a
+    /// machine, if its driver or [`EngineOptions::pipeline_cache`] keeps what was compiled. Who minds has a session read a
+    /// prompt of that length first.
+    ///
     /// # Errors
     ///
     /// As [`Self::open_with`].

@@ -22,6 +22,7 @@ pub mod readout_packed;
 pub mod sample;
 pub mod softmax;
 pub mod time_mix;
+pub mod time_mix_batch;
 pub mod time_mix_operands;
 pub mod time_mix_resident;
 pub mod to_halves;

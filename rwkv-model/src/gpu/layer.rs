@@ -3,10 +3,10 @@
 //! | form | for | dispatches |
 //! |---|---|---|
 //! | [`Layers::step`] | one token of one sequence | `mix_in`, `time_mix`, `linear`, `mix_in`, `channel_mix_value` |
-//! | [`Layers::batch`] | any rows | `mix_rows`, `matmul`, `matmul`, `time_mix`, `matmul`, `mix_rows`, `matmul`, `matmul` |
-//! | both | the norm apart | with `readout_packed` after `time_mix` |
-//! | the same, long | prompts | with `time_mix_operands`, `wkv7_fours` or `wkv7_scan`, `readout_packed` for `time_mix` |
-//! | the same, of few rows | cooperative matrices | with `matmul`, `add_planes` for the last `matmul` |
+//! | [`Layers::batch`] | any rows | `mix_rows`, `matmul`, `matmul`, `time_mix_batch`, `matmul`, `mix_rows`, `matmul`, `matmul` |
+//! | both | the norm apart | with `readout_packed` after `time_mix` or `time_mix_batch` |
+//! | the same, long | prompts | with `time_mix_operands`, `wkv7_fours` or `wkv7_scan`, `readout_packed` for `time_mix_batch` |
+//! | the same, of few rows | cooperative matrices | with planes of products, which the next `mix_rows` sums, the last `add_planes` |
 //! | the same, by chunks | prompts, if asked for | with `wkv7_chunked_factors`, `wkv7_chunked` for `wkv7_scan` |
 
 use rwkv_core::ModelConfig;
@@ -19,15 +19,15 @@ use rwkv_kernels::gpu::Device;
 use rwkv_kernels::kernels::weights::{self as stored, ELEMENT};
 use rwkv_kernels::kernels::{
     add_planes, carry, channel_mix_value, embedding, extents, layer_norm, linear, matmul, mix_in, mix_rows,
-    readout_packed, time_mix, time_mix_operands, time_mix_resident, wkv7_chunked, wkv7_chunked_factors,
-    wkv7_fours, wkv7_scan,
+    readout_packed, time_mix, time_mix_batch, time_mix_operands, time_mix_resident, wkv7_chunked,
+    wkv7_chunked_factors, wkv7_fours, wkv7_scan,
 };
 use rwkv_kernels::pipeline::Pipeline;
 use rwkv_state::layout::DeviceLayout;
 
 use super::pipelines::{
-    ChunkKernels, FEW, Form, HEAD_TILES, HIDDEN_EXPONENT, Held, Kernels, MANY_INPUTS, READOUT_EXPONENT,
-    ScanKernels, StepKernels,
+    ChunkKernels, DividedKernels, FEW, Form, HEAD_TILES, HIDDEN_EXPONENT, Held, Kernels, Multiply,
+    READOUT_EXPONENT, ScanKernels, StepKernels,
 };
 use super::plan::{Bound, Grid, Mixes, Plan, Planner, Step};
 use super::records::Records;
@@ -47,7 +47,7 @@ pub(super) const MIX_G: u32 = 5;
 /// Mixes of the time mix.
 pub(super) const MIXES: usize = 6;
 
-/// Adapters of the time mix.
+/// Adapters of the time mix, and planes that inputs of products are divided among, which lie where the adapters' products were.
 pub(super) const ADAPTERS: usize = 4;
 
 /// The part of a layer in which the heads' states move on.
@@ -97,6 +97,26 @@ struct Product<'a> {
     jobs: Vec<matmul::Job>,
     /// Whether its rows are those of the logits.
     of_logits: bool,
+}
+
+/// The products of a layer over several rows. The last ones are added to the residual stream.
+struct Products<'a> {
+    projections: Product<'a>,
+    adapters: Product<'a>,
+    output: Product<'a>,
+    key: Product<'a>,
+    value: Product<'a>,
+    /// Whether the inputs of those that are added are divided among the planes of `up`, which are yet to be added then.
+    divided: bool,
+}
+
+/// Where the residual stream is, as dispatches are laid down.
+struct Stream<'a> {
+    x: &'a wgpu::Buffer,
+    /// Where it goes when planes are added to it, since rows are read by their neighbours too.
+    next: &'a wgpu::Buffer,
+    /// Whether those of `up` are yet to be added.
+    planes: bool,
 }
 
 impl Layers<'_> {
@@ -158,7 +178,9 @@ impl Layers<'_> {
         let grid = if one { Grid::Fixed([1; 3]) } else { Grid::Rows };
         self.each_layer(|weights, records| {
             let shift = |part, offset, vectors| match shifts {
-                SkipShifts::Refreshed => self.mix(part, offset, 1, vectors, records, (cursors, grid)),
+                SkipShifts::Refreshed => {
+                    self.mix(part, offset, 1, vectors, records, (cursors, grid), &mut self.stream())
+                }
                 SkipShifts::Frozen => self.carry(part, offset, records, (carried, grid)),
             };
             let heads = Heads {
@@ -182,17 +204,31 @@ impl Layers<'_> {
         })
     }
 
-    /// Norms rows, and shifts them by mixes.
-    fn mix(
-        &self,
+    /// Where a pass begins.
+    const fn stream(&self) -> Stream<'_> {
+        Stream { x: &self.scratch.x, next: &self.scratch.x_summed, planes: false }
+    }
+
+    /// Norms rows, with their planes if they have any, and shifts them by mixes.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "what differs between the norms of a layer and of what is left out"
+    )]
+    fn mix<'a>(
+        &'a self,
         part: &'static str,
         offset: usize,
         mixes: usize,
         vectors: &wgpu::Buffer,
         records: &wgpu::Buffer,
         (cursors, grid): (Bound<'_>, Grid),
+        stream: &mut Stream<'a>,
     ) -> Result<Step, Error> {
         let s = self.scratch;
+        let (form, pipeline) = match &self.kernels.divided {
+            Some(of) if stream.planes => &of.mix_rows,
+            _ => &self.kernels.mix_rows,
+        };
         let dims = mix_rows::Dims {
             rows: s.rows,
             width: self.config.width,
@@ -200,11 +236,16 @@ impl Layers<'_> {
             records: self.records.slots(),
             stride: self.records.layout.slot_words,
             offset,
+            form: *form,
         };
         let (params, _) = mix_rows::lower(dims).map_err(refused(part))?;
         let slots = self.records.slots_of(records);
-        let buffers = [Bound::Whole(&s.x), cursors, Bound::Whole(vectors), slots, Bound::Whole(&s.mixed)];
-        self.planner().step(part, &self.kernels.mix_rows, params, &buffers, grid, 0)
+        let mut buffers = [stream.x, &s.up, &s.up, vectors, &s.up, stream.next, &s.mixed].map(Bound::Whole);
+        (buffers[2], buffers[4]) = (cursors, slots);
+        if stream.planes {
+            *stream = Stream { x: stream.next, next: stream.x, planes: false };
+        }
+        self.planner().step(part, pipeline, params, &buffers, grid, 0)
     }
 
     /// Carries a shift from the slots read to those written.
@@ -296,48 +337,51 @@ impl Layers<'_> {
         Ok(Mixes { time_mix, channel_mix: vec![key, value] })
     }
 
-    /// A form for several rows, in the tiles for so many of them, and of logits.
-    pub(super) fn batch(&self, [rows, logits]: [u32; 2], form: Form) -> Result<Plan, Error> {
+    /// A form for several rows, in the tiles for so many of them, and of logits. With `skips` mixes may be left out of it.
+    pub(super) fn batch(&self, [rows, logits]: [u32; 2], form: Form, skips: bool) -> Result<Plan, Error> {
         let body = vec![self.embed(Grid::Rows)?];
-        let layers = self.each_layer(|weights, records| self.batch_layer(rows, form, weights, records))?;
         let (s, width, vocab) = (self.scratch, self.config.width, self.config.vocab);
+        let head = Product {
+            part: "head",
+            weights: &self.weights.head,
+            transposed: false,
+            x: (&s.normed, s.len.normed),
+            y: (&s.logits, s.len.logits),
+            jobs: vec![
+                job(width, vocab, 0, (0, width), (0, vocab), Activation::Identity).stored(self.head_format),
+            ],
+            of_logits: true,
+        };
+        let products: Vec<_> =
+            self.weights.layers.iter().map(|weights| self.products(rows, skips, weights)).collect();
+        let all =
+            products.iter().flat_map(|of| [&of.projections, &of.adapters, &of.output, &of.key, &of.value]);
+        let tiles = all.map(|of| self.tile(rows, of)).chain([self.tile(logits, &head)]);
+        self.kernels.prepare(self.device, tiles)?;
+
+        let mut stream = self.stream();
+        let own = self.weights.layers.iter().zip(&self.records.layers).zip(products);
+        let layers = own.map(|((weights, records), products)| {
+            self.batch_layer(rows, form, weights, records, products, &mut stream)
+        });
+        let mut layers = layers.collect::<Result<Vec<_>, Error>>()?;
+        if let (true, Some(kernels), Some(last)) = (stream.planes, &self.kernels.divided, layers.last_mut()) {
+            last.channel_mix.push(self.sum(kernels, &stream)?);
+        }
         let dims = layer_norm::Dims { of: s.rows, rows: s.logit_rows, width };
         let (params, _) =
             layer_norm::lower(dims, rwkv_core::ops::layer_norm::LN_EPS).map_err(refused("ln_out"))?;
         let [gain, bias] = self.norm("ln_out", &self.weights.ln_out)?;
-        let buffers = [Bound::Whole(&s.x), Bound::Whole(&s.wanted), gain, bias, Bound::Whole(&s.normed)];
+        let buffers = [Bound::Whole(stream.x), Bound::Whole(&s.wanted), gain, bias, Bound::Whole(&s.normed)];
         let norm =
             self.planner().step("ln_out", &self.kernels.layer_norm, params, &buffers, Grid::LogitRows, 0)?;
-        let head = self.product(
-            logits,
-            Product {
-                part: "head",
-                weights: &self.weights.head,
-                transposed: false,
-                x: (&s.normed, s.len.normed),
-                y: (&s.logits, s.len.logits),
-                jobs: vec![
-                    job(width, vocab, 0, (0, width), (0, vocab), Activation::Identity)
-                        .stored(self.head_format),
-                ],
-                of_logits: true,
-            },
-        )?;
-        Ok(Plan { body, layers, head: vec![norm, head] })
+        Ok(Plan { body, layers, head: vec![norm, self.product(logits, head)?] })
     }
 
-    fn batch_layer(
-        &self,
-        rows: u32,
-        form: Form,
-        weights: &Layer,
-        records: &wgpu::Buffer,
-    ) -> Result<Mixes, Error> {
-        let (s, layout) = (self.scratch, self.records.layout);
+    /// The products of a layer over so many rows.
+    fn products<'a>(&'a self, rows: u32, skips: bool, weights: &'a Layer) -> Products<'a> {
+        let s = self.scratch;
         let ModelConfig { width, hidden, .. } = *self.config;
-        let rows_of = (Bound::Whole(&s.cursors), Grid::Rows);
-        let mix = |part, offset, mixes, vectors| self.mix(part, offset, mixes, vectors, records, rows_of);
-
         let per_row = weights.inputs(width);
         let (mut projections, mut start, mut element) = (Vec::new(), 0, 0);
         for of in stack(weights, width) {
@@ -357,18 +401,6 @@ impl Layers<'_> {
             adapters.push(matmul::Job { row: width, ..job });
             rank += own;
         }
-        let product = |product| self.product(rows, product);
-        let all = |part, weights, x, y, jobs| Product {
-            part,
-            weights,
-            transposed: false,
-            x,
-            y,
-            jobs,
-            of_logits: false,
-        };
-        let (x, inputs) = ((&s.x, s.len.x), (&s.inputs, s.len.inputs));
-        let (mixed, hidden_rows) = ((&s.mixed, s.len.mixed), (&s.hidden, s.len.hidden));
         let identity = Activation::Identity;
         let output = matmul::Job {
             exponent: READOUT_EXPONENT,
@@ -389,13 +421,55 @@ impl Layers<'_> {
             [(output, Matrix::Output), (key, Matrix::FfnKey), (value, Matrix::FfnValue)]
                 .map(|(job, of)| job.stored(weights.format(of)));
 
+        // Left out, a product's planes would be what was there before. Halves are read by eights, and blocks lie along a row of
+        // the matrix.
+        let is_divided = self.kernels.divided.is_some()
+            && rows <= FEW
+            && !skips
+            && output.inputs.is_multiple_of(stored::unit(output.format) * ADAPTERS)
+            && value.inputs.is_multiple_of(8 * ADAPTERS);
+        let added = |job, transposed| if is_divided { divided(job, transposed) } else { vec![job] };
+        let product = |part, transposed, weights, x, y, jobs| Product {
+            part,
+            weights,
+            transposed,
+            x,
+            y,
+            jobs,
+            of_logits: false,
+        };
+        let (inputs, up, readout) = ((&s.inputs, s.len.inputs), (&s.up, s.len.up), (&s.readout, s.len.x));
+        let (mixed, hidden) = ((&s.mixed, s.len.mixed), (&s.hidden, s.len.hidden));
+        Products {
+            projections: product("projections", false, &weights.stack, mixed, inputs, projections),
+            adapters: product("adapters", true, &weights.up, inputs, up, adapters),
+            output: product("output", false, &weights.output, readout, up, added(output, false)),
+            key: product("key", false, &weights.key, mixed, hidden, vec![key]),
+            value: product("value", true, &weights.value, hidden, up, added(value, true)),
+            divided: is_divided,
+        }
+    }
+
+    fn batch_layer<'a>(
+        &'a self,
+        rows: u32,
+        form: Form,
+        weights: &Layer,
+        records: &wgpu::Buffer,
+        products: Products<'a>,
+        stream: &mut Stream<'a>,
+    ) -> Result<Mixes, Error> {
+        let (s, layout) = (self.scratch, self.records.layout);
+        let rows_of = (Bound::Whole(&s.cursors), Grid::Rows);
+        let added = |of: Product<'a>, stream: &mut Stream<'a>| {
+            stream.planes = products.divided;
+            let y = if products.divided { of.y } else { (stream.x, s.len.x) };
+            self.product(rows, Product { y, ..of })
+        };
         let mut time_mix = vec![
-            mix("ln1", layout.att_shift, MIXES, &weights.att)?,
-            product(all("projections", &weights.stack, mixed, inputs, projections))?,
-            product(Product {
-                transposed: true,
-                ..all("adapters", &weights.up, inputs, (&s.up, s.len.up), adapters)
-            })?,
+            self.mix("ln1", layout.att_shift, MIXES, &weights.att, records, rows_of, stream)?,
+            self.product(rows, products.projections)?,
+            self.product(rows, products.adapters)?,
         ];
         match &self.kernels.scan {
             Some(kernels) if form != Form::Few => {
@@ -417,36 +491,21 @@ impl Layers<'_> {
                 records,
             )?),
         }
-        let readout_to_x = all("output", &weights.output, (&s.readout, s.len.x), x, vec![output]);
-        time_mix.extend(self.added(rows, readout_to_x)?);
-        let mut channel_mix = vec![
-            mix("ln2", layout.ffn_shift, 1, &weights.ffn)?,
-            product(all("key", &weights.key, mixed, hidden_rows, vec![key]))?,
+        time_mix.push(added(products.output, stream)?);
+        let channel_mix = vec![
+            self.mix("ln2", layout.ffn_shift, 1, &weights.ffn, records, rows_of, stream)?,
+            self.product(rows, products.key)?,
+            added(products.value, stream)?,
         ];
-        let hidden_to_x =
-            Product { transposed: true, ..all("value", &weights.value, hidden_rows, x, vec![value]) };
-        channel_mix.extend(self.added(rows, hidden_to_x)?);
         Ok(Mixes { time_mix, channel_mix })
     }
 
-    /// A product that is added to the residual stream, its inputs divided where that is faster.
-    fn added(&self, rows: u32, of: Product<'_>) -> Result<Vec<Step>, Error> {
-        let (s, job, width) = (self.scratch, of.jobs[0], self.config.width);
-        // Halves are read by eights, and blocks lie along a row of the matrix.
-        let unit = if of.transposed { 8 } else { stored::unit(job.format) };
-        let long = job.inputs >= MANY_INPUTS && job.inputs.is_multiple_of(unit * ADAPTERS);
-        match &self.kernels.add_planes {
-            Some(pipeline) if rows <= FEW && long => {
-                // The adapters' products were read.
-                let (part, jobs) = (of.part, divided(job, of.transposed));
-                let planes = self.product(rows, Product { y: (&s.up, s.len.up), jobs, ..of })?;
-                let dims = extents::Dims { rows: s.rows, width };
-                let (params, [each, ..]) = add_planes::lower(dims, ADAPTERS).map_err(refused(part))?;
-                let (buffers, grid) = ([&s.up, &s.x].map(Bound::Whole), Grid::EachRow(each));
-                Ok(vec![planes, self.planner().step("sum", pipeline, params, &buffers, grid, 0)?])
-            }
-            _ => Ok(vec![self.product(rows, of)?]),
-        }
+    /// Adds the planes to the residual stream where it is.
+    fn sum(&self, kernels: &DividedKernels, stream: &Stream<'_>) -> Result<Step, Error> {
+        let dims = extents::Dims { rows: self.scratch.rows, width: self.config.width };
+        let (params, [each, ..]) = add_planes::lower(dims, ADAPTERS).map_err(refused("sum"))?;
+        let buffers = [&self.scratch.up, stream.x].map(Bound::Whole);
+        self.planner().step("sum", &kernels.add_planes, params, &buffers, Grid::EachRow(each), 0)
     }
 
     /// How products are stored that other products read, divided by two to such a power if they are halves.
@@ -582,7 +641,8 @@ impl Layers<'_> {
     /// A product of so many rows.
     fn product(&self, rows: u32, of: Product<'_>) -> Result<Step, Error> {
         let s = self.scratch;
-        let (tile, pipeline) = self.kernels.matmul(of.part, rows, &of.jobs, of.transposed)?;
+        let multiply = self.tile(rows, &of);
+        let (tile, pipeline) = (multiply.tile, self.kernels.matmul(self.device, multiply)?);
         let dims = matmul::Dims {
             rows: if of.of_logits { s.logit_rows } else { s.rows },
             tile,
@@ -599,7 +659,12 @@ impl Layers<'_> {
         };
         let jobs = self.planner().table(&records);
         let buffers = [&jobs, of.weights, of.x.0, of.y.0].map(Bound::Whole);
-        self.planner().step_with(of.part, pipeline, params, &buffers, grid, of.weights.size())
+        self.planner().step_with(of.part, &pipeline, params, &buffers, grid, of.weights.size())
+    }
+
+    /// How a product of so many rows is computed.
+    fn tile(&self, rows: u32, of: &Product<'_>) -> Multiply {
+        self.kernels.tile(rows, &of.jobs, of.transposed)
     }
 
     fn heads(&self, of: Heads<'_>, weights: &Layer, records: &wgpu::Buffer) -> Result<Vec<Step>, Error> {
@@ -617,8 +682,13 @@ impl Layers<'_> {
                 let stride = layout.base_words;
                 let dims =
                     time_mix::Dims { rows, segments: 1, heads, head_size, ranks, inputs, stride, offset };
-                let (params, _) = time_mix::lower(dims, of.lora_up).map_err(refused(HEADS))?;
-                planner.step(HEADS, of.pipeline, params, &buffers, of.grid, of.bytes)
+                if of.lora_up.is_none() {
+                    let (params, _) = time_mix_batch::lower(dims).map_err(refused(HEADS))?;
+                    planner.step(HEADS, of.pipeline, params, &buffers, of.grid, of.bytes)
+                } else {
+                    let (params, _) = time_mix::lower(dims, of.lora_up).map_err(refused(HEADS))?;
+                    planner.step(HEADS, of.pipeline, params, &buffers, of.grid, of.bytes)
+                }
             }
             Held::Resident { format, .. } => {
                 let dims = time_mix_resident::Dims {

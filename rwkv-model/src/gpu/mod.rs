@@ -156,6 +156,10 @@ const MAX_ROWS: usize = 65_535;
 /// it leaves every loop at once, without a word. The heads take up to 135 for each token of a sequence.
 const MAX_SOFTWARE_ROWS: usize = 256;
 
+/// Dispatches of a pass that are submitted first; then twice as many, and so on, so that the device never waits for the host
+/// nor is often interrupted.
+const FIRST_STEPS: usize = 16;
+
 /// Whether there is a real GPU, and kernels for the model.
 pub(crate) fn suits(config: &ModelConfig) -> bool {
     let real = || device::adapters().first().is_some_and(|of| of.device_type != wgpu::DeviceType::Cpu);
@@ -216,8 +220,8 @@ struct Work {
     records: Records,
     /// For one token of one sequence, if the device has the memory for it.
     step: Option<Plan>,
-    /// For any number, by the rows that they are laid down for, rows of logits, and form.
-    batch: BTreeMap<([u32; 2], Form), Plan>,
+    /// For any number, by the rows that they are laid down for, rows of logits, form, and whether mixes may be left out.
+    batch: BTreeMap<([u32; 2], Form, bool), Plan>,
     /// One dispatch for each operation, by rows and rows of logits: of one token, and of the last other pass.
     unfused: BTreeMap<[u32; 2], Plan>,
     /// In place of mixes that are left out: of one token or of any rows, with their shifts frozen or not.
@@ -267,14 +271,17 @@ impl Executor {
             cache: setup.pipeline_cache.clone(),
         };
         let device = Device::open_with(&request)?;
-        let kernels = Kernels::new(&device, &config, &setup)?;
+        let (kernels, weights) = rayon::join(
+            || Kernels::new(&device, &config, &setup),
+            || Weights::upload(&device, checkpoint, &setup.weights, progress),
+        );
+        let (kernels, weights) = (kernels?, weights?);
         let rows = setup.pass_tokens.min(if device.is_gpu() { MAX_ROWS } else { MAX_SOFTWARE_ROWS });
         let scratch = Scratch::new(&device, &config, setup.state, rows, kernels.has_chunks())?;
         let unfused = || Unfused::new(&device, &config, scratch.rows, setup.skip_zeros);
         let unfused = (!setup.fused).then(unfused).transpose()?;
         device.save_cache()?;
         let records = Records::new(&device, &config, setup.state, setup.sessions)?;
-        let weights = Weights::upload(&device, checkpoint, &setup.weights, progress)?;
         let profile = setup.timestamps.then(|| profile::Recorder::new(&device)).flatten();
         let work = Work {
             records,
@@ -290,8 +297,8 @@ impl Executor {
             Self { device, config, setup, kernels, weights, scratch, unfused, work: Mutex::new(work) };
         // What would be refused later is refused now.
         let mut work = executor.lock();
-        executor.plan(&mut work, Shape { rows: 1, segments: 1, logits: 1 })?;
-        executor.plan(&mut work, Shape { rows: 2, segments: 1, logits: 1 })?;
+        executor.plan(&mut work, Shape { rows: 1, segments: 1, logits: 1 }, false)?;
+        executor.plan(&mut work, Shape { rows: 2, segments: 1, logits: 1 }, false)?;
         drop(work);
         Ok(executor)
     }
@@ -341,7 +348,7 @@ impl Executor {
     pub(crate) fn dispatches(&self) -> Result<[usize; 2], Error> {
         let mut work = self.lock();
         let mut count = |rows| {
-            let plan = self.plan(&mut work, Shape { rows, segments: 1, logits: 1 })?;
+            let plan = self.plan(&mut work, Shape { rows, segments: 1, logits: 1 }, false)?;
             Ok::<_, Error>(plan.until_head(Skip::default(), None).count() - 1) // less the embedding
         };
         Ok([count(1)?, count(2)?])
@@ -389,7 +396,7 @@ impl Executor {
         self.encode(&mut work, &mut encoder, shape, skip, [None; 2])?;
         // The rows of logits, in the order of jobs: kept in the records, or read.
         let row = (self.config.vocab * size_of::<f32>()) as u64;
-        let (mut at, mut all) = (0, Vec::new());
+        let (mut at, mut all, mut kept) = (0, Vec::new(), Vec::new());
         if shape.logits > 0 {
             work.holds = None;
         }
@@ -397,7 +404,13 @@ impl Executor {
             let rows = job.logits.rows(job.tokens.len()) as u64;
             if let Some(to) = of.after.logits() {
                 let (from, into) = ((at + rows - 1) * row, work.records.logits_offset(to));
-                encoder.copy_buffer_to_buffer(&self.scratch.logits, from, &work.records.logits, into, row);
+                // Neighbours that stay neighbours are copied at once.
+                match kept.last_mut() {
+                    Some((first, start, bytes)) if (*first + *bytes, *start + *bytes) == (from, into) => {
+                        *bytes += row;
+                    }
+                    _ => kept.push((from, into, row)),
+                }
                 if at + rows == 1 {
                     work.holds = Some(to.index());
                 }
@@ -407,6 +420,9 @@ impl Executor {
                 all.push(self.read_later(&mut encoder, &self.scratch.logits, bytes)?);
             }
             at += rows;
+        }
+        for (from, into, bytes) in kept {
+            encoder.copy_buffer_to_buffer(&self.scratch.logits, from, &work.records.logits, into, bytes);
         }
         queue.submit([encoder.finish()]);
         drop(work);
@@ -498,7 +514,7 @@ impl Executor {
         let mut encoder = self.encoder();
         {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            let plan = self.batch(&mut work, shape)?;
+            let plan = self.batch(&mut work, shape, false)?;
             let steps = plan.until_head(Skip::default(), None);
             let heads = steps.filter(|step| step.part == layer::HEADS);
             heads.for_each(|step| step.encode(&mut pass, shape));
@@ -570,7 +586,7 @@ impl Executor {
     }
 
     /// The plan for a pass.
-    fn plan<'w>(&self, work: &'w mut Work, shape: Shape) -> Result<&'w Plan, Error> {
+    fn plan<'w>(&self, work: &'w mut Work, shape: Shape, skips: bool) -> Result<&'w Plan, Error> {
         let layers = self.layers(&work.records);
         if let Some(unfused) = &self.unfused {
             let key = [shape.rows, shape.logits.max(1)];
@@ -584,17 +600,17 @@ impl Executor {
             let plan = work.step.take().map_or_else(|| layers.step(), Ok)?;
             return Ok(work.step.insert(plan));
         }
-        self.batch(work, shape)
+        self.batch(work, shape, skips)
     }
 
-    /// The plan for a pass, in the form for several rows.
-    fn batch<'w>(&self, work: &'w mut Work, shape: Shape) -> Result<&'w Plan, Error> {
+    /// The plan for a pass, in the form for several rows; with `skips` mixes may be left out of it.
+    fn batch<'w>(&self, work: &'w mut Work, shape: Shape, skips: bool) -> Result<&'w Plan, Error> {
         let layers = self.layers(&work.records);
         let class = [shape.rows, shape.logits].map(Kernels::class);
         let form = self.kernels.form(&self.config, &self.setup, shape);
-        Ok(match work.batch.entry((class, form)) {
+        Ok(match work.batch.entry((class, form, skips)) {
             Entry::Occupied(laid) => laid.into_mut(),
-            Entry::Vacant(room) => room.insert(layers.batch(class, form)?),
+            Entry::Vacant(room) => room.insert(layers.batch(class, form, skips)?),
         })
     }
 
@@ -630,15 +646,31 @@ impl Executor {
         if work.told.replace(shape) != Some(shape) {
             self.scratch.write_shape(self.device.queue(), &self.config, shape);
         }
-        let plan = self.plan(work, shape)?;
+        let plan = self.plan(work, shape, !skip.layers.is_empty())?;
         let head: &[plan::Step] = if shape.logits > 0 { &plan.head } else { &[] };
         let body = plan.until_head(skip, passed_by.as_deref());
         let steps: Vec<_> = first.into_iter().chain(body).chain(head).chain(last).collect();
-        {
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            match &mut profile {
-                None => steps.iter().for_each(|step| step.encode(&mut pass, shape)),
-                Some(profile) => profile.encode(&mut pass, &steps, shape),
+        if let Some(profile) = &mut profile {
+            profile.encode(
+                &mut encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default()),
+                &steps,
+                shape,
+            );
+        } else {
+            let mut left = &steps[..];
+            // Of a few tokens at once the device begins while the host encodes the rest, which takes a millisecond.
+            let mut some = if shape.rows > 1 { FIRST_STEPS } else { left.len() };
+            while !left.is_empty() {
+                let (now, later) = left.split_at(some.min(left.len()));
+                {
+                    let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+                    now.iter().for_each(|step| step.encode(&mut pass, shape));
+                }
+                if !later.is_empty() {
+                    let begun = std::mem::replace(encoder, self.encoder());
+                    self.device.queue().submit([begun.finish()]);
+                }
+                (left, some) = (later, 2 * some);
             }
         }
         if let Some(profile) = &mut profile {

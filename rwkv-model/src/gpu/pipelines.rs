@@ -1,26 +1,27 @@
 //! The kernels of a model, compiled in the best variants that a device has, and how work is divided among their workgroups.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::resume_unwind;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 
-use rayon::prelude::*;
 use rwkv_core::ModelConfig;
 use rwkv_core::config::Ranks;
 use rwkv_core::model::Wkv;
-use rwkv_core::ops::activation::Activation;
 use rwkv_core::quant;
 use rwkv_kernels::gpu::Device;
 use rwkv_kernels::kernels::time_mix_resident::{Format, Rounding};
 use rwkv_kernels::kernels::weights as stored;
 use rwkv_kernels::kernels::{
     add_planes, carry, channel_mix_value, embedding, layer_norm, linear, matmul, mix_in, mix_rows, packed,
-    readout_packed, sample, time_mix, time_mix_operands, time_mix_resident, wkv7_chunked,
+    readout_packed, sample, time_mix, time_mix_batch, time_mix_operands, time_mix_resident, wkv7_chunked,
     wkv7_chunked_factors, wkv7_fours, wkv7_scan,
 };
 use rwkv_kernels::pipeline::Pipeline;
 use rwkv_kernels::{Capabilities, Kernel, choose};
 use rwkv_state::{Resident, ResidentRounding, StateFormat};
 
-use super::layer::{job, refused};
+use super::layer::{ADAPTERS, refused};
 use super::plan::Shape;
 use super::{Error, Setup, count};
 use crate::recipe::Matrix;
@@ -29,10 +30,10 @@ use crate::recipe::Matrix;
 const STRAIGHT: [Matrix; 6] =
     [Matrix::Receptance, Matrix::Key, Matrix::Value, Matrix::Output, Matrix::FfnKey, Matrix::Head];
 
-/// Which kernel the heads have.
+/// Which kernels the heads have.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Held {
-    /// [`time_mix`]: states in single precision that are written at every token.
+    /// [`time_mix`] and [`time_mix_batch`]: states in single precision that are written at every token.
     Plain,
     /// [`time_mix_resident`]: all others.
     Resident { format: Format, rounding: Rounding, lazy: bool },
@@ -93,8 +94,8 @@ impl Held {
         let written = [packed::halves(written.filter(|_| norm)), readout_packed::norm(norm)];
         match self {
             Self::Plain => {
-                let overrides = [("LANES", f64::from(lanes)), ("LORA_UP", f64::from(u8::from(lora_up)))];
-                compile(device, time_mix::VARIANTS, &[overrides, written].concat())
+                let of = if lora_up { time_mix::VARIANTS } else { time_mix_batch::VARIANTS };
+                compile(device, of, &[&[("LANES", f64::from(lanes))], &written[..]].concat())
             }
             Self::Resident { format, rounding, lazy } => {
                 let overrides = time_mix_resident::overrides(format, rounding, lazy, lanes, lora_up);
@@ -118,15 +119,14 @@ pub(super) struct Kernels {
     pub(super) held: Held,
     pub(super) embedding: Pipeline,
     pub(super) layer_norm: Pipeline,
-    pub(super) mix_rows: Pipeline,
+    pub(super) mix_rows: (mix_rows::Form, Pipeline),
     pub(super) carry: Pipeline,
     pub(super) sample: Pipeline,
-    /// From the smallest tile on, for what products become, plain and transposed.
-    matmul: Vec<(matmul::Tile, Vec<Multiply>)>,
+    matmul: Multiplies,
     /// Whether products are of cooperative matrices, so that what they read is written as halves.
     pub(super) coop: bool,
-    /// Adds up products whose inputs are divided, if they may be.
-    pub(super) add_planes: Option<Pipeline>,
+    /// For products whose inputs are divided, if they may be.
+    pub(super) divided: Option<DividedKernels>,
     /// With the adapters' products given; of few sequences, more lanes to each.
     pub(super) time_mix: Pipeline,
     time_mix_few: Option<Pipeline>,
@@ -138,41 +138,66 @@ pub(super) struct Kernels {
     pub(super) step: Option<StepKernels>,
 }
 
-/// `matmul` for some products.
+/// What adds up products whose inputs are divided among [`ADAPTERS`] planes.
 #[derive(Debug)]
-struct Multiply {
+pub(super) struct DividedKernels {
+    /// `mix_rows` of rows to which their planes are yet to be added.
+    pub(super) mix_rows: (mix_rows::Form, Pipeline),
+    /// Where no other norm follows.
+    pub(super) add_planes: Pipeline,
+}
+
+/// `matmul`, compiled for the tiles, and for what becomes of the products, that plans ask for: a driver takes a second for
+/// some, and no engine asks for all.
+#[derive(Debug)]
+struct Multiplies {
+    /// The best variant that the device has.
+    kernel: Kernel,
+    /// From the smallest on.
+    tiles: &'static [matmul::Tile],
+    made: Mutex<BTreeMap<Multiply, Pipeline>>,
+}
+
+/// What a pipeline of `matmul` is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Multiply {
+    pub(super) tile: matmul::Tile,
     transposed: bool,
-    /// What becomes of them, if the tile asks.
+    /// What becomes of the products, if the tile asks.
     kinds: Option<matmul::Kinds>,
     /// What the matrices are in, as a [`stored::set`].
     formats: u32,
-    pipeline: Pipeline,
 }
 
-impl Multiply {
-    /// What becomes of the products of a layer and of the head, with cooperative matrices, and what they are with, beside
-    /// adapters if so said.
-    fn kinds() -> [(bool, matmul::Kinds, &'static [Matrix], bool); 7] {
-        let of = |of: &[(matmul::Store, Activation)]| {
-            let job =
-                |&(store, activation)| matmul::Job { store, ..job(8, 8, 0, (0, 8), (0, 8), activation) };
-            matmul::Kinds::of(&of.iter().map(job).collect::<Vec<_>>())
-        };
-        let (put, add, halves) = (matmul::Store::Put, matmul::Store::Add, matmul::Store::Halves(0));
-        let (identity, tanh, sigmoid) = (Activation::Identity, Activation::Tanh, Activation::Sigmoid);
-        let (put, added) = (of(&[(put, identity)]), of(&[(add, identity)]));
-        // The adapters' first factors are beside the projections.
-        let stack = of(&[(matmul::Store::Put, identity), (halves, tanh), (halves, sigmoid)]);
-        let squared = of(&[(halves, Activation::SquaredRelu)]);
-        [
-            (false, put, &[Matrix::Head], false),
-            (false, added, &[Matrix::Output], false),
-            (false, squared, &[Matrix::FfnKey], false),
-            (false, stack, &[Matrix::Receptance, Matrix::Key, Matrix::Value], true),
-            (true, put, &[], true),
-            (true, put, &[Matrix::FfnValue], false), // divided
-            (true, added, &[Matrix::FfnValue], false),
-        ]
+impl Multiplies {
+    fn get(&self, device: &Device, of: Multiply) -> Result<Pipeline, Error> {
+        let found = self.made().get(&of).cloned();
+        if let Some(pipeline) = found {
+            return Ok(pipeline);
+        }
+        let mut overrides = of.tile.overrides(of.transposed, of.formats);
+        overrides.extend(of.kinds.into_iter().flat_map(matmul::Kinds::overrides));
+        let pipeline = compile(device, [&self.kernel], &overrides)?;
+        Ok(self.made().entry(of).or_insert(pipeline).clone())
+    }
+
+    /// Compiles those that are not compiled yet, side by side. After an error they may be asked for again.
+    fn prepare(&self, device: &Device, wanted: impl IntoIterator<Item = Multiply>) -> Result<(), Error> {
+        let mut missing: BTreeSet<Multiply> = wanted.into_iter().collect();
+        missing.retain(|of| !self.made().contains_key(of));
+        // Not by a pool, of which a thread that waits may take up another pass, which waits for this one.
+        thread::scope(|scope| {
+            let compile = |&of| scope.spawn(move || self.get(device, of));
+            let threads: Vec<_> = missing.iter().map(compile).collect();
+            threads
+                .into_iter()
+                .try_for_each(|of| of.join().unwrap_or_else(|panic| resume_unwind(panic)).map(drop))
+        })?;
+        if missing.is_empty() { Ok(()) } else { Ok(device.save_cache()?) }
+    }
+
+    fn made(&self) -> MutexGuard<'_, BTreeMap<Multiply, Pipeline>> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -311,18 +336,22 @@ pub(super) struct StepKernels {
 /// Processors of the GPUs that tiles were measured on, an H100 and an H200.
 const PROCESSORS: u32 = 132;
 
-/// Invocations that keep such a GPU busy. With fewer in a dispatch, a smaller tile is faster.
+/// Invocations that keep such a GPU busy, or workgroups, one for nearly every processor. With fewer in a dispatch, a smaller tile is
+/// faster. On an H100, 64 rows of 2,048 inputs and 8,192 outputs: 26 us in 128 workgroups of 64 x 64, 31 in 512 of 32 x 32.
 const FILL: u32 = PROCESSORS * 174;
+const MOST_PROCESSORS: u32 = PROCESSORS * 15 / 16;
 
-/// Rows up to which a head has more lanes than [`Held::batch_lanes`], and how many. On an H100, 1.5B, 32 sequences: 22 us for 25.
+/// Rows up to which a head has more lanes than [`Held::batch_lanes`], and how many. On an H100, a step of 1.5B and 32 sequences
+/// takes 2.91 ms with 128, 2.95 with 64 and 3.05 with 256.
 const FEW_SEQUENCES: u32 = 32;
-const FEW_LANES: u32 = 256;
+const FEW_LANES: u32 = 128;
 
-/// Rows up to which a product of so many inputs has too few tiles of outputs to keep an H100 busy, so that its inputs are
-/// divided. Measured there, with the sum: of 1.5B's 8,192 hidden units 29 us for 40 at 32 rows and 40 for 66 at 128, of
-/// 7.2B's 16,384 127 for 256 at 128; of 4,096 inputs nothing.
+/// Rows up to which products that are added to the residual stream have too few tiles of outputs to keep an H100 busy, so that their
+/// inputs are divided. Of 1.5B the output takes 19 us for 20 at 32 rows and 22 for 27 at 128, the value 29 for 40 and 40 for 66.
 pub(super) const FEW: u32 = 256;
-pub(super) const MANY_INPUTS: usize = 8192;
+
+/// Lanes of a workgroup that mixes a row. On an H100, a step of 1.5B and 32 sequences takes 2.91 ms, and 3.00 with half as many.
+const MIX_LANES: u32 = 512;
 
 /// What the hidden units of the channel mix are divided by before they are rounded to halves, as a power of two: they are
 /// squares. books-10m has some beyond 1e5; up to 1.6e7 they are off by no more than half a unit, or 7.6e-6.
@@ -347,6 +376,19 @@ const fn tiles(coop: bool, batch_invariant: bool) -> &'static [matmul::Tile] {
     }
 }
 
+/// The best variant of a kernel that a device has.
+fn best<'a>(
+    device: &Device,
+    variants: impl IntoIterator<Item = &'a Kernel> + Clone,
+) -> Result<&'a Kernel, Error> {
+    let has = device.capabilities();
+    choose(variants.clone(), &has).ok_or_else(|| {
+        let name = variants.into_iter().next().map(Kernel::label).unwrap_or_default();
+        let needs = Capabilities::WEBGPU;
+        rwkv_kernels::pipeline::Error::Capabilities { name, needs, has }.into()
+    })
+}
+
 /// Compiles a kernel in the best variant that a device has.
 ///
 /// Indices are not checked on the device: see the comment on safety.
@@ -355,12 +397,7 @@ pub(super) fn compile<'a>(
     variants: impl IntoIterator<Item = &'a Kernel> + Clone,
     overrides: &[(&str, f64)],
 ) -> Result<Pipeline, Error> {
-    let capabilities = device.capabilities();
-    let Some(kernel) = choose(variants.clone(), &capabilities) else {
-        let name = variants.into_iter().next().map(Kernel::label).unwrap_or_default();
-        let needs = Capabilities::WEBGPU;
-        return Err(rwkv_kernels::pipeline::Error::Capabilities { name, needs, has: capabilities }.into());
-    };
+    let kernel = best(device, variants)?;
     // SAFETY: the kernels are of rwkv-kernels. The plans, in `layer` and in `unfused`, bind buffers of the executor's making,
     // whose extents and whose parameters come from the same `ModelConfig` by way of `lower`, which refuses what does not fit. The
     // tables of a pass (tokens, cursors, segments, wanted rows) are written by the executor alone: tokens are checked
@@ -382,60 +419,58 @@ impl Kernels {
         let lanes = lanes(device);
         let norm = [("LANES", f64::from(lanes(256)))];
         let coop = coop(device, config);
-        // What matrices are in, and adapters, which are halves, if they are among them.
-        let set = |of: &[Matrix], adapters: bool| {
-            stored::set(setup.weights.blocks(config.n_layers, of).chain(adapters.then_some(None)))
-        };
-        let products: BTreeSet<_> = if coop {
-            let of =
-                |(transposed, kinds, matrices, adapters)| (transposed, Some(kinds), set(matrices, adapters));
-            Multiply::kinds().map(of).into()
-        } else {
-            [(false, None, set(&STRAIGHT, true)), (true, None, set(&[Matrix::FfnValue], true))].into()
-        };
-        // Side by side, since a driver takes half a second for some.
-        let of_matmul = |&tile: &matmul::Tile| {
-            let of = |&(transposed, kinds, formats): &(bool, Option<matmul::Kinds>, u32)| {
-                let mut overrides = tile.overrides(transposed, formats);
-                overrides.extend(kinds.into_iter().flat_map(matmul::Kinds::overrides));
-                let pipeline = compile(device, tile.variants(), &overrides)?;
-                Ok::<_, Error>(Multiply { transposed, kinds, formats, pipeline })
-            };
-            Ok::<_, Error>((tile, products.par_iter().map(of).collect::<Result<_, _>>()?))
-        };
-        let of_matmul =
-            tiles(coop, setup.batch_invariant).par_iter().map(of_matmul).collect::<Result<_, _>>()?;
+        let tiles = tiles(coop, setup.batch_invariant);
+        let matmul =
+            Multiplies { kernel: *best(device, tiles[0].variants())?, tiles, made: Mutex::default() };
         let held = Held::new(setup.state, setup.fused)?;
         // What the products read: rows are normed, or gated. Without fusion each operation has single precision.
         let written = |exponent| (coop && setup.fused).then_some(exponent);
         let normed = [norm[0], packed::halves(written(0))];
+        let mix_rows = |planes| {
+            let form = mix_rows::Form::new(config.width, lanes(MIX_LANES), planes).map_err(refused("mix"))?;
+            Ok::<_, Error>((
+                form,
+                compile(device, mix_rows::VARIANTS, &[&form.overrides()[..], &[normed[1]]].concat())?,
+            ))
+        };
         let readout = written(READOUT_EXPONENT);
         let of_heads = |wanted| held.compile(device, lanes(wanted), false, !setup.norm_apart(), readout);
+        // It rounds a state once in a pass: where it must not show how tokens were spread over passes, it is for those
+        // that are not rounded and of which nothing is pending.
+        let scans = setup.fused && (setup.state.is_plain() || !setup.batch_invariant);
+        let of_scan = || ScanKernels::new(device, setup, held, readout);
+        let of_step = || StepKernels::new(device, config, setup, held);
+        // Side by side, since a driver takes half a second for some.
+        let ((time_mix, time_mix_few), (scan, step)) = rayon::join(
+            || {
+                let few = || (!setup.batch_invariant).then(|| of_heads(FEW_LANES)).transpose();
+                rayon::join(|| of_heads(held.batch_lanes()), few)
+            },
+            || {
+                let step = || if setup.fused { of_step() } else { Ok(None) };
+                rayon::join(|| scans.then(of_scan).transpose(), step)
+            },
+        );
         Ok(Self {
             held,
             embedding: compile(device, embedding::VARIANTS, &norm)?,
             layer_norm: compile(device, layer_norm::VARIANTS, &normed)?,
-            mix_rows: compile(device, mix_rows::VARIANTS, &normed)?,
+            mix_rows: mix_rows(0)?,
             carry: compile(device, carry::VARIANTS, &[])?,
             sample: compile(device, sample::VARIANTS, &[("LANES", f64::from(lanes(1024)))])?,
-            matmul: of_matmul,
+            matmul,
             coop,
-            add_planes: if coop && !setup.batch_invariant {
-                Some(compile(device, add_planes::VARIANTS, &[])?)
+            divided: if coop && !setup.batch_invariant {
+                let add_planes = compile(device, add_planes::VARIANTS, &[])?;
+                Some(DividedKernels { mix_rows: mix_rows(count(ADAPTERS))?, add_planes })
             } else {
                 None
             },
-            time_mix: of_heads(held.batch_lanes())?,
-            time_mix_few: if setup.batch_invariant { None } else { Some(of_heads(FEW_LANES)?) },
+            time_mix: time_mix?,
+            time_mix_few: time_mix_few?,
             readout: readout_of_heads(device, setup, readout)?,
-            // It rounds a state once in a pass: where it must not show how tokens were spread over passes, it is for those
-            // that are not rounded and of which nothing is pending.
-            scan: if setup.fused && (setup.state.is_plain() || !setup.batch_invariant) {
-                Some(ScanKernels::new(device, setup, held, readout)?)
-            } else {
-                None
-            },
-            step: if setup.fused { StepKernels::new(device, config, setup, held)? } else { None },
+            scan: scan?,
+            step: step?,
         })
     }
 
@@ -485,44 +520,45 @@ impl Kernels {
         rows.next_power_of_two().clamp(16, 2048)
     }
 
-    /// The tile for products of so many rows, and its pipeline.
+    /// The tile for products of so many rows, and for what becomes of them.
     ///
     /// Of cooperative matrices, the largest that leaves no processor idle and is not mostly without rows, or else the
     /// smallest.
-    pub(super) fn matmul(
-        &self,
-        part: &'static str,
-        rows: u32,
-        jobs: &[matmul::Job],
-        transposed: bool,
-    ) -> Result<(matmul::Tile, &Pipeline), Error> {
-        let (rows, kinds) = (Self::class(rows), matmul::Kinds::of(jobs));
+    pub(super) fn tile(&self, rows: u32, jobs: &[matmul::Job], transposed: bool) -> Multiply {
+        let rows = Self::class(rows);
         let fits = |tile: &matmul::Tile| match tile.coop {
             None => true,
             Some(_) => {
                 let cols: u32 = jobs.iter().map(|job| count(job.outputs).div_ceil(tile.cols)).sum();
                 let groups = cols.saturating_mul(rows.div_ceil(tile.rows));
-                groups.saturating_mul(tile.lanes()) >= FILL
+                groups >= MOST_PROCESSORS || groups.saturating_mul(tile.lanes()) >= FILL
             }
         };
-        let mut of_rows = self.matmul.iter().filter(|(tile, _)| tile.rows <= rows);
-        let (tile, pipelines) = of_rows.rfind(|(tile, _)| fits(tile)).unwrap_or(&self.matmul[0]);
+        let mut of_rows = self.matmul.tiles.iter().filter(|tile| tile.rows <= rows);
+        let tile = *of_rows.rfind(|tile| fits(tile)).unwrap_or(&self.matmul.tiles[0]);
         let formats = stored::set(jobs.iter().map(|job| job.format));
-        let suits = |of: &&Multiply| {
-            of.transposed == transposed
-                && of.formats & formats == formats
-                && of.kinds.is_none_or(|own| own.contains(kinds))
-        };
-        let none = || refused(part)("no kernel does with its products what is asked");
-        let best = pipelines.iter().filter(suits).min_by_key(|of| of.formats.count_ones());
-        Ok((*tile, &best.ok_or_else(none)?.pipeline))
+        Multiply { tile, transposed, kinds: tile.coop.map(|_| matmul::Kinds::of(jobs)), formats }
+    }
+
+    /// The pipeline for products. It is compiled when it is first asked for.
+    pub(super) fn matmul(&self, device: &Device, of: Multiply) -> Result<Pipeline, Error> {
+        self.matmul.get(device, of)
+    }
+
+    /// Compiles those that a plan is about to ask for, as far as they are not.
+    pub(super) fn prepare(
+        &self,
+        device: &Device,
+        wanted: impl IntoIterator<Item = Multiply>,
+    ) -> Result<(), Error> {
+        self.matmul.prepare(device, wanted)
     }
 
     /// What was chosen, of those that every form has and of others.
     pub(super) fn labels_with<'a>(&'a self, others: impl IntoIterator<Item = &'a Pipeline>) -> Vec<String> {
         let own = [&self.embedding, &self.layer_norm, &self.sample].into_iter();
-        let all = own.chain(self.matmul.iter().flat_map(|(_, of)| of).map(|of| &of.pipeline)).chain(others);
-        let mut labels: Vec<_> = all.map(|pipeline| pipeline.kernel().label()).collect();
+        let kernels = own.chain(others).map(Pipeline::kernel).chain([&self.matmul.kernel]);
+        let mut labels: Vec<_> = kernels.map(Kernel::label).collect();
         labels.sort();
         labels.dedup();
         labels
@@ -530,8 +566,9 @@ impl Kernels {
 
     /// What was chosen.
     pub(super) fn labels(&self) -> Vec<String> {
-        let mut all = vec![&self.mix_rows, &self.time_mix];
+        let mut all = vec![&self.mix_rows.1, &self.time_mix];
         all.extend(&self.readout);
+        all.extend(self.divided.iter().map(|of| &of.add_planes));
         if let Some(of) = &self.scan {
             all.extend([&of.operands, &of.scan, &of.readout]);
             all.extend(of.fours.iter().map(|(_, fours)| fours));
@@ -664,4 +701,79 @@ pub(super) fn value_of(
         stored::formats(formats.iter().copied()),
     ];
     Ok((compile(device, channel_mix_value::VARIANTS, &overrides)?, columns))
+}
+
+#[cfg(test)]
+mod tests {
+    use rwkv_core::compare::nmse;
+    use rwkv_core::model::{Logits, Skip};
+    use rwkv_core::ops::activation::Activation;
+    use rwkv_kernels::gpu::device_for_tests;
+    use rwkv_kernels::kernels::matmul;
+
+    use super::{Error, Multiply};
+    use crate::checkpoint::Checkpoint;
+    use crate::gpu::layer::job;
+    use crate::gpu::{Executor, Job, Setup, count};
+
+    fn executor() -> Option<Executor> {
+        device_for_tests()?;
+        let bundled = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/books-10m/model.safetensors");
+        let setup = Setup { fused: true, sessions: 1, pass_tokens: 256, ..Setup::default() };
+        Some(Executor::open(&Checkpoint::open(bundled).unwrap(), setup, &|_| ()).unwrap())
+    }
+
+    fn logits(executor: &Executor, tokens: &[u32]) -> Vec<f32> {
+        let mut record = executor.empty();
+        let jobs = &mut [Job { tokens, record: &mut record, logits: Logits::All }];
+        executor.pass(jobs, Skip::default()).unwrap()
+    }
+
+    #[test]
+    fn products_are_compiled_when_they_are_first_asked_for() {
+        let Some(executor) = executor() else { return };
+        let matmul = &executor.kernels.matmul;
+        let tokens: Vec<u32> = (0..130).map(|i| i * 7 % 256).collect();
+        let some = [job(8, 8, 0, (0, 8), (0, 8), Activation::Identity)];
+        // Every product whose tile has so many rows.
+        let compiled = |rows: u32| matmul.made().keys().filter(|of| of.tile.rows == rows).count();
+        let vocab = executor.config().vocab;
+        let mut short = logits(&executor, &tokens[..2]);
+        for rows in [20, 40, 130] {
+            let tile = executor.kernels.tile(count(rows), &some, false).tile;
+            let before = compiled(tile.rows);
+            let first = logits(&executor, &tokens[..rows]);
+            let after = compiled(tile.rows);
+            assert!(after >= before && after > 0, "{rows} rows");
+            let all = matmul.made().len();
+            let again = logits(&executor, &tokens[..rows]);
+            assert_eq!(matmul.made().len(), all, "{rows} rows once more: nothing is compiled");
+            assert_eq!(first, again, "{rows} rows");
+            assert_eq!(first.len(), rows * vocab, "{rows} rows");
+            // But for the order of sums, and what cooperative matrices round.
+            let error = nmse(&first[..short.len()], &short, 1e-5);
+            assert!(error.is_ok(), "{rows} rows begin as fewer do: {error:?}");
+            short = first;
+        }
+        let tiles = matmul.made().keys().map(|of| of.tile).collect::<std::collections::BTreeSet<_>>().len();
+        assert!(tiles > 1, "not all that was asked for was compiled at first");
+    }
+
+    #[test]
+    fn what_cannot_be_compiled_is_said_and_leaves_the_rest() {
+        let Some(executor) = executor() else { return };
+        let (device, matmul) = (executor.device(), &executor.kernels.matmul);
+        let before = matmul.made().len();
+        // More invocations than a workgroup has.
+        let vast = matmul::Tile { rows: 1 << 16, ..matmul.tiles[0] };
+        let some = [job(8, 8, 0, (0, 8), (0, 8), Activation::Identity)];
+        let good = executor.kernels.tile(200, &some, true);
+        let vast = Multiply { tile: vast, ..good };
+        let refused = |of: Result<(), Error>| matches!(of, Err(Error::Pipeline(_)));
+        assert!(refused(matmul.prepare(device, [good, vast])), "the error is told");
+        assert!(refused(matmul.get(device, vast).map(drop)), "again");
+        assert!(matmul.made().len() <= before + 1, "it is not kept");
+        assert!(matmul.get(device, good).is_ok(), "others are compiled");
+        assert_eq!(logits(&executor, &[1, 2, 3]).len(), 3 * executor.config().vocab, "passes go on");
+    }
 }

@@ -145,11 +145,13 @@ impl Pool {
         n.saturating_sub(self.free.lock().unwrap_or_else(PoisonError::into_inner).len())
     }
 
+    /// Those that are taken together ascend: what was neighbours before is so again, and is copied at once.
     fn take(&self, n: usize) -> Vec<Place> {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let first = free.len().saturating_sub(n);
-        let taken = free.drain(first..).rev();
-        taken.map(|index| self.place(index)).collect()
+        let mut taken: Vec<u32> = free.drain(first..).collect();
+        taken.sort_unstable();
+        taken.into_iter().map(|index| self.place(index)).collect()
     }
 
     fn place(&self, index: u32) -> Place {

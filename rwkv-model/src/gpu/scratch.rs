@@ -38,6 +38,8 @@ pub(super) struct Scratch {
     pub(super) no_cursor: wgpu::Buffer,
     /// Residual stream, `[T, D]`.
     pub(super) x: wgpu::Buffer,
+    /// Where it is after planes were added to it: there and back.
+    pub(super) x_summed: wgpu::Buffer,
     /// Normed and shifted, `[T, 6, D]`.
     pub(super) mixed: wgpu::Buffer,
     /// What the heads read, `[T, P]`.
@@ -149,6 +151,7 @@ impl Scratch {
                 wanted: storage("wanted rows", logit_rows),
                 no_cursor: storage("no cursor", 2),
                 x: storage("x", len.x),
+                x_summed: storage("x", len.x),
                 mixed: storage("mixed", len.mixed),
                 inputs: storage("inputs", len.inputs),
                 up: storage("up", len.up),

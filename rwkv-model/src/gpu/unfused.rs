@@ -493,7 +493,8 @@ impl<'a> Steps<'a> {
             activation: Activation::Identity,
             store: if accumulate { matmul::Store::Add } else { matmul::Store::Put },
         };
-        let (tile, pipeline) = self.of.kernels.matmul(of.part, count(self.rows), &[job], transposed)?;
+        let multiply = self.of.kernels.tile(count(self.rows), &[job], transposed);
+        let (tile, pipeline) = (multiply.tile, self.of.kernels.matmul(self.of.device, multiply)?);
         let dims = matmul::Dims {
             rows: self.rows,
             tile,
@@ -506,7 +507,7 @@ impl<'a> Steps<'a> {
         let jobs = self.of.planner().table(&jobs);
         let buffers = [&jobs, weights, x, of.y].map(Bound::Whole);
         let lowered = Ok::<_, matmul::Error>((params, groups));
-        self.push(of.part, pipeline, lowered, &buffers, of.bytes())
+        self.push(of.part, &pipeline, lowered, &buffers, of.bytes())
     }
 
     /// What a product reads: halves, if it is of cooperative matrices.

@@ -65,7 +65,7 @@ pub const TILES: [Tile; 3] = [portable(32), portable(64), portable(128)];
 /// the time, several subgroups share a part, so that enough of them read.
 pub const COOP_TILES: [Tile; 5] = [
     coop([16, 16], [16, 16], 8, 256, 2),
-    coop([16, 32], [16, 32], 8, 256, 1),
+    coop([16, 32], [16, 32], 4, 128, 2),
     coop([32, 32], [32, 32], 4, 128, 2),
     COOP_TILES_UNSPLIT[1],
     COOP_TILES_UNSPLIT[2],

@@ -2,11 +2,19 @@
 //use reduce
 //use packed
 //
-// One workgroup per row, four channels at a time. The row before is normed again where it is in the same segment: that
-// costs reads, mostly from a cache, and no pass between the norm and the shift. Both norms are made by the same
+// With PLANES each row is summed first: twin rwkv-core/src/ops/add_planes.rs.
+//
+// One workgroup per row, four channels at a time, and whatever it reads is under way before the first of it is used: what a
+// few rows take is mostly waiting. The row before is summed and normed again where it is in the same segment: that
+// costs reads, mostly from a cache, and no pass between the norm and the shift. Both are made by the same
 // operations in the same order, so that a row is the same whether it comes from the pass or, kept, from the one before.
 
 override LANES: u32 = 256u;
+override EACH: u32 = 2u;   // vectors of a row to an invocation, at most MOST: 4 LANES EACH channels
+override PLANES: u32 = 0u; // to be added to each row of x
+
+const MOST: u32 = 8u;
+const MIXES: u32 = 6u; // at most
 
 // In place of a record.
 const NONE: u32 = 0xFFFFFFFFu;
@@ -21,75 +29,139 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;       // [T, D]
+@group(0) @binding(2) var<storage, read> planes: array<vec4<f32>>;  // [T, PLANES, D]
 // [T]: the record that holds the row before a segment's first, and the one that is to hold this row.
-@group(0) @binding(2) var<storage, read> cursors: array<vec2<u32>>;
-@group(0) @binding(3) var<storage, read> vectors: array<vec4<f32>>; // [2 + M, D]: gain, bias, mixes
+@group(0) @binding(3) var<storage, read> cursors: array<vec2<u32>>;
+@group(0) @binding(4) var<storage, read> vectors: array<vec4<f32>>; // [2 + M, D]: gain, bias, mixes
 // [records, stride]. No record is both read and written in a pass.
-@group(0) @binding(4) var<storage, read_write> state: array<vec4<f32>>;
-@group(0) @binding(5) var<storage, read_write> out: array<vec2<u32>>; // [T, M, D]
+@group(0) @binding(5) var<storage, read_write> state: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read_write> sum: array<vec4<f32>>; // [T, D], written if there are planes
+@group(0) @binding(7) var<storage, read_write> out: array<vec2<u32>>; // [T, M, D]
+
+// What an invocation has of a row.
+struct Row {
+    held: array<vec4<f32>, MOST>,
+}
+
+// What it has of the vectors, for four channels.
+struct Vectors {
+    gain: vec4<f32>,
+    bias: vec4<f32>,
+    mixes: array<vec4<f32>, MIXES>,
+}
 
 struct Moments {
     mean: f32,
     scale: f32,
 }
 
-// Of the row of x at `start`. Every invocation must call it.
-fn moments(start: u32, quads: u32, lane: Lane) -> Moments {
+// Row t of x, with its planes.
+fn row_of(t: u32, quads: u32, lane: Lane) -> Row {
+    var row: Row;
+    for (var e = 0u; e < EACH; e++) {
+        let q = lane.index + e * LANES;
+        if q < quads {
+            var added = vec4(0.0);
+            for (var p = 0u; p < PLANES; p++) {
+                added += planes[(t * PLANES + p) * quads + q];
+            }
+            row.held[e] = x[t * quads + q];
+            if PLANES > 0u {
+                row.held[e] += added;
+            }
+        }
+    }
+    return row;
+}
+
+// Every invocation must call it.
+fn moments(row: Row, quads: u32, lane: Lane) -> Moments {
     let n = f32(params.width);
     var part = vec4(0.0);
-    for (var q = lane.index; q < quads; q += LANES) {
-        part += x[start + q];
+    for (var e = 0u; e < EACH; e++) {
+        part += row.held[e]; // zero past the last
     }
-    let mean = workgroup_sum((part.x + part.y) + (part.z + part.w), lane) / n;
+    let mean = workgroup_sum_in(0u, (part.x + part.y) + (part.z + part.w), lane) / n;
 
     part = vec4(0.0);
-    for (var q = lane.index; q < quads; q += LANES) {
-        let centred = x[start + q] - mean;
-        part = fma(centred, centred, part);
+    for (var e = 0u; e < EACH; e++) {
+        if lane.index + e * LANES < quads {
+            let centred = row.held[e] - mean;
+            part = fma(centred, centred, part);
+        }
     }
-    let variance = workgroup_sum((part.x + part.y) + (part.z + part.w), lane) / n;
+    let variance = workgroup_sum_in(1u, (part.x + part.y) + (part.z + part.w), lane) / n;
     return Moments(mean, inverseSqrt(variance + params.eps));
 }
 
-fn normed(value: vec4<f32>, row: Moments, gain: vec4<f32>, bias: vec4<f32>) -> vec4<f32> {
-    return fma((value - row.mean) * row.scale, gain, bias);
+fn normed(value: vec4<f32>, row: Moments, by: Vectors) -> vec4<f32> {
+    return fma((value - row.mean) * row.scale, by.gain, by.bias);
 }
 
 @compute @workgroup_size(LANES)
 fn mix_rows(@builtin(workgroup_id) row: vec3<u32>, lane: Lane) {
     let quads = params.width / 4u;
-    let start = row.x * quads;
     let cursor = cursors[row.x];
-    let own = moments(start, quads, lane);
-    var other: Moments;
-    if cursor.x == NONE {
-        other = moments(start - quads, quads, lane);
-    }
     let kept = (cursor.x * params.stride + params.offset) / 4u;
     let keep = (cursor.y * params.stride + params.offset) / 4u;
+    let inside = cursor.x == NONE; // of a segment, so that the row before is of the pass
 
-    for (var q = lane.index; q < quads; q += LANES) {
-        let gain = vectors[q];
-        let bias = vectors[quads + q];
-        let now = normed(x[start + q], own, gain, bias);
-        var before: vec4<f32>;
-        if cursor.x == NONE {
-            before = normed(x[start - quads + q], other, gain, bias);
-        } else {
-            before = state[kept + q];
+    let own = row_of(row.x, quads, lane);
+    var by: array<Vectors, MOST>;
+    for (var e = 0u; e < EACH; e++) {
+        let q = lane.index + e * LANES;
+        if q < quads {
+            by[e].gain = vectors[q];
+            by[e].bias = vectors[quads + q];
+            for (var m = 0u; m < MIXES; m++) {
+                if m < params.mixes {
+                    by[e].mixes[m] = vectors[(2u + m) * quads + q];
+                }
+            }
         }
-        if cursor.y != NONE {
-            state[keep + q] = now;
+    }
+    var other: Row;
+    if inside {
+        other = row_of(row.x - 1u, quads, lane);
+    } else {
+        for (var e = 0u; e < EACH; e++) {
+            let q = lane.index + e * LANES;
+            if q < quads {
+                other.held[e] = state[kept + q];
+            }
         }
-        for (var m = 0u; m < params.mixes; m++) {
-            let mix = vectors[(2u + m) * quads + q];
-            let mixed = fma(before - now, mix, now);
-            let to = 2u * (row.x * params.mixes + m) * quads;
-            if HALVES == 0u {
-                out[to + 2u * q] = bitcast<vec2<u32>>(mixed.xy);
-                out[to + 2u * q + 1u] = bitcast<vec2<u32>>(mixed.zw);
-            } else {
-                out[to + q] = vec2(packed(mixed.xy), packed(mixed.zw));
+    }
+    let of_own = moments(own, quads, lane);
+    var of_other: Moments;
+    if inside {
+        of_other = moments(other, quads, lane);
+    }
+
+    for (var e = 0u; e < EACH; e++) {
+        let q = lane.index + e * LANES;
+        if q < quads {
+            let now = normed(own.held[e], of_own, by[e]);
+            var before = other.held[e];
+            if inside {
+                before = normed(before, of_other, by[e]);
+            }
+            if cursor.y != NONE {
+                state[keep + q] = now;
+            }
+            if PLANES > 0u {
+                sum[row.x * quads + q] = own.held[e];
+            }
+            for (var m = 0u; m < MIXES; m++) {
+                if m < params.mixes {
+                    let mixed = fma(before - now, by[e].mixes[m], now);
+                    let to = 2u * (row.x * params.mixes + m) * quads;
+                    if HALVES == 0u {
+                        out[to + 2u * q] = bitcast<vec2<u32>>(mixed.xy);
+                        out[to + 2u * q + 1u] = bitcast<vec2<u32>>(mixed.zw);
+                    } else {
+                        out[to + q] = vec2(packed(mixed.xy), packed(mixed.zw));
+                    }
+                }
             }
         }
     }

@@ -1,4 +1,5 @@
-//! Bindings and lowering of `mix_rows.wgsl`. The operation is defined in [`rwkv_core::ops::mix_rows`].
+//! Bindings and lowering of `mix_rows.wgsl`. The operation is defined in [`rwkv_core::ops::mix_rows`]; planes are added to the rows
+//! first as [`rwkv_core::ops::add_planes`] says.
 //!
 //! The extents are lowered by [`lower`], the segments, which all layers of a pass share, by [`cursors`].
 
@@ -18,6 +19,55 @@ mod tests;
 /// In a cursor, in place of a record.
 const NONE: u32 = u32::MAX;
 
+/// Mixes, at most: those of the time mix.
+const MIXES: usize = 6;
+
+/// Vectors of a row that an invocation holds, at most.
+const MOST: usize = 8;
+
+/// How a row is divided among the invocations of a workgroup, and what is added to it first: a pipeline's overrides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Form {
+    lanes: u32,
+    each: u32,
+    planes: u32,
+}
+
+impl Form {
+    /// For rows of `width` channels, of which a workgroup has up to `lanes` vectors of four, a power of two, at once, or more
+    /// if an invocation would not hold the rest. To each row so many planes are added: see
+    /// [`add_planes`](rwkv_core::ops::add_planes).
+    ///
+    /// # Errors
+    ///
+    /// If a row has no channels, or more than any workgroup holds.
+    pub fn new(width: usize, lanes: u32, planes: u32) -> Result<Self, Error> {
+        let quads = width.div_ceil(4);
+        let wide = Error::Width { got: width, max: 4 * MOST * MAX_LANES as usize };
+        let count = |n: usize| u32::try_from(n).map_err(|_| wide);
+        let least = count(quads.div_ceil(MOST).next_power_of_two())?;
+        let lanes = count(quads.next_power_of_two())?.min(lanes).max(least);
+        if width == 0 || lanes > MAX_LANES {
+            return Err(wide);
+        }
+        Ok(Self { lanes, each: count(quads.div_ceil(lanes as usize))?, planes })
+    }
+
+    /// The overrides.
+    #[must_use]
+    pub fn overrides(self) -> [(&'static str, f64); 3] {
+        [("LANES", self.lanes.into()), ("EACH", self.each.into()), ("PLANES", self.planes.into())]
+    }
+
+    /// Channels of a row, at most.
+    const fn most(self) -> usize {
+        4 * self.lanes as usize * self.each as usize
+    }
+}
+
+/// Invocations of a workgroup, at most, on any device.
+const MAX_LANES: u32 = 1024;
+
 /// Extents of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dims {
@@ -25,7 +75,7 @@ pub struct Dims {
     pub rows: usize,
     /// Channels of a row, `D`.
     pub width: usize,
-    /// Mixes, `M`.
+    /// Mixes, `M`: six at most.
     pub mixes: usize,
     /// Records of the state.
     pub records: usize,
@@ -33,6 +83,8 @@ pub struct Dims {
     pub stride: usize,
     /// Where in a record the kept row begins.
     pub offset: usize,
+    /// The pipeline's.
+    pub form: Form,
 }
 
 /// Why a call cannot be encoded.
@@ -55,6 +107,20 @@ pub enum Error {
         offset: usize,
         /// Elements of a record.
         stride: usize,
+    },
+    /// A workgroup holds a row.
+    #[error("mix_rows: rows of {got} channels are none or more than the {max} that a workgroup holds")]
+    Width {
+        /// The channels asked for.
+        got: usize,
+        /// The most there can be.
+        max: usize,
+    },
+    /// The kernel holds all mixes of a channel.
+    #[error("mix_rows: {got} mixes are more than {MIXES}")]
+    Mixes {
+        /// The mixes asked for.
+        got: usize,
     },
     /// One dispatch holds one workgroup per row, and not so many workgroups.
     #[error("mix_rows: {got} rows are more than {max}")]
@@ -116,11 +182,17 @@ pub enum Error {
 ///
 /// If the kernel cannot run the call, whatever the device: see [`Error`].
 pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
-    let Dims { rows, width, mixes, records, stride, offset } = dims;
+    let Dims { rows, width, mixes, records, stride, offset, form } = dims;
     for (what, got) in [("width", width), ("record", stride), ("place in a record", offset)] {
         if !got.is_multiple_of(4) || (what == "width" && got == 0) {
             return Err(Error::Quads { what, got });
         }
+    }
+    if width > form.most() {
+        return Err(Error::Width { got: width, max: form.most() });
+    }
+    if mixes > MIXES {
+        return Err(Error::Mixes { got: mixes });
     }
     if offset.checked_add(width).is_none_or(|end| end > stride) {
         return Err(Error::Record { width, offset, stride });
@@ -128,7 +200,8 @@ pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
     let groups = super::groups(rows).ok_or(Error::Rows { got: rows, max: MAX_GROUPS })?;
     let index = |rows: usize, width: usize| indexable(rows, width).ok_or(Error::Index { rows, width });
     let (stride, offset) = (index(records.max(1), stride)?, index(1, offset)?);
-    index(mixes.saturating_add(2).max(rows.saturating_mul(mixes)), width)?;
+    let most = mixes.max(form.planes as usize);
+    index((mixes + 2).max(rows.saturating_mul(most)), width)?;
     let (width, mixes) = (index(rows.max(1), width)?, index(1, mixes)?);
     Ok((Params { width, stride, offset, mixes, eps: f32::of(LN_EPS) }, [groups, 1, 1]))
 }

@@ -1,11 +1,12 @@
 //! `mix_rows.wgsl` and its variants against [`rwkv_core::ops::mix_rows`] in `f64`, and its numerics contract.
 
 use proptest::prelude::*;
+use rwkv_core::ops::add_planes::add_planes;
 use rwkv_core::ops::layer_norm::{LN_EPS, layer_norm};
 use rwkv_core::ops::mix_rows::{self as twin, Kept, Segment};
 use rwkv_core::rng::SplitMix64;
 
-use super::{Dims, Error, MAX_GROUPS, VARIANTS, cursors, lower};
+use super::{Dims, Error, Form, MAX_GROUPS, VARIANTS, cursors, lower};
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::layer_norm::tests::{bits, compare, draw_rows, floats, limits};
 use crate::kernels::packed::{self, tests::EXPONENTS};
@@ -17,6 +18,8 @@ struct Case {
     dims: Dims,
     segments: Vec<Segment>,
     x: Vec<f32>,
+    /// `[T, P, D]`.
+    planes: Vec<f32>,
     gain: Vec<f32>,
     bias: Vec<f32>,
     mixes: Vec<f32>,
@@ -27,6 +30,8 @@ struct Case {
 #[derive(Debug, PartialEq)]
 struct After<T> {
     state: Vec<T>,
+    /// The rows with their planes, if there are any.
+    sum: Vec<T>,
     out: Vec<T>,
 }
 
@@ -36,7 +41,7 @@ fn wide(x: &[f32]) -> Vec<f64> {
 
 impl Case {
     /// Segments of `lengths` rows, on records in a drawn order, some of which no segment has.
-    fn draw(lengths: &[usize], width: usize, mixes: usize, seed: u64) -> Self {
+    fn draw(lengths: &[usize], form: Form, width: usize, mixes: usize, seed: u64) -> Self {
         let mut rng = SplitMix64::new(seed);
         let records = 4 * lengths.len() + 2;
         let mut order: Vec<usize> = (0..records).collect();
@@ -48,32 +53,55 @@ impl Case {
         let segments: Vec<_> = lengths.iter().zip(order.chunks_exact(4)).map(&mut segment).collect();
         let rows = lengths.iter().sum();
         let offset = 4 * (rng.next_u64() % 3) as usize;
-        let dims = Dims { rows, width, mixes, records, stride: width + 16, offset };
+        let dims = Dims { rows, width, mixes, records, stride: width + 16, offset, form };
         let x = draw_rows(rows, width, &mut rng);
+        let mut planes = Vec::new();
+        // As far from zero as the rows are.
+        for row in x.chunks_exact(width) {
+            for _ in 0..form.planes {
+                planes.extend(row.iter().map(|x| x * rng.uniform(-1.0, 1.0)));
+            }
+        }
         let mut draw = |n: usize, size: f32| (0..n).map(|_| rng.uniform(-size, size)).collect::<Vec<f32>>();
         let (gain, bias) = (draw(width, 2.0), draw(width, 1.0));
         // A trained mix is not confined to [0, 1].
         let (mixes, state) = (draw(mixes * width, 9.0), draw(records * dims.stride, 3.0));
-        Self { dims, segments, x, gain, bias, mixes, state }
+        Self { dims, segments, x, planes, gain, bias, mixes, state }
     }
 
     /// What is wanted, and how far off it may be.
     ///
+    /// A row with `P` planes is off by `P u` times the sum of sizes at most, as `add_planes` says: what is wanted is of the row as
+    /// the kernel has summed it, since a norm may take any multiple of that.
+    ///
     /// Let `e(t)` be the limit of the layer norm of row `t`, `u` as there. The row before is off by `e(t - 1)`, or not
     /// at all where it is kept. `now + (before - now) mix` then rounds the difference, the product and the sum:
     /// `|1 - mix| e(t) + |mix| e(t - 1) + 2 u |mix (before - now)| + u |out|`, a tenth more for the products of errors.
-    fn twin(&self, lanes: usize) -> (After<f64>, After<f64>) {
+    fn twin(&self, summed: &[f32]) -> (After<f64>, After<f64>) {
+        let lanes = self.dims.form.lanes as usize;
+        let x = if self.planes.is_empty() { &self.x } else { summed };
         let Dims { rows, width, mixes, stride, offset, .. } = self.dims;
         let u = f64::from(f32::EPSILON);
-        let mut want = After { state: wide(&self.state), out: vec![f64::NAN; rows * mixes * width] };
+        let planes = self.dims.form.planes as usize;
+        let (mut sum, mut sizes) = (wide(&self.x), wide(&self.x));
+        sizes.iter_mut().for_each(|x| *x = x.abs());
+        add_planes(width, planes, &wide(&self.planes), &mut sum);
+        add_planes(
+            width,
+            planes,
+            &wide(&self.planes).iter().map(|x| x.abs()).collect::<Vec<_>>(),
+            &mut sizes,
+        );
+        let mut want = After { state: wide(&self.state), sum, out: vec![f64::NAN; rows * mixes * width] };
         let mut kept = Kept { records: &mut want.state, stride, offset };
         let (gain, bias, all) = (&wide(&self.gain), &wide(&self.bias), wide(&self.mixes));
-        twin::mix_rows(&self.segments, &wide(&self.x), (gain, bias), &all, &mut kept, &mut want.out);
+        twin::mix_rows(&self.segments, &wide(x), (gain, bias), &all, &mut kept, &mut want.out);
 
         let mut normed = vec![f64::NAN; rows * width];
-        layer_norm(&wide(&self.x), gain, bias, LN_EPS, &mut normed);
-        let of_norm = limits(&self.x, &self.gain, &normed, lanes);
-        let mut limit = After { state: vec![0.0; self.state.len()], out: Vec::new() };
+        layer_norm(&wide(x), gain, bias, LN_EPS, &mut normed);
+        let of_norm = limits(x, &self.gain, &normed, lanes);
+        let sum = sizes.iter().map(|size| planes as f64 * u * size).collect();
+        let mut limit = After { state: vec![0.0; self.state.len()], sum, out: Vec::new() };
         let mut t = 0;
         for s in &self.segments {
             for first in (0..s.rows).map(|i| i == 0) {
@@ -108,14 +136,24 @@ impl Case {
         let cursors = cursors(&self.segments, self.dims.records).unwrap();
         assert_eq!(cursors.len(), self.dims.rows, "one cursor a row");
         let vectors = [self.gain.as_slice(), &self.bias, &self.mixes].concat();
-        let poison = vec![f32::NAN; self.dims.rows * self.dims.mixes * self.dims.width];
-        let buffers = [bits(&self.x), cursors.concat(), bits(&vectors), bits(&self.state), bits(&poison)];
         let width = self.dims.width;
+        let poison = |n: usize| vec![f32::NAN.to_bits(); n * width];
+        let Dims { rows, mixes, .. } = self.dims;
+        // A buffer is bound, though nothing is read of it.
+        let planes = if self.planes.is_empty() { poison(1) } else { bits(&self.planes) };
+        let [x, state] = [&self.x, &self.state].map(|of| bits(of));
+        let (sum, out) = (poison(rows), poison(rows * mixes));
+        let buffers = [x, planes, cursors.concat(), bits(&vectors), state, sum, out];
         let mut after = device.run(kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
         let out = packed::tests::floats(&after.pop().unwrap(), width, halves);
+        let mut sum = floats(after.pop().unwrap());
+        if self.planes.is_empty() {
+            assert!(sum.iter().all(|x| x.is_nan()), "nothing is summed");
+            sum.clone_from(&self.x);
+        }
         let state = floats(after.pop().unwrap());
-        assert_eq!(after, buffers[..3], "the operands are untouched");
-        After { state, out }
+        assert_eq!(after, buffers[..4], "the operands are untouched");
+        After { state, sum, out }
     }
 }
 
@@ -127,25 +165,36 @@ fn lengths() -> impl Strategy<Value = Vec<usize>> {
     proptest::collection::vec(prop_oneof![4 => 1..=4usize, 1 => 5..=60usize], 1..=6)
 }
 
-/// Less than one round of lanes, several, not a whole number of them.
-fn widths() -> impl Strategy<Value = usize> {
-    prop_oneof![Just(4usize), Just(192), Just(1100), (1..=80usize).prop_map(|quads| 4 * quads)]
+/// Vectors of a row, fewer than lanes to more than one to each, not a whole number of them.
+fn widths(form: Form) -> impl Strategy<Value = usize> {
+    let most = form.most() / 4;
+    prop_oneof![Just(1), Just(form.lanes as usize), Just(most), 1..=most].prop_map(|quads| 4 * quads)
+}
+
+const fn form(lanes: u32, each: u32, planes: u32) -> Form {
+    Form { lanes, each, planes }
 }
 
 #[test]
 fn agrees_with_its_twin() {
-    for (lanes, halves) in [(4u16, EXPONENTS[0]), (4, EXPONENTS[2]), (256, EXPONENTS[0]), (256, EXPONENTS[1])]
-    {
-        let variants = variants_for_tests(VARIANTS, &[("LANES", lanes.into()), packed::halves(halves)]);
-        proptest!(config(), |(lengths in lengths(), width in widths(), mixes in 0..=6usize, seed: u64)| {
-            let case = Case::draw(&lengths, width, mixes, seed);
-            let (mut want, mut limit) = case.twin(lanes.into());
-            for (want, limit) in want.out.iter_mut().zip(&mut limit.out) {
-                (*want, *limit) = packed::tests::rounded(*want, *limit, halves);
-            }
+    for (form, halves) in [
+        (form(4, 8, 0), EXPONENTS[0]),
+        (form(4, 8, 4), EXPONENTS[2]),
+        (form(64, 1, 1), EXPONENTS[0]),
+        (form(256, 2, 4), EXPONENTS[1]),
+    ] {
+        let overrides = [&form.overrides()[..], &[packed::halves(halves)]].concat();
+        let variants = variants_for_tests(VARIANTS, &overrides);
+        proptest!(config(), |(lengths in lengths(), width in widths(form), mixes in 0..=6usize, seed: u64)| {
+            let case = Case::draw(&lengths, form, width, mixes, seed);
             for (device, kernel) in &variants {
                 let (got, label) = (case.run(device, kernel, halves), kernel.kernel().label());
                 let fail = |what, e| TestCaseError::fail(format!("{label}.{what}{e}"));
+                let (mut want, mut limit) = case.twin(&got.sum);
+                for (want, limit) in want.out.iter_mut().zip(&mut limit.out) {
+                    (*want, *limit) = packed::tests::rounded(*want, *limit, halves);
+                }
+                compare(&got.sum, &want.sum, &limit.sum).map_err(|e| fail("sum", e))?;
                 compare(&got.out, &want.out, &limit.out).map_err(|e| fail("out", e))?;
                 // To the bit, wherever no segment keeps a row.
                 compare(&got.state, &want.state, &limit.state).map_err(|e| fail("state", e))?;
@@ -155,13 +204,14 @@ fn agrees_with_its_twin() {
 }
 
 /// A pass over a sequence and two over its parts leave the same bits, whatever runs beside them: the row before is the
-/// same whether it is normed again or kept.
+/// same whether it is summed and normed again or kept.
 #[test]
 fn a_sequence_has_its_bits_however_it_is_split() {
-    let variants = variants_for_tests(VARIANTS, &[]);
-    proptest!(config(), |(lengths in lengths(), split in 0..60usize, width in widths(), seed: u64)| {
+    let form = form(64, 2, 4);
+    let variants = variants_for_tests(VARIANTS, &form.overrides());
+    proptest!(config(), |(lengths in lengths(), split in 0..60usize, width in widths(form), seed: u64)| {
         let mixes = 2;
-        let case = Case::draw(&lengths, width, mixes, seed);
+        let case = Case::draw(&lengths, form, width, mixes, seed);
         let mut at = 0;
         let starts = lengths.iter().map(|rows| (at, at += rows).0).collect::<Vec<_>>();
         for (device, kernel) in &variants {
@@ -179,9 +229,12 @@ fn a_sequence_has_its_bits_however_it_is_split() {
                         continue;
                     }
                     let dims = Dims { rows: part.len(), records: 3, ..case.dims };
-                    let x = case.x[part.start * width..part.end * width].to_vec();
+                    let rows = |of: &[f32], each: usize| of[part.start * each..part.end * each].to_vec();
+                    let x = rows(&case.x, width);
+                    let planes = rows(&case.planes, form.planes as usize * width);
                     let segments = vec![Segment { rows: part.len(), from, to: vec![from + 1] }];
-                    let after = Case { dims, segments, x, state, ..case.clone() }.run(device, kernel, None);
+                    let after =
+                        Case { dims, segments, x, planes, state, ..case.clone() }.run(device, kernel, None);
                     out.extend(after.out);
                     (state, from) = (after.state, from + 1);
                 }
@@ -197,8 +250,22 @@ fn a_sequence_has_its_bits_however_it_is_split() {
 }
 
 #[test]
+fn forms_hold_a_row() {
+    let form = |width, lanes| Form::new(width, lanes, 4).map(|of| (of.lanes, of.each));
+    assert_eq!(form(2048, 512), Ok((512, 1)), "a vector to each");
+    assert_eq!(form(2560, 512), Ok((512, 2)), "not a whole number");
+    assert_eq!(form(4, 512), Ok((1, 1)), "no more lanes than there are");
+    assert_eq!(form(4096, 64), Ok((128, 8)), "more, so that all is held");
+    assert_eq!(form(32_768, 64), Ok((1024, 8)), "as wide as there can be");
+    for width in [0, 32_772, usize::MAX] {
+        assert_eq!(form(width, 64), Err(Error::Width { got: width, max: 32_768 }), "none, or wider");
+    }
+}
+
+#[test]
 fn refuses_what_it_cannot_run() {
-    let plain = Dims { rows: 3, width: 192, mixes: 6, records: 5, stride: 400, offset: 200 };
+    let form = form(64, 8, 0);
+    let plain = Dims { rows: 3, width: 192, mixes: 6, records: 5, stride: 400, offset: 200, form };
     let lowered = |dims| lower(dims).map(|(params, groups)| (params.width, params.mixes, groups));
     assert_eq!(lowered(plain), Ok((192, 6, [3, 1, 1])), "plain");
     assert_eq!(lowered(Dims { rows: 0, ..plain }), Ok((192, 6, [0, 1, 1])), "nothing to do");
@@ -215,13 +282,19 @@ fn refuses_what_it_cannot_run() {
     let rows = Error::Rows { got: 65_536, max: MAX_GROUPS };
     assert_eq!(lowered(Dims { rows: 65_536, ..plain }), Err(rows), "rows");
     let beyond = |rows, width| Err(Error::Index { rows, width });
-    let wide = Dims { width: 1 << 20, stride: 1 << 20, offset: 0, ..plain };
+    let max = 4 * 64 * 8;
+    let wide = Dims { width: max + 4, stride: max + 4, offset: 0, ..plain };
+    assert_eq!(lowered(wide), Err(Error::Width { got: max + 4, max }), "wider than the form");
+    let wide = Dims { width: max, stride: 1 << 20, offset: 0, ..plain };
     assert_eq!(lowered(Dims { records: 1 << 12, ..wide }), beyond(1 << 12, 1 << 20), "state");
-    assert_eq!(lowered(Dims { rows: 1 << 10, ..wide }), beyond(6 << 10, 1 << 20), "out");
-    assert_eq!(lowered(Dims { rows: 1 << 12, mixes: 0, ..wide }), beyond(1 << 12, 1 << 20), "x");
-    assert_eq!(lowered(Dims { mixes: 1 << 12, ..wide }), beyond(3 << 12, 1 << 20), "vectors");
-    let mixes = usize::MAX;
-    assert_eq!(lowered(Dims { mixes, ..plain }), beyond(usize::MAX, 192), "no overflow");
+    let wide = Dims { width: 1 << 10, stride: 1 << 10, offset: 0, ..plain };
+    let max = MAX_GROUPS as usize;
+    assert!(lowered(Dims { rows: max, ..wide }).is_ok(), "the most rows");
+    let form = Form { planes: 1 << 7, ..form };
+    assert_eq!(lowered(Dims { rows: max, form, ..wide }), beyond(max << 7, 1 << 10), "planes");
+    for mixes in [7, usize::MAX] {
+        assert_eq!(lowered(Dims { mixes, ..plain }), Err(Error::Mixes { got: mixes }), "mixes");
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@
 
 #[cfg(test)]
 #[cfg(feature = "gpu")]
-mod tests;
+pub(super) mod tests;
 
 use rwkv_core::config::Ranks;
 use rwkv_core::ops::decay::DECAY_SCALE;
@@ -82,6 +82,14 @@ pub enum Error {
         /// At least.
         want: usize,
     },
+    /// Of [`time_mix_batch`](super::time_mix_batch): it reads records by four words.
+    #[error("heads from {offset} on, in records of {stride}: words are read by fours")]
+    Vectors {
+        /// Of a record.
+        stride: usize,
+        /// Of the heads in it.
+        offset: usize,
+    },
     /// More workgroups along a dimension than a dispatch has.
     #[error("{got:?} workgroups, at most {max} along a dimension")]
     Groups {
@@ -92,8 +100,8 @@ pub enum Error {
     },
 }
 
-/// The parameters and workgroups of a call. `lora_up` is the pipeline's override `LANES` if its override `LORA_UP` is
-/// set.
+/// The parameters and workgroups of a call. `lora_up` is the pipeline's override `LANES`, if the adapters' second factors are
+/// multiplied in it, as they are in all but [`time_mix_batch`](super::time_mix_batch).
 ///
 /// # Errors
 ///

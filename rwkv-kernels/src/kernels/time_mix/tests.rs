@@ -1,4 +1,4 @@
-//! `time_mix.wgsl` against [`rwkv_core::ops::time_mix`] in `f64`.
+//! `time_mix.wgsl` and `time_mix_batch.wgsl` against [`rwkv_core::ops::time_mix`] in `f64`.
 
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ use crate::kernels::MAX_GROUPS;
 use crate::kernels::heads::{Heads, NAN, swapped};
 use crate::kernels::intervals::{Interval, below, exact, floats, held};
 use crate::kernels::testing::{bits as words, wide};
-use crate::kernels::{packed, readout_packed};
+use crate::kernels::{packed, readout_packed, time_mix_batch};
 use crate::pipeline::Pipeline;
 
 /// One call.
@@ -39,8 +39,8 @@ impl Case {
         let mut rng = SplitMix64::new(seed);
         let mut some = |n| below(&mut rng, n) as usize;
         let (width, records) = (heads * N, 2 * lengths.len());
-        let offset = some(40);
-        let stride = offset + width * N + some(40);
+        let offset = 4 * some(10);
+        let stride = offset + width * N + 4 * some(10);
 
         // Rows of no segment come between; record `s` or `s + segments` is read, and either is written.
         let (mut rows, mut segments) = (some(2), Vec::new());
@@ -92,8 +92,14 @@ impl Case {
 
     /// One call over `segments`, going on from `before`, of which nothing but what they name may change.
     fn run(&self, of: &Compiled, segments: &[Segment], before: &After) -> After {
-        let (params, groups) =
-            lower(Dims { segments: segments.len(), ..self.dims }, of.lora_up.then_some(of.lanes)).unwrap();
+        let dims = Dims { segments: segments.len(), ..self.dims };
+        let (params, groups) = if of.lora_up {
+            let (params, groups) = lower(dims, Some(of.lanes)).unwrap();
+            (bytemuck::bytes_of(&params).to_vec(), groups)
+        } else {
+            let (params, groups) = time_mix_batch::lower(dims).unwrap();
+            (bytemuck::bytes_of(&params).to_vec(), groups)
+        };
         let [weights, up] =
             if of.lora_up { [self.of.weights.words(), NAN.to_vec()] } else { [NAN.to_vec(), self.of.up()] };
         let buffers = [
@@ -106,7 +112,7 @@ impl Case {
             words(&before.v_first),
             packed::tests::words(&before.out, of.planes * self.width(), of.halves),
         ];
-        let after = of.device.run(&of.kernel, bytemuck::bytes_of(&params), &buffers, groups).unwrap();
+        let after = of.device.run(&of.kernel, &params, &buffers, groups).unwrap();
         assert_eq!(after[..5], buffers[..5], "the operands are untouched");
         let [state, v_first] = [5, 6].map(|i| floats(&after[i]));
         let out = packed::tests::floats(&after[7], of.planes * self.width(), of.halves);
@@ -201,6 +207,7 @@ struct Compiled {
     device: &'static Device,
     kernel: Pipeline,
     lanes: u32,
+    /// Without, it is `time_mix_batch`.
     lora_up: bool,
     halves: Option<u8>,
     /// Vectors that it leaves of a row: one, or three where the norm is left to others.
@@ -217,7 +224,7 @@ impl Compiled {
 }
 
 /// Workgroups of one group of keys and more; the largest beyond what WebGPU promises.
-fn compiled() -> Vec<Compiled> {
+fn compiled(lora_up: bool) -> Vec<Compiled> {
     let Some(device) = device_for_tests() else { return Vec::new() };
     let sizes = [64u32, 128, 256, 512].into_iter().filter(|&lanes| {
         let capabilities = device.capabilities();
@@ -225,36 +232,28 @@ fn compiled() -> Vec<Compiled> {
         lanes <= capabilities.invocations && 52 * lanes + 3000 <= capabilities.workgroup_bytes
     });
     // Where products are given, those that read the output may be of cooperative matrices.
-    let with = |(lanes, lora_up, norm): (u32, bool, bool)| {
+    let with = |(lanes, norm): (u32, bool)| {
         let halves = if lora_up || lanes == 128 || !norm { None } else { Some(4) };
-        let overrides = [
-            ("LANES", lanes.into()),
-            ("LORA_UP", u8::from(lora_up).into()),
-            packed::halves(halves),
-            readout_packed::norm(norm),
-        ];
-        let kernel = device.pipeline(&VARIANTS[0], &overrides).unwrap();
-        Compiled {
-            device,
-            kernel,
-            lanes,
-            lora_up,
-            halves,
-            planes: if norm { 1 } else { 3 },
-            label: format!("{lanes} {lora_up} {halves:?} {norm}").leak(),
-        }
+        let of = if lora_up { &VARIANTS[0] } else { &time_mix_batch::VARIANTS[0] };
+        let overrides = [("LANES", lanes.into()), packed::halves(halves), readout_packed::norm(norm)];
+        let kernel = device.pipeline(of, &overrides).unwrap();
+        let label = format!("{} {lanes} {halves:?} {norm}", of.label()).leak();
+        Compiled { device, kernel, lanes, lora_up, halves, planes: if norm { 1 } else { 3 }, label }
     };
-    let of_lora = |lanes| {
-        let all = [(lanes, true, true), (lanes, true, false), (lanes, false, true), (lanes, false, false)];
-        // The norm is left to others of one size.
-        all.into_iter().filter(|(lanes, up, norm)| (!up || *lanes >= 256) && (*norm || *lanes == 256))
-    };
-    sizes.flat_map(of_lora).map(with).collect()
+    // The norm is left to others of one size.
+    let norms =
+        |lanes| [(lanes, true), (lanes, false)].into_iter().filter(|(lanes, norm)| *norm || *lanes == 256);
+    sizes.filter(|&lanes| !lora_up || lanes >= 256).flat_map(norms).map(with).collect()
 }
 
 #[test]
 fn agrees_with_its_twin() {
-    let compiled = compiled();
+    agrees(true);
+}
+
+/// The kernel that multiplies the adapters' second factors, or the other, against the twin.
+pub(in crate::kernels) fn agrees(lora_up: bool) {
+    let compiled = compiled(lora_up);
     let config = ProptestConfig { cases: 16, ..ProptestConfig::with_source_file(file!()) };
     let lengths = prop::collection::vec(prop_oneof![1 => Just(0usize), 9 => 1..=9usize], 1..=4);
     let rank = || prop::sample::select(vec![1usize, 5, 8, 24, 33, 64]);

@@ -9,7 +9,7 @@ const N: u32 = 64u;
 const COLUMNS: u32 = N;
 
 override LANES: u32 = 256u; // N times the groups of keys
-override LORA_UP: bool = true; // whether the adapters' second factors are multiplied here
+const LORA_UP: bool = true; // the adapters' second factors are multiplied here; where not, `time_mix_batch` does the rest
 
 struct Params {
     width: u32,       // D
