@@ -38,7 +38,7 @@ struct Params {
 @group(0) @binding(5) var<storage, read> vectors: array<f32>;               // [8, D], w0 a0 v0 k_k k_a r_k, gain, bias
 @group(0) @binding(6) var<storage, read_write> state: array<vec4<f32>>;     // records, [H, key N, value N] in each
 @group(0) @binding(7) var<storage, read_write> v_first: array<f32>;         // [T, D]
-@group(0) @binding(8) var<storage, read_write> out: array<u32>;             // [T, D]
+@group(0) @binding(8) var<storage, read_write> out: array<u32>;             // [T, D], or [T, 3, D] without NORM
 
 override KEY_GROUPS: u32 = N / QUADS * GROUPS;
 override KEYS: u32 = N / KEY_GROUPS; // of a group
