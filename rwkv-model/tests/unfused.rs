@@ -15,8 +15,10 @@ use support::BUNDLED;
 /// a rule, since most products are shorter and none adds in one row.
 const LIMIT: f64 = 1e-10;
 
+/// In single precision: what products of halves come to, and that they need the halves written first, is the matter of
+/// `gpu.rs`.
 fn options(device: Device) -> EngineOptions {
-    EngineOptions { device, fused: false, ..EngineOptions::default() }
+    EngineOptions { device, fused: false, portable: true, ..EngineOptions::default() }
 }
 
 /// The bundled model on the CPU and on the GPU.
