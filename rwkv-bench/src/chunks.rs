@@ -54,13 +54,15 @@ pub(crate) struct ChunksArgs {
     plot: PathBuf,
 }
 
-/// The forms, the one to compare with first.
-const FORMS: [Wkv; 4] = [Wkv::Sequential, Wkv::Chunked(16), Wkv::Chunked(32), Wkv::Chunked(64)];
+/// The forms, the one to compare with first, and what the engine does by itself last.
+const FORMS: [Option<Wkv>; 5] =
+    [Some(Wkv::Sequential), Some(Wkv::Chunked(16)), Some(Wkv::Chunked(32)), Some(Wkv::Chunked(64)), None];
 
-fn name(form: Wkv) -> String {
+fn name(form: Option<Wkv>) -> String {
     match form {
-        Wkv::Sequential => "token by token".to_owned(),
-        Wkv::Chunked(chunk) => format!("chunks of {chunk}"),
+        Some(Wkv::Sequential) => "token by token".to_owned(),
+        Some(Wkv::Chunked(chunk)) => format!("chunks of {chunk}"),
+        None => "by default".to_owned(),
     }
 }
 
@@ -88,14 +90,14 @@ fn measure_all(args: &ChunksArgs, path: &Path) -> anyhow::Result<()> {
     for form in FORMS {
         let options = EngineOptions {
             device: args.device.clone(),
-            wkv: Some(form),
+            wkv: form,
             pass_tokens: args.pass_tokens,
             sessions: args.batch.iter().copied().max().unwrap_or(1),
             timestamps: true,
             ..EngineOptions::default()
         };
         let engine = Engine::new(&checkpoint, options, &|_| {}).with_context(|| name(form))?;
-        if form == Wkv::Sequential {
+        if all.is_empty() {
             let model =
                 args.model.as_ref().map_or_else(|| args.shape.clone(), |path| path.display().to_string());
             title = format!("{model} on {}", engine.report()?.device);
