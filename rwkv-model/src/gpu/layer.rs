@@ -26,12 +26,13 @@ use rwkv_kernels::pipeline::Pipeline;
 use rwkv_state::layout::DeviceLayout;
 
 use super::pipelines::{
-    ChunkKernels, DividedKernels, FEW, Form, HEAD_TILES, HIDDEN_EXPONENT, Held, Kernels, Multiply,
-    READOUT_EXPONENT, ScanKernels, StepKernels,
+    ChunkKernels, DividedKernels, FEW, Form, HIDDEN_EXPONENT, Held, Kernels, READOUT_EXPONENT, ScanKernels,
 };
 use super::plan::{Bound, Grid, Mixes, Plan, Planner, Step};
+use super::products::Multiply;
 use super::records::Records;
 use super::scratch::Scratch;
+use super::step::{HEAD_TILES, StepKernels};
 use super::weights::{Layer, Weights};
 use super::{Error, count};
 use crate::recipe::Matrix;
@@ -357,7 +358,7 @@ impl Layers<'_> {
         let all =
             products.iter().flat_map(|of| [&of.projections, &of.adapters, &of.output, &of.key, &of.value]);
         let tiles = all.map(|of| self.tile(rows, of)).chain([self.tile(logits, &head)]);
-        self.kernels.prepare(self.device, tiles)?;
+        self.kernels.matmul.prepare(self.device, tiles)?;
 
         let mut stream = self.stream();
         let own = self.weights.layers.iter().zip(&self.records.layers).zip(products);
@@ -642,7 +643,7 @@ impl Layers<'_> {
     fn product(&self, rows: u32, of: Product<'_>) -> Result<Step, Error> {
         let s = self.scratch;
         let multiply = self.tile(rows, &of);
-        let (tile, pipeline) = (multiply.tile, self.kernels.matmul(self.device, multiply)?);
+        let (tile, pipeline) = (multiply.tile, self.kernels.matmul.get(self.device, multiply)?);
         let dims = matmul::Dims {
             rows: if of.of_logits { s.logit_rows } else { s.rows },
             tile,
@@ -664,7 +665,7 @@ impl Layers<'_> {
 
     /// How a product of so many rows is computed.
     fn tile(&self, rows: u32, of: &Product<'_>) -> Multiply {
-        self.kernels.tile(rows, &of.jobs, of.transposed)
+        self.kernels.matmul.tile(rows, &of.jobs, of.transposed)
     }
 
     fn heads(&self, of: Heads<'_>, weights: &Layer, records: &wgpu::Buffer) -> Result<Vec<Step>, Error> {

@@ -5,6 +5,8 @@
 //! | `weights` | the model, as the kernels read it |
 //! | `records` | what sequences leave behind: states as they were written, and what tokens did since |
 //! | `pipelines` | the kernels, in the best variants that the device has |
+//! | `step` | those for one token of one sequence, and how their work is divided |
+//! | `products` | `matmul`: tiles by rows, and pipelines that are compiled when they are first asked for |
 //! | `scratch` | the buffers between dispatches, and the tables that tell kernels of a pass |
 //! | `layer` | the dispatches of a layer, fused: five for one token, eight for several rows, ten or more for prompts |
 //! | `unfused` | the dispatches of a layer, one for each operation: what fusion is measured against |
@@ -21,9 +23,11 @@ mod chosen;
 mod layer;
 mod pipelines;
 mod plan;
+mod products;
 mod profile;
 mod records;
 mod scratch;
+mod step;
 mod unfused;
 mod weights;
 
@@ -48,6 +52,7 @@ pub(crate) use self::ahead::Ahead;
 pub(crate) use self::chosen::{Chooser, Chosen, Input, Part};
 use self::pipelines::{Form, Kernels};
 use self::plan::{Mixes, Plan, Shape};
+use self::products::Multiplies;
 pub use self::profile::{Dispatch, Profile};
 pub(crate) use self::records::Record;
 use self::records::{Move, Place, Records};
@@ -606,7 +611,7 @@ impl Executor {
     /// The plan for a pass, in the form for several rows; with `skips` mixes may be left out of it.
     fn batch<'w>(&self, work: &'w mut Work, shape: Shape, skips: bool) -> Result<&'w Plan, Error> {
         let layers = self.layers(&work.records);
-        let class = [shape.rows, shape.logits].map(Kernels::class);
+        let class = [shape.rows, shape.logits].map(Multiplies::class);
         let form = self.kernels.form(&self.config, &self.setup, shape);
         Ok(match work.batch.entry((class, form, skips)) {
             Entry::Occupied(laid) => laid.into_mut(),

@@ -1,21 +1,13 @@
 //! The kernels of a model, compiled in the best variants that a device has, and how work is divided among their workgroups.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::panic::resume_unwind;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread;
-
 use rwkv_core::ModelConfig;
-use rwkv_core::config::Ranks;
 use rwkv_core::model::Wkv;
-use rwkv_core::quant;
 use rwkv_kernels::gpu::Device;
 use rwkv_kernels::kernels::time_mix_resident::{Format, Rounding};
-use rwkv_kernels::kernels::weights as stored;
 use rwkv_kernels::kernels::{
-    add_planes, carry, channel_mix_value, embedding, layer_norm, linear, matmul, mix_in, mix_rows, packed,
-    readout_packed, sample, time_mix, time_mix_batch, time_mix_operands, time_mix_resident, wkv7_chunked,
-    wkv7_chunked_factors, wkv7_fours, wkv7_scan,
+    add_planes, carry, embedding, layer_norm, mix_rows, packed, readout_packed, sample, time_mix,
+    time_mix_batch, time_mix_operands, time_mix_resident, wkv7_chunked, wkv7_chunked_factors, wkv7_fours,
+    wkv7_scan,
 };
 use rwkv_kernels::pipeline::Pipeline;
 use rwkv_kernels::{Capabilities, Kernel, choose};
@@ -23,11 +15,13 @@ use rwkv_state::{Resident, ResidentRounding, StateFormat};
 
 use super::layer::{ADAPTERS, refused};
 use super::plan::Shape;
+use super::products::{Multiplies, coop};
+use super::step::StepKernels;
 use super::{Error, Setup, count};
 use crate::recipe::Matrix;
 
 /// The matrices that lie with their outputs as rows, and are multiplied by the kernels for those.
-const STRAIGHT: [Matrix; 6] =
+pub(super) const STRAIGHT: [Matrix; 6] =
     [Matrix::Receptance, Matrix::Key, Matrix::Value, Matrix::Output, Matrix::FfnKey, Matrix::Head];
 
 /// Which kernels the heads have.
@@ -122,7 +116,7 @@ pub(super) struct Kernels {
     pub(super) mix_rows: (mix_rows::Form, Pipeline),
     pub(super) carry: Pipeline,
     pub(super) sample: Pipeline,
-    matmul: Multiplies,
+    pub(super) matmul: Multiplies,
     /// Whether products are of cooperative matrices, so that what they read is written as halves.
     pub(super) coop: bool,
     /// For products whose inputs are divided, if they may be.
@@ -145,60 +139,6 @@ pub(super) struct DividedKernels {
     pub(super) mix_rows: (mix_rows::Form, Pipeline),
     /// Where no other norm follows.
     pub(super) add_planes: Pipeline,
-}
-
-/// `matmul`, compiled for the tiles, and for what becomes of the products, that plans ask for: a driver takes a second for
-/// some, and no engine asks for all.
-#[derive(Debug)]
-struct Multiplies {
-    /// The best variant that the device has.
-    kernel: Kernel,
-    /// From the smallest on.
-    tiles: &'static [matmul::Tile],
-    made: Mutex<BTreeMap<Multiply, Pipeline>>,
-}
-
-/// What a pipeline of `matmul` is compiled for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Multiply {
-    pub(super) tile: matmul::Tile,
-    transposed: bool,
-    /// What becomes of the products, if the tile asks.
-    kinds: Option<matmul::Kinds>,
-    /// What the matrices are in, as a [`stored::set`].
-    formats: u32,
-}
-
-impl Multiplies {
-    fn get(&self, device: &Device, of: Multiply) -> Result<Pipeline, Error> {
-        let found = self.made().get(&of).cloned();
-        if let Some(pipeline) = found {
-            return Ok(pipeline);
-        }
-        let mut overrides = of.tile.overrides(of.transposed, of.formats);
-        overrides.extend(of.kinds.into_iter().flat_map(matmul::Kinds::overrides));
-        let pipeline = compile(device, [&self.kernel], &overrides)?;
-        Ok(self.made().entry(of).or_insert(pipeline).clone())
-    }
-
-    /// Compiles those that are not compiled yet, side by side. After an error they may be asked for again.
-    fn prepare(&self, device: &Device, wanted: impl IntoIterator<Item = Multiply>) -> Result<(), Error> {
-        let mut missing: BTreeSet<Multiply> = wanted.into_iter().collect();
-        missing.retain(|of| !self.made().contains_key(of));
-        // Not by a pool, of which a thread that waits may take up another pass, which waits for this one.
-        thread::scope(|scope| {
-            let compile = |&of| scope.spawn(move || self.get(device, of));
-            let threads: Vec<_> = missing.iter().map(compile).collect();
-            threads
-                .into_iter()
-                .try_for_each(|of| of.join().unwrap_or_else(|panic| resume_unwind(panic)).map(drop))
-        })?;
-        if missing.is_empty() { Ok(()) } else { Ok(device.save_cache()?) }
-    }
-
-    fn made(&self) -> MutexGuard<'_, BTreeMap<Multiply, Pipeline>> {
-        self.made.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// The forms for several rows.
@@ -308,38 +248,8 @@ pub(super) fn check_chunks(setup: &Setup) -> Result<(), Error> {
     }
 }
 
-/// So many times the rows of other stacks go to a workgroup of the head, which has many: the norm is repeated less.
-pub(super) const HEAD_TILES: u32 = 8;
-
-/// The kernels of the form for one token, and how its work is divided.
-#[derive(Debug)]
-pub(super) struct StepKernels {
-    pub(super) mix_in: Pipeline,
-    /// With the adapters' second factors multiplied in it.
-    pub(super) time_mix: Pipeline,
-    /// As [`Kernels::readout`].
-    pub(super) readout: Option<Pipeline>,
-    pub(super) linear: Pipeline,
-    pub(super) value: Pipeline,
-    /// Rows of a stack to a workgroup of `mix_in`, at most: two or one to each of its teams.
-    pub(super) mix_tile: u32,
-    /// Of which tiles are multiples.
-    pub(super) team_rows: u32,
-    /// Lanes of a workgroup of `time_mix`.
-    pub(super) heads_lanes: u32,
-    /// Outputs to a workgroup.
-    pub(super) linear_tile: u32,
-    /// Columns to a workgroup.
-    pub(super) columns: u32,
-}
-
 /// Processors of the GPUs that tiles were measured on, an H100 and an H200.
-const PROCESSORS: u32 = 132;
-
-/// Invocations that keep such a GPU busy, or workgroups, one for nearly every processor. With fewer in a dispatch, a smaller tile is
-/// faster. On an H100, 64 rows of 2,048 inputs and 8,192 outputs: 26 us in 128 workgroups of 64 x 64, 31 in 512 of 32 x 32.
-const FILL: u32 = PROCESSORS * 174;
-const MOST_PROCESSORS: u32 = PROCESSORS * 15 / 16;
+pub(super) const PROCESSORS: u32 = 132;
 
 /// Rows up to which a head has more lanes than [`Held::batch_lanes`], and how many. On an H100, a step of 1.5B and 32 sequences
 /// takes 2.91 ms with 128, 2.95 with 64 and 3.05 with 256.
@@ -360,24 +270,8 @@ pub(super) const HIDDEN_EXPONENT: u8 = 8;
 /// The same for the gated readout, which has no bound either: up to 1e6, or 4.8e-7.
 pub(super) const READOUT_EXPONENT: u8 = 4;
 
-/// Whether a device multiplies a model's rows by cooperative matrices, which read halves by eights and write logits by fours.
-fn coop(device: &Device, config: &ModelConfig) -> bool {
-    let Ranks { w, a, v, g } = config.ranks;
-    let by_eights = [config.width, config.hidden, w, a, v, g].iter().all(|n| n.is_multiple_of(8));
-    device.capabilities().features.coop && by_eights && config.vocab.is_multiple_of(4)
-}
-
-/// The tiles of the best variant of `matmul`. Where a sequence must not depend on those beside it, all give the same results.
-const fn tiles(coop: bool, batch_invariant: bool) -> &'static [matmul::Tile] {
-    match (coop, batch_invariant) {
-        (false, _) => &matmul::TILES,
-        (true, false) => &matmul::COOP_TILES,
-        (true, true) => &matmul::COOP_TILES_UNSPLIT,
-    }
-}
-
 /// The best variant of a kernel that a device has.
-fn best<'a>(
+pub(super) fn best<'a>(
     device: &Device,
     variants: impl IntoIterator<Item = &'a Kernel> + Clone,
 ) -> Result<&'a Kernel, Error> {
@@ -409,7 +303,7 @@ pub(super) fn compile<'a>(
 }
 
 /// Lanes of a workgroup, as far as the device has them. Where lanes are not wide, on the CPU, they only cost.
-fn lanes(device: &Device) -> impl Fn(u32) -> u32 {
+pub(super) fn lanes(device: &Device) -> impl Fn(u32) -> u32 {
     let most = if device.is_gpu() { 1 << device.capabilities().invocations.ilog2() } else { 64 };
     move |wanted| wanted.min(most)
 }
@@ -419,9 +313,7 @@ impl Kernels {
         let lanes = lanes(device);
         let norm = [("LANES", f64::from(lanes(256)))];
         let coop = coop(device, config);
-        let tiles = tiles(coop, setup.batch_invariant);
-        let matmul =
-            Multiplies { kernel: *best(device, tiles[0].variants())?, tiles, made: Mutex::default() };
+        let matmul = Multiplies::new(device, coop, setup.batch_invariant)?;
         let held = Held::new(setup.state, setup.fused)?;
         // What the products read: rows are normed, or gated. Without fusion each operation has single precision.
         let written = |exponent| (coop && setup.fused).then_some(exponent);
@@ -515,45 +407,6 @@ impl Kernels {
         self.scan.as_ref().is_some_and(|of| of.chunked.is_some())
     }
 
-    /// The rows that a pass of so many is laid down for: with more, up to those, it would have the same tiles.
-    pub(super) fn class(rows: u32) -> u32 {
-        rows.next_power_of_two().clamp(16, 2048)
-    }
-
-    /// The tile for products of so many rows, and for what becomes of them.
-    ///
-    /// Of cooperative matrices, the largest that leaves no processor idle and is not mostly without rows, or else the
-    /// smallest.
-    pub(super) fn tile(&self, rows: u32, jobs: &[matmul::Job], transposed: bool) -> Multiply {
-        let rows = Self::class(rows);
-        let fits = |tile: &matmul::Tile| match tile.coop {
-            None => true,
-            Some(_) => {
-                let cols: u32 = jobs.iter().map(|job| count(job.outputs).div_ceil(tile.cols)).sum();
-                let groups = cols.saturating_mul(rows.div_ceil(tile.rows));
-                groups >= MOST_PROCESSORS || groups.saturating_mul(tile.lanes()) >= FILL
-            }
-        };
-        let mut of_rows = self.matmul.tiles.iter().filter(|tile| tile.rows <= rows);
-        let tile = *of_rows.rfind(|tile| fits(tile)).unwrap_or(&self.matmul.tiles[0]);
-        let formats = stored::set(jobs.iter().map(|job| job.format));
-        Multiply { tile, transposed, kinds: tile.coop.map(|_| matmul::Kinds::of(jobs)), formats }
-    }
-
-    /// The pipeline for products. It is compiled when it is first asked for.
-    pub(super) fn matmul(&self, device: &Device, of: Multiply) -> Result<Pipeline, Error> {
-        self.matmul.get(device, of)
-    }
-
-    /// Compiles those that a plan is about to ask for, as far as they are not.
-    pub(super) fn prepare(
-        &self,
-        device: &Device,
-        wanted: impl IntoIterator<Item = Multiply>,
-    ) -> Result<(), Error> {
-        self.matmul.prepare(device, wanted)
-    }
-
     /// What was chosen, of those that every form has and of others.
     pub(super) fn labels_with<'a>(&'a self, others: impl IntoIterator<Item = &'a Pipeline>) -> Vec<String> {
         let own = [&self.embedding, &self.layer_norm, &self.sample].into_iter();
@@ -582,198 +435,13 @@ impl Kernels {
     }
 }
 
-impl StepKernels {
-    /// The kernels, or none where a row does not fit into the memory of a workgroup.
-    pub(super) fn new(
-        device: &Device,
-        config: &ModelConfig,
-        setup: &Setup,
-        held: Held,
-    ) -> Result<Option<Self>, Error> {
-        let capabilities = device.capabilities();
-        let lanes = lanes(device);
-        let width = count(config.width);
-        // Large workgroups, since each norms the row anew; long rows are multiplied two at a time. Measured on an H200.
-        let (mix_lanes, team_rows) = if width < 2048 { (lanes(512), 1) } else { (lanes(1024), 2) };
-        if 4 * (width + mix_lanes) > capabilities.workgroup_bytes || width > 16 * mix_lanes {
-            return Ok(None);
-        }
-        // At least 256: four adapters at once.
-        let heads_lanes = match held {
-            Held::Plain => half(device).max(256),
-            Held::Resident { .. } => {
-                let fits = time_mix_resident::workgroup_bytes(512) <= capabilities.workgroup_bytes;
-                lanes(if fits { 512 } else { 256 }).max(256)
-            }
-        };
-        let blocks = |of: &[Matrix]| setup.weights.blocks(config.n_layers, of).collect::<Vec<_>>();
-        let (linear, linear_tile) = linear_of(device, Some(config.width), &blocks(&[Matrix::Output]))?;
-        let (value, columns) = value_of(device, config, &blocks(&[Matrix::FfnValue]), setup.skip_zeros)?;
-        let formats = stored::formats(blocks(&STRAIGHT).into_iter().chain([None]));
-        let f = f64::from;
-        Ok(Some(Self {
-            mix_in: compile(
-                device,
-                mix_in::VARIANTS,
-                &[("LANES", f(mix_lanes)), ("TEAM_ROWS", f(team_rows)), ("WIDTH", f(width)), formats],
-            )?,
-            time_mix: held.compile(device, heads_lanes, true, !setup.norm_apart(), None)?,
-            readout: readout_of_heads(device, setup, None)?,
-            linear,
-            value,
-            mix_tile: tile(mix_lanes, team_rows),
-            team_rows,
-            heads_lanes,
-            linear_tile,
-            columns,
-        }))
-    }
-}
-
-impl StepKernels {
-    /// Rows of a stack to a workgroup: the fewest with which each of the workgroups has a processor of its own, so that none has
-    /// more to do than it must, or else as many as its teams take at once.
-    pub(super) fn stack_tile(&self, stack: &[mix_in::Stacked]) -> u32 {
-        let groups = |&tile: &u32| stack.iter().map(|of| count(of.outputs).div_ceil(tile)).sum::<u32>();
-        let mut tiles = (1..=self.mix_tile / self.team_rows).map(|teams| teams * self.team_rows);
-        tiles.find(|tile| groups(tile) <= PROCESSORS).unwrap_or(self.mix_tile)
-    }
-}
-
 /// What is left to do of what the heads' kernels answer, where the norm is not in them.
-fn readout_of_heads(device: &Device, setup: &Setup, written: Option<u8>) -> Result<Option<Pipeline>, Error> {
+pub(super) fn readout_of_heads(
+    device: &Device,
+    setup: &Setup,
+    written: Option<u8>,
+) -> Result<Option<Pipeline>, Error> {
     let overrides = [packed::halves(written), readout_packed::of_heads()];
     let compiled = || compile(device, readout_packed::VARIANTS, &overrides);
     setup.norm_apart().then(compiled).transpose()
-}
-
-/// Rows of a matrix to a workgroup, so many to a team. Teams are subgroups of 32 on most devices; others go through a
-/// tile more or fewer times.
-fn tile(lanes: u32, rows: u32) -> u32 {
-    (lanes / 32).max(1) * rows
-}
-
-/// Lanes of kernels that need 32 to 64 bytes of workgroup memory for each, as `time_mix` and `channel_mix_value` do.
-fn half(device: &Device) -> u32 {
-    lanes(device)(if device.capabilities().workgroup_bytes >= 32 << 10 { 512 } else { 256 })
-}
-
-/// `linear`, and outputs to a workgroup of it. Of a matrix of `known` rows and columns alone, it has them compiled in.
-pub(super) fn linear_of(
-    device: &Device,
-    known: Option<usize>,
-    formats: &[Option<quant::Format>],
-) -> Result<(Pipeline, u32), Error> {
-    // Small workgroups begin sooner, but each has to hold the row. Measured on an H100.
-    let lanes = lanes(device)(if known.is_some_and(|width| width <= 2048) { 128 } else { 256 });
-    let known = known.map_or(0, count);
-    let fits = 4 * (known + lanes + 32) <= device.capabilities().workgroup_bytes;
-    let (known, tile) = if fits && known > 0 { (known, tile(lanes, 1)) } else { (0, 0) };
-    let overrides = [
-        ("LANES", lanes.into()),
-        ("TEAM_ROWS", 1.0),
-        ("AHEAD", 4.0),
-        ("HELD", known.into()),
-        ("OUTPUTS", known.into()),
-        ("TILE", tile.into()),
-        stored::formats(formats.iter().copied()),
-    ];
-    Ok((compile(device, linear::VARIANTS, &overrides)?, self::tile(lanes, 1)))
-}
-
-/// `channel_mix_value`, and columns to a workgroup of it.
-pub(super) fn value_of(
-    device: &Device,
-    config: &ModelConfig,
-    formats: &[Option<quant::Format>],
-    skip_zeros: bool,
-) -> Result<(Pipeline, u32), Error> {
-    let (lanes, columns) = (half(device), if config.width <= 1024 { 16 } else { 32 });
-    // As few as suffice for all hidden units at once, if eight do.
-    let parts = (count(config.hidden) / 4).div_ceil(lanes).clamp(1, 8);
-    let overrides = [
-        ("LANES", lanes.into()),
-        ("COLUMNS", columns.into()),
-        ("PARTS", parts.into()),
-        ("ALL", f64::from(u8::from(!skip_zeros))),
-        ("WIDTH", count(config.width).into()),
-        ("HIDDEN", count(config.hidden).into()),
-        stored::formats(formats.iter().copied()),
-    ];
-    Ok((compile(device, channel_mix_value::VARIANTS, &overrides)?, columns))
-}
-
-#[cfg(test)]
-mod tests {
-    use rwkv_core::compare::nmse;
-    use rwkv_core::model::{Logits, Skip};
-    use rwkv_core::ops::activation::Activation;
-    use rwkv_kernels::gpu::device_for_tests;
-    use rwkv_kernels::kernels::matmul;
-
-    use super::{Error, Multiply};
-    use crate::checkpoint::Checkpoint;
-    use crate::gpu::layer::job;
-    use crate::gpu::{Executor, Job, Setup, count};
-
-    fn executor() -> Option<Executor> {
-        device_for_tests()?;
-        let bundled = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/books-10m/model.safetensors");
-        let setup = Setup { fused: true, sessions: 1, pass_tokens: 256, ..Setup::default() };
-        Some(Executor::open(&Checkpoint::open(bundled).unwrap(), setup, &|_| ()).unwrap())
-    }
-
-    fn logits(executor: &Executor, tokens: &[u32]) -> Vec<f32> {
-        let mut record = executor.empty();
-        let jobs = &mut [Job { tokens, record: &mut record, logits: Logits::All }];
-        executor.pass(jobs, Skip::default()).unwrap()
-    }
-
-    #[test]
-    fn products_are_compiled_when_they_are_first_asked_for() {
-        let Some(executor) = executor() else { return };
-        let matmul = &executor.kernels.matmul;
-        let tokens: Vec<u32> = (0..130).map(|i| i * 7 % 256).collect();
-        let some = [job(8, 8, 0, (0, 8), (0, 8), Activation::Identity)];
-        // Every product whose tile has so many rows.
-        let compiled = |rows: u32| matmul.made().keys().filter(|of| of.tile.rows == rows).count();
-        let vocab = executor.config().vocab;
-        let mut short = logits(&executor, &tokens[..2]);
-        for rows in [20, 40, 130] {
-            let tile = executor.kernels.tile(count(rows), &some, false).tile;
-            let before = compiled(tile.rows);
-            let first = logits(&executor, &tokens[..rows]);
-            let after = compiled(tile.rows);
-            assert!(after >= before && after > 0, "{rows} rows");
-            let all = matmul.made().len();
-            let again = logits(&executor, &tokens[..rows]);
-            assert_eq!(matmul.made().len(), all, "{rows} rows once more: nothing is compiled");
-            assert_eq!(first, again, "{rows} rows");
-            assert_eq!(first.len(), rows * vocab, "{rows} rows");
-            // But for the order of sums, and what cooperative matrices round.
-            let error = nmse(&first[..short.len()], &short, 1e-5);
-            assert!(error.is_ok(), "{rows} rows begin as fewer do: {error:?}");
-            short = first;
-        }
-        let tiles = matmul.made().keys().map(|of| of.tile).collect::<std::collections::BTreeSet<_>>().len();
-        assert!(tiles > 1, "not all that was asked for was compiled at first");
-    }
-
-    #[test]
-    fn what_cannot_be_compiled_is_said_and_leaves_the_rest() {
-        let Some(executor) = executor() else { return };
-        let (device, matmul) = (executor.device(), &executor.kernels.matmul);
-        let before = matmul.made().len();
-        // More invocations than a workgroup has.
-        let vast = matmul::Tile { rows: 1 << 16, ..matmul.tiles[0] };
-        let some = [job(8, 8, 0, (0, 8), (0, 8), Activation::Identity)];
-        let good = executor.kernels.tile(200, &some, true);
-        let vast = Multiply { tile: vast, ..good };
-        let refused = |of: Result<(), Error>| matches!(of, Err(Error::Pipeline(_)));
-        assert!(refused(matmul.prepare(device, [good, vast])), "the error is told");
-        assert!(refused(matmul.get(device, vast).map(drop)), "again");
-        assert!(matmul.made().len() <= before + 1, "it is not kept");
-        assert!(matmul.get(device, good).is_ok(), "others are compiled");
-        assert_eq!(logits(&executor, &[1, 2, 3]).len(), 3 * executor.config().vocab, "passes go on");
-    }
 }

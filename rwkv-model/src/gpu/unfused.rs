@@ -32,9 +32,10 @@ use rwkv_kernels::pipeline::{Pipeline, checked};
 use rwkv_state::layout::DeviceLayout;
 
 use super::layer::{Layers, MIX_A, MIX_G, MIX_K, MIX_R, MIX_V, MIX_W, MIXES, refused};
-use super::pipelines::{HIDDEN_EXPONENT, Kernels, READOUT_EXPONENT, compile, linear_of, value_of};
+use super::pipelines::{HIDDEN_EXPONENT, Kernels, READOUT_EXPONENT, compile};
 use super::plan::{Bound, Grid, Plan, Shape, Step};
 use super::records::{Move, Record};
+use super::step::{linear_of, value_of};
 use super::weights::Layer;
 use super::{Error, count};
 
@@ -493,8 +494,8 @@ impl<'a> Steps<'a> {
             activation: Activation::Identity,
             store: if accumulate { matmul::Store::Add } else { matmul::Store::Put },
         };
-        let multiply = self.of.kernels.tile(count(self.rows), &[job], transposed);
-        let (tile, pipeline) = (multiply.tile, self.of.kernels.matmul(self.of.device, multiply)?);
+        let multiply = self.of.kernels.matmul.tile(count(self.rows), &[job], transposed);
+        let (tile, pipeline) = (multiply.tile, self.of.kernels.matmul.get(self.of.device, multiply)?);
         let dims = matmul::Dims {
             rows: self.rows,
             tile,
