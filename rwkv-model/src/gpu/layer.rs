@@ -189,7 +189,7 @@ impl Layers<'_> {
                 readout: None,
                 lora_up: None,
                 rows,
-                segments: if one { segment } else { Bound::Whole(&s.segments) },
+                segments: if one { segment } else { Bound::Whole(s.passed_by()) },
                 inputs: &inputs,
                 up: &up,
                 grid: match one {

@@ -567,8 +567,11 @@ impl Executor {
     /// Writes the tables of a pass, but for one token in a form of its own.
     fn tell(&self, work: &Work, moves: &[Move], wanted: &[u32], skip: Skip<'_>) -> Result<(), Error> {
         let queue = self.device.queue();
-        if skip.shifts == SkipShifts::Frozen && !skip.layers.is_empty() {
-            self.scratch.write_carried(queue, moves);
+        if !skip.layers.is_empty() {
+            self.scratch.write_still(queue, moves);
+            if skip.shifts == SkipShifts::Frozen {
+                self.scratch.write_carried(queue, moves);
+            }
         }
         let shared = |of: &Move| mix_rows::Segment {
             rows: of.rows as usize,

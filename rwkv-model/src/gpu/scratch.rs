@@ -30,6 +30,8 @@ pub(super) struct Scratch {
     pub(super) carried: wgpu::Buffer,
     /// Of up to T segments.
     pub(super) segments: wgpu::Buffer,
+    /// The same without their rows, for heads that are left out of a pass: states go on as they are.
+    still: wgpu::Buffer,
     /// What states are held in.
     pub(super) resident: Resident,
     /// Rows whose logits are wanted, `[R]`.
@@ -147,6 +149,7 @@ impl Scratch {
                 cursors: storage("cursors", 2 * rows),
                 carried: storage("carried", 2 * rows),
                 segments: storage("segments", time_mix_resident::table_len(rows, rows, resident.capacity)),
+                still: storage("still", if resident.is_plain() { 4 * rows } else { 4 }),
                 resident,
                 wanted: storage("wanted rows", logit_rows),
                 no_cursor: storage("no cursor", 2),
@@ -179,6 +182,11 @@ impl Scratch {
         self.write_segments(queue, moves);
     }
 
+    /// Segments of heads that are left out. Where tokens may be pending, each of them has to be counted.
+    pub(super) const fn passed_by(&self) -> &wgpu::Buffer {
+        if self.resident.is_plain() { &self.still } else { &self.segments }
+    }
+
     /// Writes where shifts are carried that stay what they were.
     pub(super) fn write_carried(&self, queue: &wgpu::Queue, moves: &[Move]) {
         let mut pairs: Vec<[u32; 2]> = Vec::new();
@@ -189,6 +197,15 @@ impl Scratch {
         let rows: u32 = moves.iter().map(|of| of.rows).sum();
         pairs.resize(rows as usize, [carry::NONE; 2]);
         queue.write_buffer(&self.carried, 0, bytemuck::cast_slice(&pairs));
+    }
+
+    /// Writes what is left of the segments of a pass where heads are left out of it.
+    pub(super) fn write_still(&self, queue: &wgpu::Queue, moves: &[Move]) {
+        if self.resident.is_plain() {
+            let still = |of: &Move| [0, 0, of.before.base().index(), of.after.base().index()];
+            let still: Vec<_> = moves.iter().map(still).collect();
+            queue.write_buffer(&self.still, 0, bytemuck::cast_slice(&still));
+        }
     }
 
     /// Writes what the heads read of a pass.
