@@ -167,9 +167,10 @@ impl Layers<'_> {
     /// to those written.
     pub(super) fn passed_by(&self, one: bool, shifts: SkipShifts) -> Result<Vec<Mixes>, Error> {
         let (s, planner, width) = (self.scratch, self.planner(), self.config.width);
-        let rows = if one { 1 } else { s.rows };
-        // All operands are zero, and the adapters' products so negative that every decay is one and the value residual is
-        // off: states stay as they are in every form, and pending tokens are folded as ever.
+        // Segments without rows have their states copied. Where there are rows, since each may be pending, all operands are zero,
+        // and the adapters' products so negative that every decay is one and the value residual is off: states stay as they are
+        // in every form, and pending tokens are folded as ever.
+        let rows = if one || s.resident.is_plain() { 1 } else { s.rows };
         const NEVER: f32 = -1e30;
         let inputs = planner.table(&vec![0.0f32; s.len.inputs / s.rows * rows]);
         let up = planner.table(&vec![NEVER; ADAPTERS * width * rows]);
