@@ -15,7 +15,13 @@ use crate::{Outcome, cargo, spawn};
 const FOLDERS: [&str; 3] = ["/etc/vulkan/icd.d", "/usr/local/share/vulkan/icd.d", "/usr/share/vulkan/icd.d"];
 
 pub(crate) fn run(args: &[String]) -> Outcome {
+    run_with(args, &[])
+}
+
+/// The same, with more in the environment.
+pub(crate) fn run_with(args: &[String], environment: &[(&str, &str)]) -> Outcome {
     let mut tests = cargo(&["test"]);
+    tests.envs(environment.iter().copied());
     if !args.iter().any(|arg| arg.starts_with("-p") || arg.starts_with("--package")) {
         // With what is off by default, or its tests would not run.
         tests.args(["--workspace", "--features", "rwkv-model/object-store"]);
