@@ -14,7 +14,7 @@ use rwkv_core::compare::nmse;
 use rwkv_model::engine::Device;
 use rwkv_model::{Checkpoint, Engine, EngineOptions, Session, Wkv};
 
-use crate::gpu::{limit, token, windows};
+use crate::gpu::{limit, token_of, windows};
 use crate::picture::{COLOURS, FONT, fail};
 use crate::random_model::{self, shape_of};
 use crate::table::Table;
@@ -142,11 +142,6 @@ fn measure_all(args: &ChunksArgs, path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A token that the model has.
-fn of(engine: &Engine, index: usize) -> u32 {
-    token(index) % u32::try_from(engine.config().vocab).unwrap_or(u32::MAX)
-}
-
 /// Runs sequences over so many tokens of each, side by side.
 fn run(engine: &Engine, pass: usize, prompts: &[Vec<u32>]) -> anyhow::Result<Vec<Session>> {
     let mut sessions: Vec<Session> = prompts.iter().map(|_| engine.session()).collect();
@@ -170,10 +165,10 @@ fn verify(engine: &Engine, pass: usize) -> anyhow::Result<Vec<f32>> {
     let mut all = Vec::new();
     for lengths in [&[200][..], &[64, 9, 130, 47]] {
         let prompts: Vec<Vec<u32>> =
-            lengths.iter().map(|&n| (0..n).map(|at| of(engine, at + 31 * n)).collect()).collect();
+            lengths.iter().map(|&n| (0..n).map(|at| token_of(engine, at + 31 * n)).collect()).collect();
         for mut session in run(engine, pass, &prompts)? {
             all.extend_from_slice(session.logits()?);
-            all.extend_from_slice(session.step(of(engine, 5))?);
+            all.extend_from_slice(session.step(token_of(engine, 5))?);
         }
     }
     Ok(all)
@@ -181,7 +176,7 @@ fn verify(engine: &Engine, pass: usize) -> anyhow::Result<Vec<f32>> {
 
 fn measure(engine: &Engine, args: &ChunksArgs, [batch, tokens]: [usize; 2]) -> anyhow::Result<Time> {
     let prompts: Vec<Vec<u32>> =
-        (0..batch).map(|i| (0..tokens).map(|at| of(engine, at + 17 * i)).collect()).collect();
+        (0..batch).map(|i| (0..tokens).map(|at| token_of(engine, at + 17 * i)).collect()).collect();
     let read = || run(engine, args.pass_tokens, &prompts).map(drop);
     let times = windows(engine, args.repeats.max(1), read)?;
     let all = (batch * tokens) as f64;

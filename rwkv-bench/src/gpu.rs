@@ -127,8 +127,14 @@ pub(crate) fn rounds_to_halves(engine: &Engine) -> anyhow::Result<bool> {
     Ok(engine.report()?.kernels.iter().any(|label| label.contains("coop")))
 }
 
+/// A token of a text without sense, of a released vocabulary.
 pub(crate) fn token(index: usize) -> u32 {
     u32::try_from(index * 7919 % 65521).unwrap_or_default()
+}
+
+/// One that the model of an engine has.
+pub(crate) fn token_of(engine: &Engine, index: usize) -> u32 {
+    token(index) % u32::try_from(engine.config().vocab).unwrap_or(u32::MAX)
 }
 
 #[expect(clippy::print_stdout, reason = "the report")]
@@ -393,7 +399,7 @@ pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
     let mut all = Profile::default();
     if args.tokens > 0 {
         let mut session = engine.session();
-        session.prefill(&[token(1) % count(engine.config().vocab)?])?;
+        session.prefill(&[token_of(&engine, 1)])?;
         warm(&mut session)?;
         let what = format!("{} tokens, one after the other", args.tokens);
         timed((&engine, copies), &mut all, &what, args.tokens, || {
@@ -401,14 +407,14 @@ pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
         })?;
     }
     for &n in &args.prompt {
-        let prompt = tokens(&engine, n)?;
+        let prompt = tokens(&engine, n);
         let read = || Ok(engine.session().prefill(&prompt)?);
         busy(&engine, || read().and_then(|()| Ok(engine.wait()?)))?;
         let passes = n.div_ceil(EngineOptions::default().pass_tokens);
         timed((&engine, copies), &mut all, &format!("a prompt of {n} tokens"), passes, read)?;
     }
     for &n in &args.batch {
-        let tokens = tokens(&engine, n)?;
+        let tokens = tokens(&engine, n);
         let mut sessions: Vec<Session> = (0..n).map(|_| engine.session()).collect();
         let mut read = || {
             let mut batch: Vec<_> = sessions.iter_mut().zip(tokens.chunks(1)).collect();
@@ -429,14 +435,9 @@ pub(crate) fn profile(args: &ProfileArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// So many tokens of the vocabulary.
-fn tokens(engine: &Engine, n: usize) -> anyhow::Result<Vec<u32>> {
-    let vocab = count(engine.config().vocab)?;
-    Ok((0..n).map(|index| token(index) % vocab).collect())
-}
-
-fn count(n: usize) -> anyhow::Result<u32> {
-    Ok(u32::try_from(n)?)
+/// So many tokens that the model has.
+fn tokens(engine: &Engine, n: usize) -> Vec<u32> {
+    (0..n).map(|index| token_of(engine, index)).collect()
 }
 
 /// Prints where the time of something goes, of which the passes are known, and adds it to what was timed.

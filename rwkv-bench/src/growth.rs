@@ -13,7 +13,7 @@ use rwkv_core::compare::nmse;
 use rwkv_model::engine::Device;
 use rwkv_model::{Engine, EngineOptions, Session};
 
-use crate::gpu::{limit, token, windows};
+use crate::gpu::{limit, token_of, windows};
 use crate::picture::{FONT, fail};
 use crate::random_model::{self, shape_of};
 
@@ -80,7 +80,7 @@ pub(crate) fn report(args: &GrowthArgs) -> anyhow::Result<()> {
         let (mut sessions, mut at): (Vec<Session>, _) = ((0..n).map(|_| engine.session()).collect(), 0);
         let times = windows(&engine, args.repeats, || {
             for _ in 0..STEPS {
-                let tokens: Vec<[u32; 1]> = (0..n).map(|i| [of(&engine, 17 * i + at)]).collect();
+                let tokens: Vec<[u32; 1]> = (0..n).map(|i| [token_of(&engine, 17 * i + at)]).collect();
                 let mut batch: Vec<_> = sessions.iter_mut().zip(&tokens).map(|(s, t)| (s, &t[..])).collect();
                 engine.step(&mut batch)?;
                 at += 1;
@@ -97,7 +97,7 @@ pub(crate) fn report(args: &GrowthArgs) -> anyhow::Result<()> {
         "\n    tokens   ms a prompt    tokens/s    us a token   bytes of the state   peak of the process"
     );
     let length = curve(&args.length, |n| {
-        let prompt: Vec<u32> = (0..n).map(|i| of(&engine, i)).collect();
+        let prompt: Vec<u32> = (0..n).map(|i| token_of(&engine, i)).collect();
         let mut session = engine.session();
         let times = windows(&engine, args.repeats, || {
             session = engine.session();
@@ -126,11 +126,6 @@ fn curve(at: &[usize], mut time: impl FnMut(usize) -> anyhow::Result<f64>) -> an
     at.iter().filter(|&&n| n > 0).map(|&n| Ok((n, time(n)?))).collect()
 }
 
-/// A token that the model has.
-fn of(engine: &Engine, index: usize) -> u32 {
-    token(index) % u32::try_from(engine.config().vocab).unwrap_or(u32::MAX)
-}
-
 /// Compares sequences side by side with the same ones alone, and a prompt in pieces with a whole one.
 fn verify(engine: &Engine) -> anyhow::Result<String> {
     let report = engine.report()?;
@@ -145,10 +140,11 @@ fn verify(engine: &Engine) -> anyhow::Result<String> {
         let mut sessions: Vec<Session> = (0..n).map(|_| engine.session()).collect();
         // Prompts of several lengths at once, then a token of each.
         let prompts: Vec<Vec<u32>> =
-            (0..n).map(|i| (0..1 + 5 * i % 23).map(|at| of(engine, at + 31 * i)).collect()).collect();
+            (0..n).map(|i| (0..1 + 5 * i % 23).map(|at| token_of(engine, at + 31 * i)).collect()).collect();
         let mut alone = sessions.clone();
         for token in [None, Some(3), Some(8)] {
-            let tokens = |i: usize| token.map_or_else(|| prompts[i].clone(), |at| vec![of(engine, i + at)]);
+            let tokens =
+                |i: usize| token.map_or_else(|| prompts[i].clone(), |at| vec![token_of(engine, i + at)]);
             let tokens: Vec<Vec<u32>> = (0..n).map(tokens).collect();
             let mut batch: Vec<_> = sessions.iter_mut().zip(&tokens).map(|(s, t)| (s, &t[..])).collect();
             engine.step(&mut batch)?;
@@ -160,7 +156,7 @@ fn verify(engine: &Engine) -> anyhow::Result<String> {
             compare(side_by_side, alone, &format!("{n} sequences against each alone"))?;
         }
     }
-    let prompt: Vec<u32> = (0..700).map(|at| of(engine, at)).collect();
+    let prompt: Vec<u32> = (0..700).map(|at| token_of(engine, at)).collect();
     let (mut whole, mut pieces) = (engine.session(), engine.session());
     whole.prefill(&prompt)?;
     prompt.chunks(97).try_for_each(|piece| pieces.prefill(piece))?;

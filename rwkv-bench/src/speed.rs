@@ -11,6 +11,7 @@ use rwkv_core::ops::linear::Matrix;
 use rwkv_model::engine::Device;
 use rwkv_model::{Checkpoint, Engine, EngineOptions, Recipe};
 
+use crate::gpu::token;
 use crate::machine::{Reading, peak_memory};
 use crate::random_model::{self, SHAPES};
 
@@ -28,10 +29,6 @@ const FACTOR: f64 = 4.0;
 const DECODE_SHARE: f64 = 0.6;
 const PREFILL_RATIO: f64 = 6.0;
 const MEMORY_RATIO: f64 = 1.15;
-
-fn token(index: usize) -> u32 {
-    u32::try_from(index * 7919 % 65521).unwrap_or_default()
-}
 
 #[expect(clippy::print_stdout, reason = "the report")]
 pub(crate) fn report(scratch: &Path, repeats: usize, weights: &Recipe) -> anyhow::Result<bool> {
