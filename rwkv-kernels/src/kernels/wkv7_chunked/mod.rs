@@ -17,6 +17,7 @@ pub use super::extents::Error;
 use super::extents::{elements, fits, groups};
 use super::wkv7_scan::OPERANDS;
 pub use super::wkv7_scan::{HEAD_SIZE, Segment};
+use crate::Kernel;
 pub use crate::reflected::wkv7_chunked::{Params, VARIANTS};
 
 /// The extents of a call, in elements where they are lengths.
@@ -48,12 +49,18 @@ const SHARING: usize = 4;
 ///
 /// If the extents are not what the kernel can do.
 pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
-    let (kernel, Dims { rows, segments, heads, stride, offset, y_stride }) = (&VARIANTS[0], dims);
+    let ([heads, stride, offset, y_stride], grid) = lowered(&VARIANTS[0], dims, SHARING)?;
+    Ok((Params { heads, stride, offset, y_stride }, grid))
+}
+
+/// Heads, stride, offset and stride of y, in the parameters' order, and the workgroups, of which so many share a head.
+pub(super) fn lowered(kernel: &Kernel, dims: Dims, sharing: usize) -> Result<([u32; 4], [u32; 3]), Error> {
+    let Dims { rows, segments, heads, stride, offset, y_stride } = dims;
     let width = heads.saturating_mul(HEAD_SIZE);
     let y_stride = fits(kernel, rows, [0, width, y_stride])?;
     let stride = fits(kernel, 1, [offset, width.saturating_mul(HEAD_SIZE), stride])?;
     elements(kernel, rows, width.saturating_mul(OPERANDS))?;
-    let grid = groups(kernel, [heads.saturating_mul(SHARING), segments])?;
+    let grid = groups(kernel, [heads.saturating_mul(sharing), segments])?;
     let of = |n| elements(kernel, 1, n);
-    Ok((Params { heads: of(heads)?, stride, offset: of(offset)?, y_stride }, grid))
+    Ok(([of(heads)?, stride, of(offset)?, y_stride], grid))
 }

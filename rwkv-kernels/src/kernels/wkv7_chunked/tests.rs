@@ -147,32 +147,19 @@ fn a_segment_has_its_bits_alone_and_by_chunks() {
             let all = run(of, &call, &call.segments, &call.state);
             for (s, &segment) in call.segments.iter().enumerate() {
                 let first = (cut * u32::try_from(of.0).unwrap()).min(segment.rows);
-                let begin = Segment { rows: first, ..segment };
-                let rest = Segment {
-                    first: segment.first + first,
-                    rows: segment.rows - first,
-                    from: segment.to,
-                    ..segment
-                };
-                let [state, mut y] = run(of, &call, &[begin], &call.state);
-                let [state, rest] = run(of, &call, &[rest], &state);
-                for (y, rest) in y.iter_mut().zip(rest).filter(|(y, _)| y.is_nan()) {
-                    *y = rest;
-                }
-                let (got, want) = (call.of(s, &[state, y]), call.of(s, &all));
-                prop_assert!(bits(&got[0]) == bits(&want[0]), "state of {s}, chunks of {}", of.0);
-                prop_assert!(bits(&got[1]) == bits(&want[1]), "y of {s}, chunks of {}", of.0);
+                call.holds_cut(s, first, &all, &format!("chunks of {}", of.0), |segments, state| run(of, &call, segments, state))?;
             }
         }
     });
 }
 
-#[test]
-fn refuses_what_it_cannot_run() {
-    let name = "wkv7_chunked";
+/// That a kernel of which four workgroups share a head takes what it can run, and nothing else.
+pub(in crate::kernels) fn refuses(
+    name: &'static str,
+    lowered: impl Fn(Dims) -> Result<(u32, u32, u32, [u32; 3]), Error>,
+) {
     let state = 3 * N * N;
-    let plain = Dims { rows: 9, segments: 2, heads: 3, stride: state + 10, offset: 10, y_stride: 192 };
-    let lowered = |dims| lower(dims).map(|(of, groups)| (of.heads, of.stride, of.offset, groups));
+    let plain = PLAIN;
     assert_eq!(lowered(plain), Ok((3, 12_298, 10, [12, 2, 1])), "plain");
     let stride = |width, offset, stride| Err(Error::Stride { kernel: name, width, offset, stride });
     assert_eq!(lowered(Dims { offset: 11, ..plain }), stride(state, 11, state + 10), "record");
@@ -188,4 +175,13 @@ fn refuses_what_it_cannot_run() {
     ] {
         assert!(lowered(dims).is_err(), "{dims:?}");
     }
+}
+
+/// Extents of a call that is in order.
+pub(in crate::kernels) const PLAIN: Dims =
+    Dims { rows: 9, segments: 2, heads: 3, stride: 3 * N * N + 10, offset: 10, y_stride: 192 };
+
+#[test]
+fn refuses_what_it_cannot_run() {
+    refuses("wkv7_chunked", |dims| lower(dims).map(|(of, groups)| (of.heads, of.stride, of.offset, groups)));
 }

@@ -1,4 +1,5 @@
 // Twin: rwkv-core/src/ops/wkv7_chunked.rs, what of chunks of tokens waits for the state, over packed segments.
+//use four_keys
 //
 // Rows of a state never interact: a workgroup has 16 rows of a head. By blocks of 16 tokens, it multiplies the state that the
 // chunk met by what the tokens ask and remove of it, and adds to the state the product of what they write; both products have
@@ -160,17 +161,6 @@ fn tell(count: u32, kept: vec4<f32>, at: Place) {
     let lost = kept > vec4(0.0);
     low = select(low, vec4(0.0), lost) + fma(low, kept, add_low);
     high = select(high, vec4(0.0), lost) + fma(high, kept, add_high);
-}
-
-fn load(at: u32) -> vec4<f32> {
-    return vec4(state[at], state[at + N], state[at + 2u * N], state[at + 3u * N]);
-}
-
-fn save(at: u32, x: vec4<f32>) {
-    state[at] = x.x;
-    state[at + N] = x.y;
-    state[at + 2u * N] = x.z;
-    state[at + 3u * N] = x.w;
 }
 
 @compute @workgroup_size(LANES)

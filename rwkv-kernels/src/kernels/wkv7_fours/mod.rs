@@ -9,8 +9,8 @@
 mod tests;
 
 pub use super::extents::Error;
-use super::extents::{elements, fits, groups};
 pub use super::wkv7_chunked::Dims;
+use super::wkv7_chunked::lowered;
 use super::wkv7_scan::OPERANDS;
 pub use super::wkv7_scan::{HEAD_SIZE, Segment};
 use crate::Kernel;
@@ -44,12 +44,7 @@ pub const fn workgroup_bytes(rows_each: usize, stage: usize) -> usize {
 ///
 /// If the extents are not what the kernel can do.
 pub fn lower(dims: Dims, rows_each: usize) -> Result<(Params, [u32; 3]), Error> {
-    let (kernel, Dims { rows, segments, heads, stride, offset, y_stride }) = (&VARIANTS[0], dims);
-    let width = heads.saturating_mul(HEAD_SIZE);
-    let y_stride = fits(kernel, rows, [0, width, y_stride])?;
-    let stride = fits(kernel, 1, [offset, width.saturating_mul(HEAD_SIZE), stride])?;
-    elements(kernel, rows, width.saturating_mul(OPERANDS))?;
-    let grid = groups(kernel, [heads.saturating_mul(HEAD_SIZE / rows_each.max(1)), segments])?;
-    let of = |n| elements(kernel, 1, n);
-    Ok((Params { heads: of(heads)?, stride, offset: of(offset)?, y_stride }, grid))
+    let sharing = HEAD_SIZE / rows_each.max(1);
+    let ([heads, stride, offset, y_stride], grid) = lowered(&VARIANTS[0], dims, sharing)?;
+    Ok((Params { heads, stride, offset, y_stride }, grid))
 }

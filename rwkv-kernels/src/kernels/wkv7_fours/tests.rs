@@ -2,15 +2,12 @@
 
 use proptest::prelude::*;
 
-use super::{
-    Dims, Error, HEAD_SIZE as N, ROWS, STAGES, SUBGROUP, Segment, VARIANTS, lower, variants, workgroup_bytes,
-};
+use super::{Dims, ROWS, STAGES, SUBGROUP, Segment, VARIANTS, lower, variants, workgroup_bytes};
 use crate::gpu::{Device, device_for_tests, variants_for_tests};
-use crate::kernels::MAX_GROUPS;
 use crate::kernels::intervals::floats;
 use crate::kernels::testing::bits;
 use crate::kernels::wkv7::tests::limits;
-use crate::kernels::wkv7_chunked::tests::kinds;
+use crate::kernels::wkv7_chunked::tests::{PLAIN, kinds, refuses};
 use crate::kernels::wkv7_scan::{self, tests::Call};
 use crate::pipeline::Pipeline;
 
@@ -93,21 +90,7 @@ fn a_segment_has_its_bits_alone_and_by_fours() {
             let all = run(of, &call, &call.segments, &call.state);
             for (s, &segment) in call.segments.iter().enumerate() {
                 let first = (4 * cut).min(segment.rows);
-                let begin = Segment { rows: first, ..segment };
-                let rest = Segment {
-                    first: segment.first + first,
-                    rows: segment.rows - first,
-                    from: segment.to,
-                    ..segment
-                };
-                let [state, mut y] = run(of, &call, &[begin], &call.state);
-                let [state, rest] = run(of, &call, &[rest], &state);
-                for (y, rest) in y.iter_mut().zip(rest).filter(|(y, _)| y.is_nan()) {
-                    *y = rest;
-                }
-                let (got, want) = (call.of(s, &[state, y]), call.of(s, &all));
-                prop_assert!(bits(&got[0]) == bits(&want[0]), "state of {s}, {}", label(of));
-                prop_assert!(bits(&got[1]) == bits(&want[1]), "y of {s}, {}", label(of));
+                call.holds_cut(s, first, &all, &label(of), |segments, state| run(of, &call, segments, state))?;
             }
         }
     });
@@ -115,26 +98,10 @@ fn a_segment_has_its_bits_alone_and_by_fours() {
 
 #[test]
 fn refuses_what_it_cannot_run() {
-    let name = "wkv7_fours";
-    let state = 3 * N * N;
-    let plain = Dims { rows: 9, segments: 2, heads: 3, stride: state + 10, offset: 10, y_stride: 192 };
-    let lowered = |dims| lower(dims, 16).map(|(of, groups)| (of.heads, of.stride, of.offset, groups));
-    assert_eq!(lowered(plain), Ok((3, 12_298, 10, [12, 2, 1])), "plain");
-    assert_eq!(lower(plain, 32).map(|(_, groups)| groups), Ok([6, 2, 1]), "more rows to a workgroup");
-    let stride = |width, offset, stride| Err(Error::Stride { kernel: name, width, offset, stride });
-    assert_eq!(lowered(Dims { offset: 11, ..plain }), stride(state, 11, state + 10), "record");
-    assert_eq!(lowered(Dims { y_stride: 191, ..plain }), stride(192, 0, 191), "y");
-    let groups = |got| Err(Error::Groups { kernel: name, got });
-    assert_eq!(lowered(Dims { segments: 65_536, ..plain }), groups([12, 65_536]), "segments");
-    assert!(lowered(Dims { segments: MAX_GROUPS as usize, ..plain }).is_ok(), "the most");
-    for dims in [
-        Dims { rows: usize::MAX, ..plain },
-        Dims { heads: usize::MAX, ..plain },
-        Dims { offset: usize::MAX, stride: usize::MAX, ..plain },
-        Dims { rows: 1 << 22, ..plain },
-    ] {
-        assert!(lowered(dims).is_err(), "{dims:?}");
-    }
+    refuses("wkv7_fours", |dims| {
+        lower(dims, 16).map(|(of, groups)| (of.heads, of.stride, of.offset, groups))
+    });
+    assert_eq!(lower(PLAIN, 32).map(|(_, groups)| groups), Ok([6, 2, 1]), "more rows to a workgroup");
 }
 
 #[test]

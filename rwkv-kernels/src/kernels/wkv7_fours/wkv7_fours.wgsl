@@ -1,4 +1,5 @@
 // Twin: rwkv-core/src/ops/wkv7.rs, the RWKV-7 state update, four tokens to a sum, over packed segments of many tokens.
+//use four_keys
 //use sixteen
 //
 // Rows of a state never interact: a workgroup has ROWS of a head, and a team of 16 invocations two of them, each invocation
@@ -229,17 +230,6 @@ fn advance(group: u32, first: u32, end: u32, at: Place, lanes: Sixteen) {
         let read = select(vec4(0.0), products[group * GROUP + t], up_to);
         y[(first + t) * params.y_stride + at.head * N + at.row] = sum - dot(x_own, read);
     }
-}
-
-fn load(at: u32) -> vec4<f32> {
-    return vec4(state[at], state[at + N], state[at + 2u * N], state[at + 3u * N]);
-}
-
-fn save(at: u32, x: vec4<f32>) {
-    state[at] = x.x;
-    state[at + N] = x.y;
-    state[at + 2u * N] = x.z;
-    state[at + 3u * N] = x.w;
 }
 
 @compute @workgroup_size(LANES)

@@ -106,6 +106,31 @@ impl Call {
         [swapped(self.cases[s].dims, record), rows.flatten().copied().collect()]
     }
 
+    /// That segment `s` has the bits that it has in `all`, whatever is beside it there, in two calls of which the first has so
+    /// many of its rows. `run` gives states and outputs after some segments, from the states before.
+    pub(in crate::kernels) fn holds_cut(
+        &self,
+        s: usize,
+        first: u32,
+        all: &[Vec<f32>; 2],
+        label: &str,
+        run: impl Fn(&[Segment], &[f32]) -> [Vec<f32>; 2],
+    ) -> Result<(), TestCaseError> {
+        let segment = self.segments[s];
+        let begin = Segment { rows: first, ..segment };
+        let rest =
+            Segment { first: segment.first + first, rows: segment.rows - first, from: segment.to, ..segment };
+        let [state, mut y] = run(&[begin], &self.state);
+        let [state, rest] = run(&[rest], &state);
+        for (y, rest) in y.iter_mut().zip(rest).filter(|(y, _)| y.is_nan()) {
+            *y = rest;
+        }
+        let (got, want) = (self.of(s, &[state, y]), self.of(s, all));
+        prop_assert!(bits(&got[0]) == bits(&want[0]), "state of {s}, {label}");
+        prop_assert!(bits(&got[1]) == bits(&want[1]), "y of {s}, {label}");
+        Ok(())
+    }
+
     /// That states and outputs are the twin's, within limits for the tokens, and nothing else was written.
     pub(in crate::kernels) fn holds(
         &self,
