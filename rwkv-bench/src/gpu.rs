@@ -479,7 +479,17 @@ fn compare(args: &GpuArgs, peer: &Path, model: &Path) -> anyhow::Result<()> {
     };
     run(Command::new(peer).arg("convert").args([model, &converted]))?;
     let mut command = Command::new(peer);
-    command.arg(&converted).args(["--decode", "64", "--json"]);
+    command.arg(&converted).args(["--decode", "64", "--json", "--batch", "1"]);
+    // It numbers its sequences by a byte.
+    command.args(args.batch.iter().filter(|&&batch| batch <= 256).map(usize::to_string));
+    command.arg("--prefill").args(args.prefill.iter().map(usize::to_string));
+    // What it has that is nearest.
+    match args.weights.to_string().as_str() {
+        "f16" => {}
+        "int8" => _ = command.args(["--quant", "int8"]),
+        "int4" => _ = command.args(["--quant", "nf4"]),
+        other => anyhow::bail!("--peer: it has no weights like {other}"),
+    }
     if let Some(adapter) = &args.adapter {
         command.args(["--adapter", adapter]);
     }

@@ -18,7 +18,7 @@ use memmap2::Mmap;
 use serde::Serialize;
 
 use measure::Figure;
-use peer::{CHUNK_MAX, CHUNK_STEP, Peer, Precision};
+use peer::{CHUNK_MAX, CHUNK_STEP, Peer, Precision, Quant};
 
 const ENGINE: &str = "web-rwkv 0.10.20";
 
@@ -53,6 +53,9 @@ struct Args {
     /// What activations are held in: F16 is fastest and overflows on some models.
     #[arg(long, value_enum, default_value_t = Precision::F16)]
     precision: Precision,
+    /// What the matrices of the layers are quantised to as they are loaded.
+    #[arg(long, value_enum, default_value_t = Quant::None)]
+    quant: Quant,
     /// A part of the adapter's name; otherwise the fastest.
     #[arg(long, env = "RWKV_ADAPTER", default_value = "", hide_default_value = true)]
     adapter: String,
@@ -109,7 +112,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
         ensure!(fits(chunk), "--chunk {chunk}: not a multiple of {CHUNK_STEP} up to {CHUNK_MAX}");
     }
     let path = args.model.as_deref().unwrap_or(Path::new(""));
-    let peer = Peer::open(path, &args.adapter).await.with_context(|| path.display().to_string())?;
+    let peer = Peer::open(path, &args.adapter, args.quant).await.with_context(|| path.display().to_string())?;
     let print = |what: What| -> anyhow::Result<()> {
         let line = Line { engine: ENGINE, adapter: &peer.adapter, what };
         println!("{}", if args.json { serde_json::to_string(&line)? } else { line.what.text() });

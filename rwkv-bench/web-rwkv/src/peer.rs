@@ -11,7 +11,7 @@ use safetensors::SafeTensors;
 use web_rwkv::context::{Context, ContextBuilder};
 use web_rwkv::runtime::infer::{Rnn, RnnInput, RnnInputBatch, RnnOption};
 use web_rwkv::runtime::loader::Loader;
-use web_rwkv::runtime::model::{Bundle, ContextAutoLimits, ModelBuilder, State};
+use web_rwkv::runtime::model::{self, Bundle, ContextAutoLimits, ModelBuilder, State};
 use web_rwkv::runtime::{TokioRuntime, v7};
 use web_rwkv::wgpu::{Adapter, Backends, DeviceType, Features, Instance, InstanceDescriptor, PollType};
 
@@ -28,7 +28,25 @@ pub(crate) const CHUNK_MAX: usize = 224;
 /// The most slots: web-rwkv packs the slot's number into eight bits as well.
 const SLOTS_MAX: usize = 256;
 
-/// What activations are held in; the weights are F16, the state is F32.
+/// What the matrices of every layer but the head are quantised to, from F16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Quant {
+    None,
+    Int8,
+    Nf4,
+}
+
+impl Quant {
+    const fn of_layer(self) -> model::Quant {
+        match self {
+            Self::None => model::Quant::None,
+            Self::Int8 => model::Quant::Int8,
+            Self::Nf4 => model::Quant::NF4,
+        }
+    }
+}
+
+/// What activations are held in; the state is F32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Precision {
     F16,
@@ -56,7 +74,7 @@ pub(crate) struct Slots {
 
 impl Peer {
     /// Loads a model onto the fastest adapter whose name holds `part`.
-    pub(crate) async fn open(path: &Path, part: &str) -> anyhow::Result<Self> {
+    pub(crate) async fn open(path: &Path, part: &str, quant: Quant) -> anyhow::Result<Self> {
         let adapter = choose(part).await?;
         let info = adapter.get_info();
         // `request_device` of web-rwkv says no more than that it failed
@@ -86,7 +104,8 @@ impl Peer {
         context.device.on_uncaptured_error(Arc::new(|error| crate::fail(&anyhow!("the device: {error}"))));
 
         let start = Instant::now();
-        let model = ModelBuilder::new(&context, file).build_v7().await?;
+        let quants = (0..dims.layers).map(|layer| (layer, quant.of_layer())).collect();
+        let model = ModelBuilder::new(&context, file).quant(quants).build_v7().await?;
         let load_seconds = (read + start.elapsed()).as_secs_f64();
         let adapter = format!("{} ({:?})", info.name, info.backend);
         Ok(Self { adapter, dims, load_seconds, context, model })
@@ -218,7 +237,7 @@ mod tests {
         }
         let path = std::env::temp_dir().join(format!("web-rwkv-bench-{}.st", std::process::id()));
         convert(&Path::new(ASSETS).join("model.safetensors"), &path).unwrap();
-        let peer = Peer::open(&path, "").await.unwrap();
+        let peer = Peer::open(&path, "", Quant::None).await.unwrap();
         std::fs::remove_file(&path).unwrap();
 
         let data = crate::map(&Path::new(ASSETS).join("golden.safetensors")).unwrap();
