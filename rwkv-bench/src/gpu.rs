@@ -281,8 +281,10 @@ fn warm(session: &mut Session) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs a case for [`WARM`].
+/// Runs a case for [`WARM`], after once in which it may have to wait for what is compiled, and the device with it.
 pub(crate) fn busy(engine: &Engine, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    run()?;
+    engine.wait()?;
     let begun = Instant::now();
     while begun.elapsed() < WARM {
         run()?;

@@ -92,7 +92,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     let read: usize = requests.iter().map(|(_, request)| request.prompt.len()).sum();
 
-    // Once before it is timed, so that what is made at first use is there.
+    // What is made at first use is there before it is timed.
+    engine.prepare()?;
     let warm = TextOptions { max_tokens: 2, ..TextOptions::default() };
     let request = Request { session: engine.session(), prompt: vec![0; args.budget], options: warm };
     drop((queue.submit(request)?, while scheduler.tick()?.is_some() {}));

@@ -611,6 +611,19 @@ impl Engine {
         }
     }
 
+    /// Compiles what passes of any number of tokens need, some seconds on a machine that has never run the model. Without it
+    /// the first pass of about so many tokens waits for what it needs, about half a second, and all that are in it.
+    ///
+    /// # Errors
+    ///
+    /// If the GPU failed.
+    pub fn prepare(&self) -> Result<(), Error> {
+        match &*self.0.executor {
+            Executor::Cpu(_) => Ok(()),
+            Executor::Gpu(gpu) => Ok(gpu.prepare()?),
+        }
+    }
+
     /// Waits until the device has done all that it was given: calls that read no result return before.
     ///
     /// # Errors

@@ -308,6 +308,19 @@ impl Executor {
         Ok(executor)
     }
 
+    /// Compiles what passes of any number of tokens need, of one sequence and of many side by side.
+    pub(crate) fn prepare(&self) -> Result<(), Error> {
+        self.sound()?;
+        let mut work = self.lock();
+        let most = count(self.rows());
+        for rows in Multiplies::classes(most).map(|class| class.min(most)) {
+            for segments in [1, rows.min(count(self.segments()))] {
+                self.plan(&mut work, Shape { rows, segments, logits: segments }, false)?;
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) const fn config(&self) -> &ModelConfig {
         &self.config
     }

@@ -55,6 +55,13 @@ impl Multiplies {
         rows.next_power_of_two().clamp(16, 2048)
     }
 
+    /// The classes of passes of up to so many rows.
+    pub(super) fn classes(rows: u32) -> impl Iterator<Item = u32> {
+        let last = Self::class(rows);
+        std::iter::successors(Some(Self::class(1)), |rows| rows.checked_mul(2))
+            .take_while(move |&of| of <= last)
+    }
+
     /// The tile for products of so many rows, and for what becomes of them.
     ///
     /// Of cooperative matrices, the largest that leaves no processor idle and is not mostly without rows, or else the
@@ -181,6 +188,24 @@ mod tests {
         }
         let tiles = matmul.made().keys().map(|of| of.tile).collect::<std::collections::BTreeSet<_>>().len();
         assert!(tiles > 1, "not all that was asked for was compiled at first");
+    }
+
+    #[test]
+    fn nothing_is_compiled_after_it_is_prepared() {
+        let Some(executor) = executor() else { return };
+        executor.prepare().unwrap();
+        let matmul = &executor.kernels.matmul;
+        let all = matmul.made().len();
+        let tokens: Vec<u32> = (0..256).map(|i| i * 7 % 256).collect();
+        for rows in [1, 2, 15, 33, 64, 130, 256] {
+            logits(&executor, &tokens[..rows]);
+            let mut records: Vec<_> = (0..rows).map(|_| executor.empty()).collect();
+            let side_by_side = records.iter_mut().zip(tokens.chunks(1));
+            let mut jobs: Vec<_> =
+                side_by_side.map(|(record, tokens)| Job { tokens, record, logits: Logits::Last }).collect();
+            executor.pass(&mut jobs, Skip::default()).unwrap();
+            assert_eq!(matmul.made().len(), all, "{rows} rows");
+        }
     }
 
     #[test]
