@@ -26,7 +26,7 @@ use rwkv_model::engine::Device;
 use rwkv_model::skip::{Listed, Skipping};
 use rwkv_model::tokenizer::World;
 use rwkv_model::{
-    Checkpoint, Engine, EngineOptions, Error, FinishReason, Resident, Sampler, Session, TextOptions,
+    Checkpoint, Engine, EngineOptions, Error, FinishReason, Recipe, Resident, Sampler, Session, TextOptions,
     Tokenizer, gpu, quality,
 };
 use support::{
@@ -522,6 +522,18 @@ fn weights_beyond_half_precision() {
             assert!(error.to_string().contains(part), "{name} {dtype}: {error}");
         }
         assert!(try_engine(with(-65_536.0), on_cpu()).is_ok(), "{name} {dtype}: the CPU has it");
+        for weights in ["int8", "int4"].map(|of| of.parse::<Recipe>().unwrap()) {
+            let [on_gpu, on_cpu] = [options.clone(), on_cpu()]
+                .map(|options| EngineOptions { weights: weights.clone(), ..options });
+            let error = try_engine(with(-65_536.0), on_gpu).unwrap_err().to_string();
+            for part in [name, "element 77,", "-6.55"] {
+                assert!(error.contains(part), "{name} {dtype} in {weights}: {error}");
+            }
+            assert!(
+                try_engine(with(-65_536.0), on_cpu).is_ok(),
+                "{name} {dtype} in {weights}: the CPU has it"
+            );
+        }
         let largest = if dtype == "F32" { 65_504.0 } else { 65_280.0 };
         assert!(
             name != "head.weight" || try_engine(with(largest), options.clone()).is_ok(),

@@ -304,7 +304,7 @@ impl Reader<'_> {
     }
 
     /// What a matrix is in in the file, if it is in blocks there: whatever a recipe says, it stays that.
-    fn stored_format(&self, layer: usize, matrix: recipe::Matrix) -> Option<quant::Format> {
+    pub(crate) fn stored_format(&self, layer: usize, matrix: recipe::Matrix) -> Option<quant::Format> {
         self.checkpoint.recipe.format(layer, matrix).blocks()
     }
 

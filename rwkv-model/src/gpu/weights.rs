@@ -9,7 +9,7 @@
 //! | `embedding` | as in the file, `[V, D]` |
 //!
 //! Matrices are halves, or by the recipe in blocks, and their scales after them ([`stored`]). Weights of other types are
-//! converted, and refused if one is beyond what a half holds.
+//! converted, and refused if one is beyond what a half holds, in blocks too.
 //! Vectors are `f32`. The host never holds more than one matrix.
 
 use std::ops::Range;
@@ -17,7 +17,7 @@ use std::ops::Range;
 use half::f16;
 use rayon::prelude::*;
 use rwkv_core::config::Ranks;
-use rwkv_core::quant::Format;
+use rwkv_core::quant::{Blocks, Format};
 use rwkv_core::{Elements, ModelConfig};
 use rwkv_kernels::gpu::Device;
 use rwkv_kernels::kernels::weights as stored;
@@ -246,6 +246,7 @@ impl Upload<'_> {
                 let mut part = to.split_off(..bytes(piece)).unwrap_or_default();
                 let blocks = piece.matrix.map(|(layer, of)| self.reader.blocks(self.recipe, layer, of));
                 if let Some(blocks) = blocks.transpose()?.flatten() {
+                    self.within_halves(piece, &blocks)?;
                     // A block's weights are whole elements, so that the scales follow at once.
                     let weights = part.split_off(..blocks.weights().len()).unwrap_or_default();
                     copy(weights, blocks.weights());
@@ -258,6 +259,29 @@ impl Upload<'_> {
             }
             Ok(())
         })
+    }
+
+    /// That every weight of blocks is what a half holds, since products of cooperative matrices decode them to halves.
+    fn within_halves(&self, piece: &Piece, blocks: &Blocks) -> Result<(), Fault> {
+        let Piece { name, rows, columns, turned, matrix } = piece;
+        let stored = matrix.is_some_and(|(layer, of)| self.reader.stored_format(layer, of).is_some());
+        let mut weights = vec![0.0f32; *columns];
+        // Most rows are told by their scales, of which there are many: by those whose 127 steps may be too many. Bits of
+        // halves ascend as their magnitudes do.
+        let least = f16::from_f32(f16::MAX.to_f32() / f32::from(i8::MAX)).to_bits();
+        for (row, scales) in blocks.scales().chunks_exact(blocks.row_blocks()).enumerate() {
+            if scales.iter().all(|scale| scale.to_bits() & 0x7fff < least) {
+                continue;
+            }
+            blocks.decode_row(row, &mut weights);
+            let beyond = |&(_, &value): &(usize, &f32)| !f16::from_f32(value).is_finite();
+            if let Some((column, &value)) = weights.iter().enumerate().find(beyond) {
+                // Where it is in the file.
+                let index = if *turned && !stored { column * rows + row } else { row * columns + column };
+                return Err(Fault::Beyond { tensor: name.clone(), index, value });
+            }
+        }
+        Ok(())
     }
 
     /// A matrix as it lies in the file.
