@@ -10,6 +10,7 @@
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let engine = Engine::open("model.safetensors")?;
+//! engine.prepare()?; // or the first requests wait for what is compiled
 //! let (scheduler, queue) = Scheduler::new(&engine, Options::default())?;
 //! let thread = std::thread::spawn(move || scheduler.run());
 //!
