@@ -8,7 +8,8 @@
 //! | `step` | those for one token of one sequence, and how their work is divided |
 //! | `products` | `matmul`: tiles by rows, and pipelines that are compiled when they are first asked for |
 //! | `scratch` | the buffers between dispatches, and the tables that tell kernels of a pass |
-//! | `layer` | the dispatches of a layer, fused: five for one token, eight for several rows, ten or more for prompts |
+//! | `layer` | the dispatches of a layer, fused: five for one token, and what other forms share with it |
+//! | `batch` | those over several rows: eight side by side, ten or more of prompts |
 //! | `unfused` | the dispatches of a layer, one for each operation: what fusion is measured against |
 //! | `plan` | a pass, laid down once |
 //! | `ahead` | tokens generated ahead of the host |
@@ -19,6 +20,7 @@
 //! tokens that it asks for. Whatever goes wrong on the device in between shows at the next call.
 
 mod ahead;
+mod batch;
 mod chosen;
 mod layer;
 mod pipelines;

@@ -144,7 +144,7 @@ mod tests {
 
     use super::{Error, Multiply};
     use crate::checkpoint::Checkpoint;
-    use crate::gpu::layer::job;
+    use crate::gpu::batch::job;
     use crate::gpu::{Executor, Job, Setup, count};
 
     fn executor() -> Option<Executor> {
