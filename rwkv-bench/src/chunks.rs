@@ -222,7 +222,7 @@ fn draw(args: &ChunksArgs, title: &str, all: &[Vec<Time>]) -> anyhow::Result<()>
             .x_desc("tokens of each")
             .y_desc(y)
             .x_label_formatter(&|n| format!("{n:.0}"))
-            .y_label_formatter(&|us| format!("{us}"))
+            .y_label_formatter(&|us| format!("{}", (us * 1e6).round() / 1e6))
             .label_style((FONT, 13))
             .axis_desc_style((FONT, 13))
             .draw()

@@ -39,7 +39,7 @@ pub(crate) struct GpuArgs {
     /// Where the random models are written, and deleted again: 15 GB for the largest.
     #[arg(long, default_value = "target/bench")]
     scratch: PathBuf,
-    /// The program of `rwkv-bench/web-rwkv`, to measure beside.
+    /// The program of `rwkv-bench/web-rwkv`, to measure beside, up to 256 sequences.
     #[arg(long)]
     peer: Option<PathBuf>,
     /// Prompt lengths.
@@ -139,6 +139,8 @@ pub(crate) fn token_of(engine: &Engine, index: usize) -> u32 {
 
 #[expect(clippy::print_stdout, reason = "the report")]
 pub(crate) fn report(args: &GpuArgs) -> anyhow::Result<()> {
+    // What would be refused later is refused now.
+    args.peer.as_ref().map(|_| peer_weights(&args.weights)).transpose()?;
     for name in &args.shapes {
         println!("{name}");
         random_model::with(shape_of(name)?, &args.scratch, |path| measure(args, path))?;
@@ -281,7 +283,7 @@ fn warm(session: &mut Session) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs a case for [`WARM`], after once in which it may have to wait for what is compiled, and the device with it.
+/// Runs a case once, so that its kernels are compiled, waits for the device, then repeats it for [`WARM`].
 pub(crate) fn busy(engine: &Engine, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
     run()?;
     engine.wait()?;
@@ -471,6 +473,16 @@ fn timed(
     Ok(())
 }
 
+/// What the peer has that is nearest to a recipe.
+fn peer_weights(weights: &Recipe) -> anyhow::Result<&'static str> {
+    Ok(match weights.to_string().as_str() {
+        "f16" => "none",
+        "int8" => "int8",
+        "int4" => "nf4",
+        other => anyhow::bail!("--peer: it has no weights like {other}"),
+    })
+}
+
 /// Runs the peer on the same model.
 fn compare(args: &GpuArgs, peer: &Path, model: &Path) -> anyhow::Result<()> {
     let converted = model.with_extension("st");
@@ -483,15 +495,9 @@ fn compare(args: &GpuArgs, peer: &Path, model: &Path) -> anyhow::Result<()> {
     let mut command = Command::new(peer);
     command.arg(&converted).args(["--decode", "64", "--json", "--batch", "1"]);
     // It numbers its sequences by a byte.
-    command.args(args.batch.iter().filter(|&&batch| batch <= 256).map(usize::to_string));
+    command.args(args.batch.iter().filter(|batch| (2..=256).contains(*batch)).map(usize::to_string));
     command.arg("--prefill").args(args.prefill.iter().map(usize::to_string));
-    // What it has that is nearest.
-    match args.weights.to_string().as_str() {
-        "f16" => {}
-        "int8" => _ = command.args(["--quant", "int8"]),
-        "int4" => _ = command.args(["--quant", "nf4"]),
-        other => anyhow::bail!("--peer: it has no weights like {other}"),
-    }
+    command.args(["--quant", peer_weights(&args.weights)?]);
     if let Some(adapter) = &args.adapter {
         command.args(["--adapter", adapter]);
     }

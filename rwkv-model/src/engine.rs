@@ -245,6 +245,7 @@ pub struct EngineOptions {
     /// CPU: threads, for loading and running; by default as many as the machine has.
     pub threads: Option<NonZeroUsize>,
     /// What the weights of matrices are quantised to as they are read. Those that the file has quantised stay as they are.
+    /// GPU: refused if one decodes to more than a half holds.
     pub weights: Recipe,
     /// GPU: whether a sequence's results are the same bits whatever runs beside it and however its tokens are split over
     /// passes, at the cost of speed for single sequences, and for prompts where [`Self::state`] is not the default.
@@ -611,8 +612,8 @@ impl Engine {
         }
     }
 
-    /// Compiles what passes of any number of tokens need, some seconds on a machine that has never run the model. Without it
-    /// the first pass of about so many tokens waits for what it needs, about half a second, and all that are in it.
+    /// Compiles what passes of any number of tokens need, some seconds on a machine that has never run the model, for which
+    /// other calls wait. Without it the first pass of about so many tokens waits for what it needs, about half a second.
     ///
     /// # Errors
     ///
@@ -620,7 +621,7 @@ impl Engine {
     pub fn prepare(&self) -> Result<(), Error> {
         match &*self.0.executor {
             Executor::Cpu(_) => Ok(()),
-            Executor::Gpu(gpu) => Ok(gpu.prepare()?),
+            Executor::Gpu(gpu) => Ok(gpu.prepare(self.skips().is_some())?),
         }
     }
 

@@ -77,6 +77,7 @@ enum Command {
 struct Line<'a> {
     engine: &'static str,
     adapter: &'a str,
+    quant: &'static str,
     #[serde(flatten)]
     what: What,
 }
@@ -112,14 +113,19 @@ async fn run(args: Args) -> anyhow::Result<()> {
         ensure!(fits(chunk), "--chunk {chunk}: not a multiple of {CHUNK_STEP} up to {CHUNK_MAX}");
     }
     let path = args.model.as_deref().unwrap_or(Path::new(""));
-    let peer = Peer::open(path, &args.adapter, args.quant).await.with_context(|| path.display().to_string())?;
+    let peer =
+        Peer::open(path, &args.adapter, args.quant).await.with_context(|| path.display().to_string())?;
     let print = |what: What| -> anyhow::Result<()> {
-        let line = Line { engine: ENGINE, adapter: &peer.adapter, what };
+        let line = Line { engine: ENGINE, adapter: &peer.adapter, quant: args.quant.name(), what };
         println!("{}", if args.json { serde_json::to_string(&line)? } else { line.what.text() });
         Ok(())
     };
     if !args.json {
-        println!("{ENGINE} on {}, {} layers of {}", peer.adapter, peer.dims.layers, peer.dims.width);
+        let (dims, quant) = (&peer.dims, args.quant.name());
+        println!(
+            "{ENGINE} on {}, {} layers of {}, quantised: {quant}",
+            peer.adapter, dims.layers, dims.width
+        );
     }
     print(What::Load { case: "load", seconds: peer.load_seconds })?;
 

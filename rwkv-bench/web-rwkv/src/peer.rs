@@ -28,7 +28,7 @@ pub(crate) const CHUNK_MAX: usize = 224;
 /// The most slots: web-rwkv packs the slot's number into eight bits as well.
 const SLOTS_MAX: usize = 256;
 
-/// What the matrices of every layer but the head are quantised to, from F16.
+/// What the matrices of every layer, not the head, are quantised to from F16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Quant {
     None,
@@ -37,6 +37,15 @@ pub(crate) enum Quant {
 }
 
 impl Quant {
+    /// Its name.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Int8 => "int8",
+            Self::Nf4 => "nf4",
+        }
+    }
+
     const fn of_layer(self) -> model::Quant {
         match self {
             Self::None => model::Quant::None,

@@ -310,14 +310,20 @@ impl Executor {
         Ok(executor)
     }
 
-    /// Compiles what passes of any number of tokens need, of one sequence and of many side by side.
-    pub(crate) fn prepare(&self) -> Result<(), Error> {
+    /// Compiles what passes of any number of tokens need, of one sequence and of many side by side; with `skips`, of those that
+    /// mixes may be left out of too. Without fusion, which is for measuring, nothing.
+    pub(crate) fn prepare(&self, skips: bool) -> Result<(), Error> {
         self.sound()?;
+        if self.unfused.is_some() {
+            return Ok(());
+        }
         let mut work = self.lock();
         let most = count(self.rows());
         for rows in Multiplies::classes(most).map(|class| class.min(most)) {
             for segments in [1, rows.min(count(self.segments()))] {
-                self.plan(&mut work, Shape { rows, segments, logits: segments }, false)?;
+                for skips in [false, skips] {
+                    self.plan(&mut work, Shape { rows, segments, logits: segments }, skips)?;
+                }
             }
         }
         Ok(())

@@ -9,7 +9,7 @@
 //! | `embedding` | as in the file, `[V, D]` |
 //!
 //! Matrices are halves, or by the recipe in blocks, and their scales after them ([`stored`]). Weights of other types are
-//! converted, and refused if one is beyond what a half holds, in blocks too.
+//! converted, and refused if one is beyond what a half holds, or decodes to that from its block.
 //! Vectors are `f32`. The host never holds more than one matrix.
 
 use std::ops::Range;
@@ -261,13 +261,14 @@ impl Upload<'_> {
         })
     }
 
-    /// That every weight of blocks is what a half holds, since products of cooperative matrices decode them to halves.
+    /// That every weight of blocks decodes to what a half holds: products of cooperative matrices decode them to halves, and
+    /// whether a model opens is not the device's to decide.
     fn within_halves(&self, piece: &Piece, blocks: &Blocks) -> Result<(), Fault> {
         let Piece { name, rows, columns, turned, matrix } = piece;
         let stored = matrix.is_some_and(|(layer, of)| self.reader.stored_format(layer, of).is_some());
         let mut weights = vec![0.0f32; *columns];
-        // Most rows are told by their scales, of which there are many: by those whose 127 steps may be too many. Bits of
-        // halves ascend as their magnitudes do.
+        // A row all of whose scales are less than a 127th of the largest half has no weight beyond it, and is not decoded. Bits of halves
+        // ascend as their magnitudes do.
         let least = f16::from_f32(f16::MAX.to_f32() / f32::from(i8::MAX)).to_bits();
         for (row, scales) in blocks.scales().chunks_exact(blocks.row_blocks()).enumerate() {
             if scales.iter().all(|scale| scale.to_bits() & 0x7fff < least) {
