@@ -55,12 +55,16 @@ var<workgroup> w_step: array<vec4<f32>, COLS * W_PITCH>;
 // The job that a tile belongs to.
 fn job_of(tile: vec3<u32>) -> Job {
     var at = 3u * (params.jobs - 1u);
-    while jobs[at].x > tile.x {
+    // All of a job at once, rather than the rest when the first of it has come.
+    var a = jobs[at];      // first tile, inputs, outputs, weights
+    var b = jobs[at + 1u]; // x, x_stride, y, y_stride
+    var c = jobs[at + 2u]; // scales, whether to add, weights of a row, then by bytes: format, nothing, activation
+    while a.x > tile.x {
         at -= 3u;
+        a = jobs[at];
+        b = jobs[at + 1u];
+        c = jobs[at + 2u];
     }
-    let a = jobs[at];      // first tile, inputs, outputs, weights
-    let b = jobs[at + 1u]; // x, x_stride, y, y_stride
-    let c = jobs[at + 2u]; // scales, whether to add, weights of a row, then by bytes: format, nothing, activation
     let matrix = Matrix(c.w & 0xFFu, a.w, c.x, c.z);
     let col = (tile.x - a.x) * COLS;
     return Job(a.y, a.z, matrix, b.x, b.y, b.z, b.w, c.w >> 16u, c.y != 0u, col, tile.y * ROWS);

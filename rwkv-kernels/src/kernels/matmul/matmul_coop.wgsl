@@ -89,12 +89,16 @@ var<workgroup> sums: array<vec4<f32>, SUMS>;
 // The job that a tile belongs to.
 fn job_of(tile: vec3<u32>) -> Job {
     var at = 3u * (params.jobs - 1u);
-    while jobs[at].x > tile.x {
+    // All of a job at once, rather than the rest when the first of it has come.
+    var a = jobs[at];      // first tile, inputs, outputs, weights
+    var b = jobs[at + 1u]; // x, x_stride, y, y_stride
+    var c = jobs[at + 2u]; // scales, how to store, weights of a row, then by bytes: format, exponent of x, activation
+    while a.x > tile.x {
         at -= 3u;
+        a = jobs[at];
+        b = jobs[at + 1u];
+        c = jobs[at + 2u];
     }
-    let a = jobs[at];      // first tile, inputs, outputs, weights
-    let b = jobs[at + 1u]; // x, x_stride, y, y_stride
-    let c = jobs[at + 2u]; // scales, how to store, weights of a row, then by bytes: format, exponent of x, activation
     let matrix = Matrix(c.w & 0xFFu, a.w, c.x, c.z);
     let unscale = two_to(i32(c.w >> 8u & 0xFFu));
     let col = (tile.x - a.x) * COLS;

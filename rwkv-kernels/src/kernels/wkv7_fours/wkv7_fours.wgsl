@@ -27,6 +27,7 @@ override TEAMS: u32 = LANES / TEAM;
 const QUADS: u32 = N / 4u;           // vectors of a row
 const GROUP: u32 = 4u;               // tokens to a sum
 override GROUPS: u32 = STAGE / GROUP;
+override TURN: u32 = select(4u, 2u, GROUPS < 4u); // groups one after the other in the text
 const VECTORS: u32 = 5u * QUADS;     // of a token that is staged: w - 1, k, kappa, b, r
 const TOKEN: u32 = VECTORS + QUADS;  // of a token in a head: v too
 // Which of them.
@@ -253,8 +254,14 @@ fn wkv7_fours(@builtin(workgroup_id) group: vec3<u32>, lanes: Sixteen) {
             fetch(first + STAGE, end, at);
             prepare(at, lanes);
             workgroupBarrier();
-            for (var g = 0u; g < GROUPS && first + g * GROUP < end; g++) {
+            // Several groups at a time, so that what one reads need not wait for what the one before sums.
+            for (var g = 0u; g < GROUPS && first + g * GROUP < end; g += TURN) {
                 advance(g, first + g * GROUP, end, at, lanes);
+                advance(g + 1u, first + (g + 1u) * GROUP, end, at, lanes);
+                if TURN > 2u {
+                    advance(g + 2u, first + (g + 2u) * GROUP, end, at, lanes);
+                    advance(g + 3u, first + (g + 3u) * GROUP, end, at, lanes);
+                }
             }
         }
     }
