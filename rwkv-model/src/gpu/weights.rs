@@ -10,8 +10,9 @@
 //!
 //! Matrices are halves, or by the recipe in blocks, and their scales after them ([`stored`]). Weights of other types are
 //! converted, and refused if one is beyond what a half holds, or decodes to that from its block.
-//! Vectors are `f32`. The host never holds more than one matrix.
+//! Vectors are `f32`. The host holds what is staged of a layer, and a matrix.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use half::f16;
@@ -90,8 +91,13 @@ impl Weights {
         recipe: &Recipe,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Self, Error> {
-        let upload =
-            Upload { device, recipe, reader: checkpoint.reader(progress), config: *checkpoint.config() };
+        let upload = Upload {
+            device,
+            recipe,
+            reader: checkpoint.reader(progress),
+            config: *checkpoint.config(),
+            staging: RefCell::default(),
+        };
         upload.model().map_err(|error| match error {
             Failed::Fault(fault) => Error::Checkpoint(checkpoint.error(fault)),
             Failed::Device(error) => error,
@@ -124,6 +130,17 @@ struct Upload<'a> {
     recipe: &'a Recipe,
     reader: Reader<'a>,
     config: ModelConfig,
+    staging: RefCell<Staging>,
+}
+
+/// Memory that both the host and the device reach, through which weights go. Layers are alike: what one went through takes the
+/// next, since a driver needs longer to give such memory than a copy takes (0.25 s/GB beside an H100).
+#[derive(Default)]
+struct Staging {
+    /// Mapped.
+    free: Vec<wgpu::Buffer>,
+    /// Those that copies were asked of.
+    used: Vec<wgpu::Buffer>,
 }
 
 /// Rows of a matrix on their way into a buffer.
@@ -151,17 +168,17 @@ impl Upload<'_> {
         let mut layers = Vec::with_capacity(n_layers);
         for layer in 0..n_layers {
             layers.push(self.layer(layer)?);
-            // What was staged for the layer goes, so that the host never holds much of the model.
-            self.device.queue().submit([]);
-            self.device.device().poll(wgpu::PollType::wait_indefinitely()).map_err(Error::from)?;
+            self.settle()?;
         }
         let norm = |name: &str| {
             let [gain, bias] =
                 ["weight", "bias"].map(|of| self.reader.vector::<f32>(&format!("{name}.{of}")));
             self.floats("vectors", &[gain?, bias?].concat())
         };
+        let embedding = self.matrix("embedding", &[plain("emb.weight", vocab, None)])?;
+        self.settle()?;
         Ok(Weights {
-            embedding: self.matrix("embedding", &[plain("emb.weight", vocab, None)])?,
+            embedding,
             ln0: norm("blocks.0.ln0")?,
             layers,
             ln_out: norm("ln_out")?,
@@ -287,17 +304,18 @@ impl Upload<'_> {
 
     /// A matrix as it lies in the file.
     fn straight(&self, piece: &Piece, to: WriteOnly<'_, [u8]>) -> Result<(), Fault> {
-        write(to, |part| halves(&piece.name, part.start, self.reader.elements(&piece.name, part)?))
+        let (name, reader) = (&piece.name, &self.reader);
+        write(to, |part| halves(name, part.start, reader.elements(name, part)?))
     }
 
     /// A matrix that lies in the file the other way round, `[columns, rows]`.
     fn turned(&self, piece: &Piece, to: WriteOnly<'_, [u8]>) -> Result<(), Fault> {
-        let Piece { name, rows, columns, .. } = piece;
+        let (Piece { name, rows, columns, .. }, reader) = (piece, &self.reader);
         let lines = (BLOCK / rows).max(1) * rows;
         let starts: Vec<_> = (0..rows * columns).step_by(lines).collect();
         let read = |&start: &usize| {
             let end = (start + lines).min(rows * columns);
-            halves(name, start, self.reader.elements(name, start..end)?)
+            halves(name, start, reader.elements(name, start..end)?)
         };
         let stored: Vec<Vec<f16>> = starts.par_iter().map(read).collect::<Result<_, _>>()?;
         write(to, |part| {
@@ -324,20 +342,45 @@ impl Upload<'_> {
         if bytes as u64 > max {
             return Err(Error::TooLarge { what: label.to_owned(), bytes: bytes as u64, max }.into());
         }
-        let buffer = checked::<_, Error>(self.device.device(), || {
-            self.device.device().create_buffer(&wgpu::BufferDescriptor {
-                label: Some(label),
-                size: bytes.next_multiple_of(16) as u64,
-                usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST,
-                mapped_at_creation: true,
-            })
-        })?;
+        let size = bytes.next_multiple_of(16) as u64;
+        let create = |usage, mapped_at_creation| {
+            let of = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation };
+            checked::<_, Error>(self.device.device(), || self.device.device().create_buffer(&of))
+        };
+        let buffer = create(wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST, false)?;
+        let staged = {
+            let mut staging = self.staging.borrow_mut();
+            staging.free.iter().position(|of| of.size() == size).map(|at| staging.free.swap_remove(at))
+        };
+        let staged = match staged {
+            Some(staged) => staged,
+            None => create(wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC, true)?,
+        };
         {
-            let mut view = buffer.get_mapped_range_mut(..).map_err(Error::from)?;
+            let mut view = staged.get_mapped_range_mut(..).map_err(Error::from)?;
             fill(view.slice(..bytes))?;
         }
-        buffer.unmap();
+        staged.unmap();
+        let mut encoder =
+            self.device.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        encoder.copy_buffer_to_buffer(&staged, 0, &buffer, 0, size);
+        self.device.queue().submit([encoder.finish()]);
+        self.staging.borrow_mut().used.push(staged);
         Ok(buffer)
+    }
+
+    /// Waits for the copies, and takes back what they were from. What nothing has used since is given up, so that the host never holds
+    /// much of the model.
+    fn settle(&self) -> Result<(), Failed> {
+        let Staging { free, used } = &mut *self.staging.borrow_mut();
+        free.clear();
+        for staged in &*used {
+            // A failure shows when the range is asked for.
+            staged.map_async(wgpu::MapMode::Write, .., |_| ());
+        }
+        self.device.device().poll(wgpu::PollType::wait_indefinitely()).map_err(Error::from)?;
+        free.append(used);
+        Ok(())
     }
 }
 
