@@ -134,7 +134,7 @@ struct Upload<'a> {
 }
 
 /// Memory that both the host and the device reach, through which weights go. Layers are alike: what one went through takes the
-/// next, since a driver needs longer to give such memory than a copy takes (0.25 s/GB beside an H100).
+/// next, since a driver needs longer to give such memory than a copy takes (0.2 s/GB beside an H100).
 #[derive(Default)]
 struct Staging {
     /// Mapped.
