@@ -104,6 +104,13 @@ impl Times {
         let count = seconds.len();
         Self { median: seconds[count / 2], low: seconds[0], high: seconds[count - 1], count }
     }
+
+    /// Whether the median is near the least. Otherwise the machine was slower at one time than at another. Only short times are
+    /// judged: a clock settles within longer ones.
+    pub(crate) fn steady(&self) -> bool {
+        const SHORT: f64 = 0.25;
+        self.low > SHORT || self.median <= 1.1 * self.low
+    }
 }
 
 struct Cases {
@@ -242,4 +249,17 @@ fn reference<R: Real>(checkpoint: &Checkpoint, weights: &Recipe, tokens: &[u32])
     let mut state = State::new(checkpoint.config());
     let segment = Segment { tokens, state: &mut state, logits: Logits::All };
     Ok(model.forward(&mut [segment], Options::default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Times;
+
+    #[test]
+    fn times_of_a_clock_that_moved_are_not_steady() {
+        let steady = |ms: [f64; 3]| Times::new(ms.map(|of| of * 1e-3).to_vec()).steady();
+        assert!(!steady([28.7, 21.4, 29.1]), "most are slower than the fastest");
+        assert!(steady([19.0, 31.0, 19.2]), "one is slower");
+        assert!(steady([1900.0, 2500.0, 2600.0]), "long ones are taken as they are");
+    }
 }
