@@ -105,11 +105,14 @@ impl Times {
         Self { median: seconds[count / 2], low: seconds[0], high: seconds[count - 1], count }
     }
 
-    /// Whether the median is near the least. Otherwise the machine was slower at one time than at another. Only short times are
-    /// judged: a clock settles within longer ones.
-    pub(crate) fn steady(&self) -> bool {
-        const SHORT: f64 = 0.25;
-        self.low > SHORT || self.median <= 1.1 * self.low
+    /// Whether they are over before a clock has settled.
+    pub(crate) fn are_short(&self) -> bool {
+        self.median < 0.25
+    }
+
+    /// Whether they are steady, and no faster than those before, but for noise.
+    pub(crate) fn confirm(&self, before: &Self) -> bool {
+        self.median <= 1.1 * self.low && self.median >= 0.97 * before.median
     }
 }
 
@@ -256,10 +259,15 @@ mod tests {
     use super::Times;
 
     #[test]
-    fn times_of_a_clock_that_moved_are_not_steady() {
-        let steady = |ms: [f64; 3]| Times::new(ms.map(|of| of * 1e-3).to_vec()).steady();
-        assert!(!steady([28.7, 21.4, 29.1]), "most are slower than the fastest");
-        assert!(steady([19.0, 31.0, 19.2]), "one is slower");
-        assert!(steady([1900.0, 2500.0, 2600.0]), "long ones are taken as they are");
+    fn times_of_a_clock_that_moved_are_not_confirmed() {
+        let times = |ms: [f64; 3]| Times::new(ms.map(|of| of * 1e-3).to_vec());
+        let low = times([29.0, 29.1, 28.9]);
+        let moving = times([28.7, 21.4, 29.1]);
+        let high = times([19.0, 31.0, 19.2]);
+        assert!(!moving.confirm(&low), "most are slower than the fastest");
+        assert!(!high.confirm(&low), "it still becomes faster");
+        assert!(high.confirm(&high), "one that is slower is an accident");
+        assert!(high.confirm(&times([18.9, 18.9, 19.0])), "noise");
+        assert!(high.are_short() && !times([1900.0, 2500.0, 2600.0]).are_short());
     }
 }

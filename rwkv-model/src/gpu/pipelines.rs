@@ -190,8 +190,8 @@ impl ScanKernels {
     }
 }
 
-/// `wkv7_fours`, where it may take the place of `wkv7_scan`. Measured on an H100 against that, 2,048 tokens: 261 us for 420 with 16
-/// heads, 263 for 422 with 32, 385 for 541 with 64; 512 tokens: 72 for 111, 73 for 112, 106 for 144; 256 tokens and 256 heads of
+/// `wkv7_fours`, where it may take the place of `wkv7_scan`. Measured on an H100 against that, 2,048 tokens: 244 us for 420 with 16
+/// heads, 244 for 422 with 32, 361 for 541 with 64; 512 tokens: 63 for 111 with 16; of an earlier form of it, 256 tokens and 256 heads of
 /// all sequences together, 211 for 264.
 fn fours(device: &Device, setup: &Setup) -> Result<Vec<(usize, Pipeline)>, Error> {
     let (subgroup, has) = (device.info().subgroup_min_size, device.capabilities());

@@ -10,7 +10,7 @@
 //!
 //! Matrices are halves, or by the recipe in blocks, and their scales after them ([`stored`]). Weights of other types are
 //! converted, and refused if one is beyond what a half holds, or decodes to that from its block.
-//! Vectors are `f32`. The host holds what is staged of a layer, and a matrix.
+//! Vectors are `f32`. The host holds what is staged of two layers at most, and a matrix.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -25,7 +25,7 @@ use rwkv_kernels::kernels::weights as stored;
 use rwkv_kernels::pipeline::checked;
 use wgpu::WriteOnly;
 
-use super::Error;
+use super::{Error, sound};
 use crate::checkpoint::{Checkpoint, Fault, Progress, Reader};
 use crate::recipe::{Matrix, Recipe};
 
@@ -177,13 +177,15 @@ impl Upload<'_> {
         };
         let embedding = self.matrix("embedding", &[plain("emb.weight", vocab, None)])?;
         self.settle()?;
-        Ok(Weights {
+        let all = Weights {
             embedding,
             ln0: norm("blocks.0.ln0")?,
             layers,
             ln_out: norm("ln_out")?,
             head: self.matrix("head", &[plain("head.weight", vocab, Some((0, Matrix::Head)))])?,
-        })
+        };
+        self.settle()?;
+        Ok(all)
     }
 
     fn layer(&self, layer: usize) -> Result<Layer, Failed> {
@@ -379,6 +381,7 @@ impl Upload<'_> {
             staged.map_async(wgpu::MapMode::Write, .., |_| ());
         }
         self.device.device().poll(wgpu::PollType::wait_indefinitely()).map_err(Error::from)?;
+        sound(self.device)?;
         free.append(used);
         Ok(())
     }

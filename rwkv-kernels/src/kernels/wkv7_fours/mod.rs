@@ -23,6 +23,11 @@ pub const ROWS: [usize; 2] = [16, 32];
 /// done for all of them at once is then done more seldom.
 pub const STAGES: [usize; 2] = [32, 16];
 
+const _: () = assert!(
+    STAGES[0].is_multiple_of(16) && STAGES[1].is_multiple_of(16),
+    "the kernel takes four groups of four tokens at a time"
+);
+
 /// Invocations that the variant with subgroups takes for granted in one.
 pub const SUBGROUP: u32 = 16;
 
