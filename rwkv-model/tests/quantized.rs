@@ -184,6 +184,35 @@ fn files_open_on_the_gpu() {
     assert_eq!(got, want, "bits");
 }
 
+/// Of a weight beyond halves, which a GPU refuses, its place in the file is told: that of its blocks, whose rows are hidden units in
+/// the channel mix's value, or that in what the file has them from.
+#[test]
+fn a_weight_beyond_halves_is_told_by_its_place_in_the_file() {
+    let Some(on_gpu) = support::on_gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let (width, hidden, row, column) = (64, 96, 5, 33);
+    let place = row * hidden + column;
+    for (name, place, in_blocks) in [
+        ("blocks.1.ffn.value.weight", place, column * width + row),
+        ("blocks.1.att.key.weight", place, place),
+    ] {
+        let mut model = random_model([2, 1, width, hidden, 37, 8], 4);
+        let tensor = model.iter_mut().find(|t| t.name == name).unwrap();
+        tensor.bytes[4 * place..][..4].copy_from_slice(&65_536f32.to_le_bytes());
+        let plain = open(safetensors(&model), None).unwrap();
+        plain.write_quantised(&path, &recipe("int8"), &|_| {}).unwrap();
+        let written = Checkpoint::open(&path).unwrap();
+        for (checkpoint, weights, at) in [(&plain, "int8", place), (&written, "f16", in_blocks)] {
+            let options = EngineOptions { weights: recipe(weights), ..on_gpu.clone() };
+            let error = Engine::new(checkpoint, options, &|_| {}).unwrap_err().to_string();
+            for part in [name, &format!("element {at},")] {
+                assert!(error.contains(part), "{part}: {error}");
+            }
+        }
+    }
+}
+
 /// Whatever is wrong is said, and nothing is left behind.
 #[test]
 fn faults_are_named() {
