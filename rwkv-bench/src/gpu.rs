@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use clap::Args;
 use half::f16;
-use rwkv_core::ModelConfig;
 use rwkv_core::compare::nmse;
 use rwkv_model::engine::Device;
 use rwkv_model::gpu::Profile;
@@ -335,13 +334,9 @@ fn warm_windows(
     Ok(Times::new((0..n).map(time).collect::<Result<_, _>>()?))
 }
 
-/// What the matrices take, for people, beside what they take in halves.
+/// What the matrices take, for people, beside what all that a step reads takes in halves.
 fn memory(engine: &Engine) -> String {
-    let ModelConfig { width, hidden, vocab, n_layers, ranks, .. } = *engine.config();
-    let factors = ranks.w + ranks.a + ranks.v + ranks.g;
-    let of_layers = n_layers * (4 * width * width + 2 * width * hidden + 2 * width * factors);
-    // the first layer has no value residual
-    let halves = size_of::<f16>() * (of_layers - 2 * width * ranks.v + vocab * width);
+    let halves = size_of::<f16>() * engine.config().streamed_params();
     let bytes = engine.weight_bytes() as f64;
     format!("{:8.2} GB, {:.2} of what halves take", bytes / 1e9, bytes / halves as f64)
 }
