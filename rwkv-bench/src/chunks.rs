@@ -15,7 +15,7 @@ use rwkv_model::engine::Device;
 use rwkv_model::{Checkpoint, Engine, EngineOptions, Session, Wkv};
 
 use crate::gpu::{limit, token_of, windows};
-use crate::picture::{COLOURS, FONT, fail};
+use crate::picture::{COLOURS, FONT, fail, place};
 use crate::random_model::{self, shape_of};
 use crate::table::Table;
 
@@ -222,7 +222,7 @@ fn draw(args: &ChunksArgs, title: &str, all: &[Vec<Time>]) -> anyhow::Result<()>
             .x_desc("tokens of each")
             .y_desc(y)
             .x_label_formatter(&|n| format!("{n:.0}"))
-            .y_label_formatter(&|us| format!("{}", (us * 1e6).round() / 1e6))
+            .y_label_formatter(&place)
             .label_style((FONT, 13))
             .axis_desc_style((FONT, 13))
             .draw()

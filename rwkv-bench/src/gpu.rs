@@ -141,17 +141,16 @@ pub(crate) fn token_of(engine: &Engine, index: usize) -> u32 {
 
 #[expect(clippy::print_stdout, reason = "the report")]
 pub(crate) fn report(args: &GpuArgs) -> anyhow::Result<()> {
-    // What would be refused later is refused now.
-    args.peer.as_ref().map(|_| peer_weights(&args.weights)).transpose()?;
+    let peer = args.peer.as_deref().map(|program| Peer::new(program, &args.weights)).transpose()?;
     for name in &args.shapes {
         println!("{name}");
-        random_model::with(shape_of(name)?, &args.scratch, |path| measure(args, path))?;
+        random_model::with(shape_of(name)?, &args.scratch, |path| measure(args, peer.as_ref(), path))?;
     }
     Ok(())
 }
 
 #[expect(clippy::print_stdout, reason = "the report")]
-fn measure(args: &GpuArgs, path: &Path) -> anyhow::Result<()> {
+fn measure(args: &GpuArgs, peer: Option<&Peer<'_>>, path: &Path) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(path)?;
     let device = Device::Gpu(args.adapter.clone());
     let weights = args.weights.clone();
@@ -222,7 +221,7 @@ fn measure(args: &GpuArgs, path: &Path) -> anyhow::Result<()> {
             100.0 * (unfused.median / fused.median - 1.0)
         );
     }
-    if let Some(peer) = &args.peer {
+    if let Some(peer) = peer {
         compare(args, peer, path)?;
     }
     Ok(())
@@ -303,21 +302,19 @@ pub(crate) fn windows(
     n: usize,
     mut run: impl FnMut() -> anyhow::Result<()>,
 ) -> anyhow::Result<Times> {
-    let mut times = warm_windows(engine, n, &mut run)?;
-    for _ in 0..AGAIN {
-        if !times.are_short() {
-            break;
-        }
+    let mut best = warm_windows(engine, n, &mut run)?;
+    let most = if best.are_short() { AGAIN } else { 0 };
+    for _ in 0..most {
         let again = warm_windows(engine, n, &mut run)?;
-        let settled = again.confirm(&times);
-        if again.median < times.median {
-            times = again;
+        let settled = again.confirm(&best);
+        if again.median < best.median {
+            best = again;
         }
         if settled {
             break;
         }
     }
-    Ok(times)
+    Ok(best)
 }
 
 fn warm_windows(
@@ -494,31 +491,39 @@ fn timed(
     Ok(())
 }
 
-/// What the peer has that is nearest to a recipe.
-fn peer_weights(weights: &Recipe) -> anyhow::Result<&'static str> {
-    Ok(match weights.to_string().as_str() {
-        "f16" => "none",
-        "int8" => "int8",
-        "int4" => "nf4",
-        other => anyhow::bail!("--peer: it has no weights like {other}"),
-    })
+/// The peer, with what it has that is nearest to a recipe.
+struct Peer<'a> {
+    program: &'a Path,
+    quant: &'static str,
+}
+
+impl<'a> Peer<'a> {
+    fn new(program: &'a Path, weights: &Recipe) -> anyhow::Result<Self> {
+        let quant = match weights.to_string().as_str() {
+            "f16" => "none",
+            "int8" => "int8",
+            "int4" => "nf4",
+            other => anyhow::bail!("--peer: it has no weights like {other}"),
+        };
+        Ok(Self { program, quant })
+    }
 }
 
 /// Runs the peer on the same model.
-fn compare(args: &GpuArgs, peer: &Path, model: &Path) -> anyhow::Result<()> {
+fn compare(args: &GpuArgs, peer: &Peer<'_>, model: &Path) -> anyhow::Result<()> {
     let converted = model.with_extension("st");
     let run = |of: &mut Command| {
         let done = of.status()?;
         ensure!(done.success(), "{of:?}: {done}");
         anyhow::Ok(())
     };
-    run(Command::new(peer).arg("convert").args([model, &converted]))?;
-    let mut command = Command::new(peer);
+    run(Command::new(peer.program).arg("convert").args([model, &converted]))?;
+    let mut command = Command::new(peer.program);
     command.arg(&converted).args(["--decode", "64", "--json", "--batch", "1"]);
     // It numbers its sequences by a byte.
     command.args(args.batch.iter().filter(|batch| (2..=256).contains(*batch)).map(usize::to_string));
     command.arg("--prefill").args(args.prefill.iter().map(usize::to_string));
-    command.args(["--quant", peer_weights(&args.weights)?]);
+    command.args(["--quant", peer.quant]);
     if let Some(adapter) = &args.adapter {
         command.args(["--adapter", adapter]);
     }

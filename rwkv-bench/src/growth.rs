@@ -14,7 +14,7 @@ use rwkv_model::engine::Device;
 use rwkv_model::{Engine, EngineOptions, Session};
 
 use crate::gpu::{limit, token_of, windows};
-use crate::picture::{FONT, fail};
+use crate::picture::{FONT, fail, place};
 use crate::random_model::{self, shape_of};
 
 /// Measures how time grows.
@@ -205,7 +205,7 @@ fn draw(path: &Path, title: &str, batch: &Curve, length: &Curve) -> anyhow::Resu
             .x_desc(x)
             .y_desc(y)
             .x_label_formatter(&|n| format!("{n:.0}"))
-            .y_label_formatter(&|ms| format!("{ms}"))
+            .y_label_formatter(&place)
             .label_style((FONT, 14))
             .axis_desc_style((FONT, 14))
             .draw()

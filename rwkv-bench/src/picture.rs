@@ -16,6 +16,12 @@ pub(crate) const COLOURS: [RGBColor; 6] = [
     RGBColor(0x12, 0x8a, 0x96),
 ];
 
+/// A place on a logarithmic axis, which `plotters` finds by multiplying: without what that is off by.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what `plotters` calls")]
+pub(crate) fn place(value: &f64) -> String {
+    format!("{}", (value * 1e6).round() / 1e6)
+}
+
 /// What drawing can fail with borrows from the picture.
 pub(crate) fn fail(error: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("drawing: {error}")

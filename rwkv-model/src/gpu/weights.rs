@@ -143,6 +143,14 @@ struct Staging {
     used: Vec<wgpu::Buffer>,
 }
 
+impl Staging {
+    /// One of just so many bytes, mapped.
+    fn take(&mut self, size: u64) -> Option<wgpu::Buffer> {
+        let at = self.free.iter().position(|of| of.size() == size)?;
+        Some(self.free.swap_remove(at))
+    }
+}
+
 /// Rows of a matrix on their way into a buffer.
 struct Piece {
     /// The tensor.
@@ -176,7 +184,7 @@ impl Upload<'_> {
             self.floats("vectors", &[gain?, bias?].concat())
         };
         let embedding = self.matrix("embedding", &[plain("emb.weight", vocab, None)])?;
-        self.settle()?;
+        self.settle()?; // for the head, which is as large
         let all = Weights {
             embedding,
             ln0: norm("blocks.0.ln0")?,
@@ -350,11 +358,8 @@ impl Upload<'_> {
             checked::<_, Error>(self.device.device(), || self.device.device().create_buffer(&of))
         };
         let buffer = create(wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST, false)?;
-        let staged = {
-            let mut staging = self.staging.borrow_mut();
-            staging.free.iter().position(|of| of.size() == size).map(|at| staging.free.swap_remove(at))
-        };
-        let staged = match staged {
+        let free = self.staging.borrow_mut().take(size);
+        let staged = match free {
             Some(staged) => staged,
             None => create(wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC, true)?,
         };
