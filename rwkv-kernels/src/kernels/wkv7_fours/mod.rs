@@ -17,7 +17,7 @@ use crate::Kernel;
 pub use crate::reflected::wkv7_fours::{Params, VARIANTS};
 
 /// Rows of a state to a workgroup: what `ROWS` is overridden with. The fewer, the more workgroups share a head.
-pub const ROWS: [usize; 2] = [16, 32];
+pub const ROWS: [usize; 3] = [8, 16, 32];
 
 /// Tokens that may be staged at a time: what `STAGE` is overridden with where a workgroup has the memory, the most first. What is
 /// done for all of them at once is then done more seldom.

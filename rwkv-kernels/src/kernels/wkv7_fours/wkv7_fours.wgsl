@@ -3,7 +3,7 @@
 //use sixteen
 //
 // Rows of a state never interact: a workgroup has ROWS of a head, and a team of 16 invocations two of them, each invocation
-// four keys of both. A sum over a team is mostly waiting, and what a token removes of the state waits for one. So four tokens
+// four keys of both; or one, where there are so few heads that workgroups of 8 rows are fewer than processors. A sum over a team is mostly waiting, and what a token removes of the state waits for one. So four tokens
 // share it: with `u` what they make of the state but for what they remove, and `b[s,t]` the direction of token s as it is
 // decayed when token t is past,
 //
@@ -18,11 +18,12 @@
 // What this is written for, as NVIDIA's compiler (driver 580) was seen to do: sums are in the order of the text, so that
 // what does not wait for each other is side by side there.
 
-override ROWS: u32 = 16u; // of a state, to a workgroup: 16 or 32
+override ROWS: u32 = 16u; // of a state, to a workgroup: 8, 16 or 32
+override EACH_ROWS: u32 = select(2u, 1u, ROWS < 16u); // to a team
 
 const N: u32 = 64u;
 const TEAM: u32 = 16u;
-override LANES: u32 = ROWS / 2u * TEAM;
+override LANES: u32 = ROWS / EACH_ROWS * TEAM;
 override TEAMS: u32 = LANES / TEAM;
 const QUADS: u32 = N / 4u;           // vectors of a row
 const GROUP: u32 = 4u;               // tokens to a sum
@@ -63,7 +64,7 @@ var<workgroup> products: array<vec4<f32>, STAGE>;
 // What an invocation has loaded of the next tokens.
 var<private> held: array<vec4<f32>, MOST>;
 var<private> held_v: vec4<f32>;
-// The state of an invocation: four keys of its own row, and of that of the other half of its team.
+// The state of an invocation: four keys of its own row, and of that of the other half of its team, if that has another.
 var<private> own: vec4<f32>;
 var<private> other: vec4<f32>;
 
@@ -180,7 +181,9 @@ fn step(token: u32, v_own: f32, v_other: f32) -> vec4<f32> {
     let asked = own;
     let asked_other = other;
     own += fma(own, w, v_own * k);
-    other += fma(other, w, v_other * k);
+    if EACH_ROWS == 2u {
+        other += fma(other, w, v_other * k);
+    }
     var sums = vec4(asked.x, asked_other.x, own.x, other.x) * vec4(kappa.xx, r.xx);
     sums = fma(vec4(asked.y, asked_other.y, own.y, other.y), vec4(kappa.yy, r.yy), sums);
     sums = fma(vec4(asked.z, asked_other.z, own.z, other.z), vec4(kappa.zz, r.zz), sums);
@@ -205,28 +208,41 @@ fn advance(group: u32, first: u32, end: u32, at: Place, lanes: Sixteen) {
     let two = one + VECTORS;
     let three = two + VECTORS;
     let v_own = values[group * ROWS + at.row - at.first];
-    let v_other = values[group * ROWS + ((at.row - at.first) ^ 1u)];
+    var v_other: vec4<f32>;
+    if EACH_ROWS == 2u {
+        v_other = values[group * ROWS + ((at.row - at.first) ^ 1u)];
+    }
     let t0 = step(zero, v_own.x, v_other.x);
     let t1 = step(one, v_own.y, v_other.y);
     let t2 = step(two, v_own.z, v_other.z);
     let t3 = step(three, v_own.w, v_other.w);
-    // Each half of a team keeps the sums of its own row, and of it the first four members what is asked.
-    let asked = vec4(t0.x, t1.x, t2.x, t3.x) + across(vec4(t0.y, t1.y, t2.y, t3.y), 8u, lanes);
-    let answered = vec4(t0.z, t1.z, t2.z, t3.z) + across(vec4(t0.w, t1.w, t2.w, t3.w), 8u, lanes);
-    let sum = quartered(halved(asked, answered, 4u, at, lanes), at, lanes);
+    // Each half of a team keeps the sums of its own row, and of it the first four members what is asked; of one row both halves
+    // come to the same.
+    var asked = vec4(t0.x, t1.x, t2.x, t3.x);
+    var answered = vec4(t0.z, t1.z, t2.z, t3.z);
+    if EACH_ROWS == 2u {
+        asked += across(vec4(t0.y, t1.y, t2.y, t3.y), 8u, lanes);
+        answered += across(vec4(t0.w, t1.w, t2.w, t3.w), 8u, lanes);
+    }
+    var sum = quartered(halved(asked, answered, 4u, at, lanes), at, lanes);
+    if EACH_ROWS == 1u {
+        sum += across(vec4(sum, 0.0, 0.0, 0.0), 8u, lanes).x;
+    }
     let x_own = removed(four_of(sum, at.member & 8u, lanes), group);
-    let x_other = removed(four_of(sum, (at.member & 8u) ^ 8u, lanes), group);
     own = fma(vec4(-x_own.x), tokens[zero + B], own);
-    other = fma(vec4(-x_other.x), tokens[zero + B], other);
     own = fma(vec4(-x_own.y), tokens[one + B], own);
-    other = fma(vec4(-x_other.y), tokens[one + B], other);
     own = fma(vec4(-x_own.z), tokens[two + B], own);
-    other = fma(vec4(-x_other.z), tokens[two + B], other);
     own = fma(vec4(-x_own.w), tokens[three + B], own);
-    other = fma(vec4(-x_other.w), tokens[three + B], other);
+    if EACH_ROWS == 2u {
+        let x_other = removed(four_of(sum, (at.member & 8u) ^ 8u, lanes), group);
+        other = fma(vec4(-x_other.x), tokens[zero + B], other);
+        other = fma(vec4(-x_other.y), tokens[one + B], other);
+        other = fma(vec4(-x_other.z), tokens[two + B], other);
+        other = fma(vec4(-x_other.w), tokens[three + B], other);
+    }
 
     let t = at.member % GROUP;
-    if (at.member & 4u) != 0u && first + t < end {
+    if (at.member & 4u) != 0u && at.member / 8u < EACH_ROWS && first + t < end {
         let up_to = vec4(0u, 1u, 2u, 3u) <= vec4(t);
         let read = select(vec4(0.0), products[group * GROUP + t], up_to);
         y[(first + t) * params.y_stride + at.head * N + at.row] = sum - dot(x_own, read);
@@ -239,10 +255,13 @@ fn wkv7_fours(@builtin(workgroup_id) group: vec3<u32>, lanes: Sixteen) {
     let l = place_of(lanes);
     let member = l % TEAM;
     let rows = group.x % (N / ROWS) * ROWS;
-    let at = Place(group.x / (N / ROWS), rows + l / TEAM * 2u + member / 8u, rows, member, l);
+    let row = rows + l / TEAM * EACH_ROWS + member / 8u % EACH_ROWS;
+    let at = Place(group.x / (N / ROWS), row, rows, member, l);
     let keys = params.offset + (at.head * N + 4u * member) * N;
     own = load(segment.z * params.stride + keys + at.row);
-    other = load(segment.z * params.stride + keys + (at.row ^ 1u));
+    if EACH_ROWS == 2u {
+        other = load(segment.z * params.stride + keys + (at.row ^ 1u));
+    }
 
     let end = segment.x + segment.y;
     if segment.y > 0u {
@@ -267,5 +286,7 @@ fn wkv7_fours(@builtin(workgroup_id) group: vec3<u32>, lanes: Sixteen) {
     }
 
     save(segment.w * params.stride + keys + at.row, own);
-    save(segment.w * params.stride + keys + (at.row ^ 1u), other);
+    if EACH_ROWS == 2u {
+        save(segment.w * params.stride + keys + (at.row ^ 1u), other);
+    }
 }
