@@ -244,13 +244,14 @@ impl Layers<'_> {
         let (stride, y_stride) = (layout.base_words, ADAPTERS * width);
         let mut steps = vec![operands];
         let dims = wkv7_chunked::Dims { rows, segments: 1, heads, stride, offset: 0, y_stride };
-        let fours = |rows_each| kernels.fours.iter().find(move |(of, _)| *of == rows_each);
+        let fours = |wanted| kernels.fours.iter().find(move |(of, _)| *of == wanted);
         match (form, &kernels.chunked, &s.factors) {
             (Form::Chunked, Some(of), Some(factors)) => {
                 steps.extend(self.chunked(of, dims, factors, records)?);
             }
-            (Form::Fours { rows_each }, ..) if let Some((_, of)) = fours(rows_each) => {
-                let (params, [groups, ..]) = wkv7_fours::lower(dims, rows_each).map_err(refused(HEADS))?;
+            (Form::Fours(wanted), ..) if let Some((_, of)) = fours(wanted) => {
+                let (params, [groups, ..]) =
+                    wkv7_fours::lower(dims, wanted.rows_each).map_err(refused(HEADS))?;
                 let buffers = [&s.segments, &s.mixed, records, &s.up].map(Bound::Whole);
                 steps.push(planner.step(
                     HEADS,
@@ -327,14 +328,14 @@ impl Layers<'_> {
             x: of.x.1,
             y: of.y.1,
         };
-        let (_, records, [x, ..]) = matmul::lower(dims, &of.jobs).map_err(refused(of.part))?;
+        let (_, tiles, [_, cols, _]) = matmul::lower(dims, &of.jobs).map_err(refused(of.part))?;
         let (params, grid) = if of.of_logits {
-            (&s.of_logits, Grid::LogitTiles { x, rows: tile.rows })
+            (&s.of_logits, Grid::LogitTiles { cols, rows: tile.rows })
         } else {
-            (&s.of_rows[of.jobs.len() - 1], Grid::Tiles { x, rows: tile.rows })
+            (&s.of_rows, Grid::Tiles { cols, rows: tile.rows })
         };
-        let jobs = self.planner().table(&records);
-        let buffers = [&jobs, of.weights, of.x.0, of.y.0].map(Bound::Whole);
+        let tiles = self.planner().table(&tiles);
+        let buffers = [&tiles, of.weights, of.x.0, of.y.0].map(Bound::Whole);
         self.planner().step_with(of.part, &pipeline, params, &buffers, grid, of.weights.size())
     }
 

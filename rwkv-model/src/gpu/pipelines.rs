@@ -149,12 +149,18 @@ pub(super) enum Form {
     /// Prompts, one token after the other.
     Scan,
     /// Prompts, four tokens to a sum.
-    Fours {
-        /// Rows of a state to a workgroup.
-        rows_each: usize,
-    },
+    Fours(Fours),
     /// Prompts, by chunks.
     Chunked,
+}
+
+/// What `wkv7_fours` is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Fours {
+    /// Rows of a state to a workgroup.
+    pub(super) rows_each: usize,
+    /// Tokens that are staged at a time.
+    stage: usize,
 }
 
 /// What is in the place of `time_mix` for prompts.
@@ -162,9 +168,9 @@ pub(super) enum Form {
 pub(super) struct ScanKernels {
     pub(super) operands: Pipeline,
     pub(super) scan: Pipeline,
-    /// In the place of `scan`, by the rows of a state to a workgroup: where nothing else is asked for, and the device has the
-    /// subgroups.
-    pub(super) fours: Vec<(usize, Pipeline)>,
+    /// In the place of `scan`, from the fewest rows of a state to a workgroup to the most, and then those of which a processor holds
+    /// two: where nothing else is asked for, and the device has the subgroups.
+    pub(super) fours: Vec<(Fours, Pipeline)>,
     /// In the place of `scan` where chunks are asked for.
     pub(super) chunked: Option<ChunkKernels>,
     pub(super) readout: Pipeline,
@@ -190,25 +196,31 @@ impl ScanKernels {
     }
 }
 
-/// `wkv7_fours`, where it may take the place of `wkv7_scan`. Measured on an H100 against that, 2,048 tokens: 244 us for 420 with 16
-/// heads, 244 for 422 with 32, 361 for 541 with 64; 512 tokens: 63 for 111 with 16; of an earlier form of it, 256 tokens and 256 heads of
-/// all sequences together, 211 for 264.
-fn fours(device: &Device, setup: &Setup) -> Result<Vec<(usize, Pipeline)>, Error> {
+/// `wkv7_fours`, where it may take the place of `wkv7_scan`. Measured on an H100 against that, 2,048 tokens: 218 us for 420 with 16
+/// heads, 244 for 422 with 32, 361 for 541 with 64; 512 tokens: 57 for 111 with 16. Of prompts side by side, with as few tokens staged
+/// as there can be: 8 of 512 tokens and 32 heads 362 for 370 with more, 32 of 64 tokens 201 for 222.
+fn fours(device: &Device, setup: &Setup) -> Result<Vec<(Fours, Pipeline)>, Error> {
     let (subgroup, has) = (device.info().subgroup_min_size, device.capabilities());
     if setup.wkv.is_some() || setup.batch_invariant || !setup.state.is_plain() || !has.features.subgroup {
         return Ok(Vec::new());
     }
     let kernels = wkv7_fours::variants(subgroup)
         .filter(|kernel| kernel.features.subgroup && has.cover(&kernel.needs()));
-    let compiled = |rows_each| {
-        let fits =
-            |&stage: &usize| wkv7_fours::workgroup_bytes(rows_each, stage) <= has.workgroup_bytes as usize;
-        let stage = wkv7_fours::STAGES.into_iter().find(fits)?;
-        kernels.clone().next()?;
-        let overrides = [("ROWS", f64::from(count(rows_each))), ("STAGE", f64::from(count(stage)))];
-        Some(compile(device, kernels.clone(), &overrides).map(|pipeline| (rows_each, pipeline)))
+    if kernels.clone().next().is_none() {
+        return Ok(Vec::new());
+    }
+    let fits = |&Fours { rows_each, stage }: &Fours| {
+        wkv7_fours::workgroup_bytes(rows_each, stage) <= has.workgroup_bytes as usize
     };
-    wkv7_fours::ROWS.into_iter().filter_map(compiled).collect()
+    let staged =
+        |rows_each| wkv7_fours::STAGES.map(|stage| Fours { rows_each, stage }).into_iter().filter(fits);
+    let mut all: Vec<_> = wkv7_fours::ROWS.iter().filter_map(|&rows_each| staged(rows_each).next()).collect();
+    all.extend(wkv7_fours::ROWS.last().and_then(|&most| staged(most).nth(1)));
+    let compiled = |of: Fours| {
+        let overrides = [("ROWS", f64::from(count(of.rows_each))), ("STAGE", f64::from(count(of.stage)))];
+        Ok((of, compile(device, kernels.clone(), &overrides)?))
+    };
+    all.into_iter().map(compiled).collect()
 }
 
 /// What is in the place of `wkv7_scan` by chunks.
@@ -392,12 +404,12 @@ impl Kernels {
         if of.chunked.is_some() {
             return Form::Chunked;
         }
-        // The fewest rows of which all workgroups are at work at once, of which a processor holds one.
+        // The fewest rows of which all workgroups are at work at once, where a processor holds one.
         let heads = shape.segments.saturating_mul(count(config.n_heads));
         let groups = |rows_each: usize| heads.saturating_mul(count(wkv7_fours::HEAD_SIZE / rows_each));
-        let fits = of.fours.iter().find(|(rows_each, _)| groups(*rows_each) <= PROCESSORS);
+        let fits = of.fours.iter().find(|(fours, _)| groups(fours.rows_each) <= PROCESSORS);
         match fits.or(of.fours.last()) {
-            Some(&(rows_each, _)) => Form::Fours { rows_each },
+            Some(&(fours, _)) => Form::Fours(fours),
             None => Form::Scan,
         }
     }

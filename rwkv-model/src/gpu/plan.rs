@@ -30,14 +30,14 @@ pub(super) enum Grid {
     EachRow(u32),
     /// So many for each segment.
     Segments(u32),
-    /// So many for every `rows` rows.
-    Tiles { x: u32, rows: u32 },
+    /// So many for every `rows` rows, those for the same columns after each other.
+    Tiles { cols: u32, rows: u32 },
     /// So many for every chunk of so many rows, of which every segment may have a short one.
     Chunks { x: u32, rows: u32 },
     /// One for each row of logits.
     LogitRows,
     /// So many for every `rows` rows of logits.
-    LogitTiles { x: u32, rows: u32 },
+    LogitTiles { cols: u32, rows: u32 },
 }
 
 impl Shape {
@@ -58,10 +58,10 @@ impl Grid {
             Self::Rows => [shape.rows, 1, 1],
             Self::EachRow(x) => [x, shape.rows, 1],
             Self::Segments(x) => [x, shape.segments, 1],
-            Self::Tiles { x, rows } => [x, shape.rows.div_ceil(rows), 1],
+            Self::Tiles { cols, rows } => [shape.rows.div_ceil(rows), cols, 1],
             Self::Chunks { x, rows } => [x, shape.rows / rows + shape.segments, 1],
             Self::LogitRows => [shape.logits, 1, 1],
-            Self::LogitTiles { x, rows } => [x, shape.logits.div_ceil(rows), 1],
+            Self::LogitTiles { cols, rows } => [shape.logits.div_ceil(rows), cols, 1],
         }
     }
 }

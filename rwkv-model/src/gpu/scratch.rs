@@ -62,8 +62,8 @@ pub(super) struct Scratch {
     pub(super) normed: wgpu::Buffer,
     /// `[R, V]`.
     pub(super) logits: wgpu::Buffer,
-    /// Parameters of `matmul` over the rows of a pass, by the number of jobs, and over the rows of logits.
-    pub(super) of_rows: [wgpu::Buffer; MAX_JOBS],
+    /// Parameters of `matmul` over the rows of a pass, and over the rows of logits.
+    pub(super) of_rows: wgpu::Buffer,
     pub(super) of_logits: wgpu::Buffer,
     /// T.
     pub(super) rows: usize,
@@ -85,9 +85,6 @@ const _: () = assert!(time_mix_resident::table_len(1, 1, MAX_CAPACITY) <= 64, "a
 
 /// Rows of logits of a pass, at most: 268 MB with a vocabulary of 65,536.
 const MAX_LOGIT_ROWS: usize = 1024;
-
-/// Products of one dispatch of `matmul`, at most: three projections and four adapters.
-const MAX_JOBS: usize = 7;
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Lengths {
@@ -165,7 +162,7 @@ impl Scratch {
                 hidden: storage("hidden", len.hidden),
                 normed: storage("normed", len.normed),
                 logits: storage("logits", len.logits),
-                of_rows: std::array::from_fn(|_| uniform()),
+                of_rows: uniform(),
                 of_logits: uniform(),
                 rows,
                 len,
@@ -280,12 +277,9 @@ impl Scratch {
 
     /// Tells kernels how many rows a pass has.
     pub(super) fn write_shape(&self, queue: &wgpu::Queue, config: &ModelConfig, shape: Shape) {
-        for (jobs, buffer) in (1..).zip(&self.of_rows) {
-            let params = matmul::Params { rows: shape.rows, jobs };
-            queue.write_buffer(buffer, 0, bytemuck::bytes_of(&params));
+        for (rows, buffer) in [(shape.rows, &self.of_rows), (shape.logits, &self.of_logits)] {
+            queue.write_buffer(buffer, 0, bytemuck::bytes_of(&matmul::Params { rows }));
         }
-        let params = matmul::Params { rows: shape.logits, jobs: 1 };
-        queue.write_buffer(&self.of_logits, 0, bytemuck::bytes_of(&params));
         let (heads, y_stride) = (count(config.n_heads), count(ADAPTERS * config.width));
         let params = wkv7_chunked_factors::Params { heads, segments: shape.segments, y_stride };
         queue.write_buffer(&self.of_chunks, 0, bytemuck::bytes_of(&params));

@@ -504,9 +504,9 @@ impl<'a> Steps<'a> {
             x: len(x, 4),
             y: len(of.y, 4),
         };
-        let (params, jobs, groups) = matmul::lower(dims, &[job]).map_err(refused(of.part))?;
-        let jobs = self.of.planner().table(&jobs);
-        let buffers = [&jobs, weights, x, of.y].map(Bound::Whole);
+        let (params, tiles, groups) = matmul::lower(dims, &[job]).map_err(refused(of.part))?;
+        let tiles = self.of.planner().table(&tiles);
+        let buffers = [&tiles, weights, x, of.y].map(Bound::Whole);
         let lowered = Ok::<_, matmul::Error>((params, groups));
         self.push(of.part, &pipeline, lowered, &buffers, of.bytes())
     }

@@ -21,11 +21,10 @@ const TEAMS: u32 = COLS / 4u; // invocations side by side along the columns
 
 struct Params {
     rows: u32,
-    jobs: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> jobs: array<vec4<u32>>;    // three to a job, see `job_of`
+@group(0) @binding(1) var<storage, read> tiles: array<vec4<u32>>;   // three to a tile of outputs, see `job_of`
 @group(0) @binding(2) var<storage, read> weights: array<vec4<u32>>; // see `Matrix`
 @group(0) @binding(3) var<storage, read> x: array<f32>;
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;
@@ -52,22 +51,14 @@ const W_PITCH: u32 = STEP / 4u + 1u;
 const W_PITCH_TRANSPOSED: u32 = COLS / 4u + 1u;
 var<workgroup> w_step: array<vec4<f32>, COLS * W_PITCH>;
 
-// The job that a tile belongs to.
-fn job_of(tile: vec3<u32>) -> Job {
-    var at = 3u * (params.jobs - 1u);
-    // All of a job at once, rather than the rest when the first of it has come.
-    var a = jobs[at];      // first tile, inputs, outputs, weights
-    var b = jobs[at + 1u]; // x, x_stride, y, y_stride
-    var c = jobs[at + 2u]; // scales, whether to add, weights of a row, then by bytes: format, nothing, activation
-    while a.x > tile.x {
-        at -= 3u;
-        a = jobs[at];
-        b = jobs[at + 1u];
-        c = jobs[at + 2u];
-    }
+// The job of a tile. It is not looked for: in values that pass through a loop, NVIDIA's compiler does not see that all
+// invocations have the same, and keeps a copy in the registers of each.
+fn job_of(tile: vec2<u32>) -> Job {
+    let a = tiles[3u * tile.x];      // first output, inputs, outputs, weights
+    let b = tiles[3u * tile.x + 1u]; // x, x_stride, y, y_stride
+    let c = tiles[3u * tile.x + 2u]; // scales, whether to add, weights of a row, then by bytes: format, nothing, activation
     let matrix = Matrix(c.w & 0xFFu, a.w, c.x, c.z);
-    let col = (tile.x - a.x) * COLS;
-    return Job(a.y, a.z, matrix, b.x, b.y, b.z, b.w, c.w >> 16u, c.y != 0u, col, tile.y * ROWS);
+    return Job(a.y, a.z, matrix, b.x, b.y, b.z, b.w, c.w >> 16u, c.y != 0u, a.x, tile.y * ROWS);
 }
 
 // Four rows of x at one input, zero past the last. Rows past the last are that row again, and never stored.
@@ -152,8 +143,8 @@ fn add(sums: mat4x4<f32>, rows: vec4<f32>, w: vec4<f32>) -> mat4x4<f32> {
 override LANES: u32 = 2u * ROWS;
 
 @compute @workgroup_size(LANES)
-fn matmul(@builtin(workgroup_id) tile: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let job = job_of(tile);
+fn matmul(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let job = job_of(group.yx);
     let pitch = ROWS / 4u + 1u;
 
     // What of a step this invocation loads: two of its vectors of x, neighbours beside each other along the inputs ..

@@ -20,7 +20,7 @@ pub use crate::reflected::wkv7_fours::{Params, VARIANTS};
 pub const ROWS: [usize; 3] = [8, 16, 32];
 
 /// Tokens that may be staged at a time: what `STAGE` is overridden with where a workgroup has the memory, the most first. What is
-/// done for all of them at once is then done more seldom.
+/// done for all of them at once is then done more seldom; of the fewest, a processor has room for two workgroups.
 pub const STAGES: [usize; 2] = [32, 16];
 
 const _: () = assert!(

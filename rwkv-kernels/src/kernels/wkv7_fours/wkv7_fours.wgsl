@@ -3,8 +3,8 @@
 //use sixteen
 //
 // Rows of a state never interact: a workgroup has ROWS of a head, and a team of 16 invocations two of them, each invocation
-// four keys of both; or one, where there are so few heads that workgroups of 8 rows are fewer than processors. A sum over a team is mostly waiting, and what a token removes of the state waits for one. So four tokens
-// share it: with `u` what they make of the state but for what they remove, and `b[s,t]` the direction of token s as it is
+// four keys of both; or one, if a workgroup has 8, which is for so few heads that it gives every processor some. A sum over a
+// team is mostly waiting, and what a token removes of the state waits for one. So four tokens share it: with `u` what they make of the state but for what they remove, and `b[s,t]` the direction of token s as it is
 // decayed when token t is past,
 //
 //     u[t] = u[t-1] + (u[t-1] (w[t] - 1) + v[t] k[t])
