@@ -163,6 +163,28 @@ pub(super) struct Fours {
     stage: usize,
 }
 
+impl Fours {
+    /// What there is where a workgroup has so much memory: from the fewest rows to the most, with as many tokens staged as there
+    /// can be, and then the most rows with fewer tokens, of which a processor holds two.
+    fn all(workgroup_bytes: usize) -> Vec<Self> {
+        let staged = |rows_each| {
+            let fits = move |of: &Self| wkv7_fours::workgroup_bytes(rows_each, of.stage) <= workgroup_bytes;
+            wkv7_fours::STAGES.map(|stage| Self { rows_each, stage }).into_iter().filter(fits)
+        };
+        let mut all: Vec<_> =
+            wkv7_fours::ROWS.into_iter().filter_map(|rows_each| staged(rows_each).next()).collect();
+        all.extend(wkv7_fours::ROWS.last().and_then(|&most| staged(most).nth(1)));
+        all
+    }
+
+    /// Of those, the first whose workgroups for so many heads of all sequences are at work at once, where a processor holds one; or
+    /// else the last.
+    fn best(all: impl Iterator<Item = Self> + Clone, heads: u32) -> Option<Self> {
+        let groups = |of: &Self| heads.saturating_mul(count(wkv7_fours::HEAD_SIZE / of.rows_each));
+        all.clone().find(|of| groups(of) <= PROCESSORS).or_else(|| all.last())
+    }
+}
+
 /// What is in the place of `time_mix` for prompts.
 #[derive(Debug)]
 pub(super) struct ScanKernels {
@@ -209,18 +231,11 @@ fn fours(device: &Device, setup: &Setup) -> Result<Vec<(Fours, Pipeline)>, Error
     if kernels.clone().next().is_none() {
         return Ok(Vec::new());
     }
-    let fits = |&Fours { rows_each, stage }: &Fours| {
-        wkv7_fours::workgroup_bytes(rows_each, stage) <= has.workgroup_bytes as usize
-    };
-    let staged =
-        |rows_each| wkv7_fours::STAGES.map(|stage| Fours { rows_each, stage }).into_iter().filter(fits);
-    let mut all: Vec<_> = wkv7_fours::ROWS.iter().filter_map(|&rows_each| staged(rows_each).next()).collect();
-    all.extend(wkv7_fours::ROWS.last().and_then(|&most| staged(most).nth(1)));
     let compiled = |of: Fours| {
         let overrides = [("ROWS", f64::from(count(of.rows_each))), ("STAGE", f64::from(count(of.stage)))];
         Ok((of, compile(device, kernels.clone(), &overrides)?))
     };
-    all.into_iter().map(compiled).collect()
+    Fours::all(has.workgroup_bytes as usize).into_iter().map(compiled).collect()
 }
 
 /// What is in the place of `wkv7_scan` by chunks.
@@ -404,14 +419,8 @@ impl Kernels {
         if of.chunked.is_some() {
             return Form::Chunked;
         }
-        // The fewest rows of which all workgroups are at work at once, where a processor holds one.
         let heads = shape.segments.saturating_mul(count(config.n_heads));
-        let groups = |rows_each: usize| heads.saturating_mul(count(wkv7_fours::HEAD_SIZE / rows_each));
-        let fits = of.fours.iter().find(|(fours, _)| groups(fours.rows_each) <= PROCESSORS);
-        match fits.or(of.fours.last()) {
-            Some(&(fours, _)) => Form::Fours(fours),
-            None => Form::Scan,
-        }
+        Fours::best(of.fours.iter().map(|&(fours, _)| fours), heads).map_or(Form::Scan, Form::Fours)
     }
 
     /// Whether passes may go by chunks.
@@ -456,4 +465,28 @@ pub(super) fn readout_of_heads(
     let overrides = [packed::halves(written), readout_packed::of_heads()];
     let compiled = || compile(device, readout_packed::VARIANTS, &overrides);
     setup.norm_apart().then(compiled).transpose()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Fours;
+
+    #[test]
+    fn a_state_update_has_a_workgroup_for_every_processor() {
+        let all = Fours::all(48 << 10);
+        let of = |rows_each, stage| Fours { rows_each, stage };
+        assert_eq!(all, [of(8, 32), of(16, 32), of(32, 32), of(32, 16)]);
+        // 132 processors
+        for (heads, want) in [(1, 0), (16, 0), (17, 1), (33, 1), (34, 2), (66, 2), (67, 3), (u32::MAX, 3)] {
+            assert_eq!(Fours::best(all.iter().copied(), heads), Some(all[want]), "{heads} heads");
+        }
+        let all = Fours::all(32 << 10);
+        assert_eq!(all, [of(8, 16), of(16, 16), of(32, 16)], "with less memory");
+        assert_eq!(Fours::best(all.iter().copied(), 1000), Some(of(32, 16)));
+        assert_eq!(
+            (Fours::all(16 << 10), Fours::best([].into_iter(), 1)),
+            (Vec::new(), None),
+            "with too little"
+        );
+    }
 }
