@@ -472,7 +472,7 @@ mod tests {
     use super::Fours;
 
     #[test]
-    fn a_state_update_has_a_workgroup_for_every_processor() {
+    fn workgroups_of_a_state_update_are_no_more_than_processors_if_they_can() {
         let all = Fours::all(48 << 10);
         let of = |rows_each, stage| Fours { rows_each, stage };
         assert_eq!(all, [of(8, 32), of(16, 32), of(32, 32), of(32, 16)]);

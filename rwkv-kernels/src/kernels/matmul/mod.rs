@@ -54,7 +54,7 @@ pub struct Coop {
     pub split: u32,
     /// Inputs at a time, the override `STEP`.
     pub step: u32,
-    /// Steps that are loaded ahead, the override `AHEAD`, of weights in halves.
+    /// Steps that are loaded ahead, the override `AHEAD`, where all weights are halves: see [`Tile::overrides`].
     pub ahead: u32,
 }
 
@@ -117,8 +117,8 @@ impl Tile {
             ("FORMATS", formats.into()),
         ];
         if let Some(Coop { sub_rows, sub_cols, split, step, ahead }) = self.coop {
-            // On an H100, 1.5B in blocks of 8 and of 4 bits has 10,313 and 10,481 tokens/s of 32 sequences with one step, 9,791 and
-            // 9,832 with two; prompts have 48,534 and 51,358 with one, 54,104 and 52,020 with two.
+            // On H100s, 1.5B in blocks of 4 bits has 10,481 tokens/s of 32 sequences with one step and 9,672 with two, of 8 bits
+            // 10,313 and 9,791; prompts have 51,358 and 52,020, 48,534 and 54,104.
             let of_blocks = if split > 1 { 1 } else { 2 };
             let ahead = if formats == stored::set([None]) { ahead } else { of_blocks };
             let own = [("SUB_ROWS", sub_rows), ("SUB_COLS", sub_cols), ("SPLIT", split), ("STEP", step)];

@@ -2,10 +2,11 @@
 //use four_keys
 //use sixteen
 //
-// Rows of a state never interact: a workgroup has ROWS of a head, and a team of 16 invocations two of them, each invocation
-// four keys of both; or one, if a workgroup has 8, which is for so few heads that it gives every processor some. A sum over a
-// team is mostly waiting, and what a token removes of the state waits for one. So four tokens share it: with `u` what they make of the state but for what they remove, and `b[s,t]` the direction of token s as it is
-// decayed when token t is past,
+// Rows of a state never interact: a workgroup has ROWS of a head, and a team of 16 invocations two of them, or one if the
+// workgroup has 8, which is for so few heads that more would leave half of the processors without any. Each invocation has
+// four keys of each row of its team. A sum over a team is mostly waiting, and what a token removes of the state waits for
+// one. So four tokens share it: with `u` what they make of the state but for what they remove, and `b[s,t]` the direction of
+// token s as it is decayed when token t is past,
 //
 //     u[t] = u[t-1] + (u[t-1] (w[t] - 1) + v[t] k[t])
 //     x[t] = u[t-1] kappa[t] - sum_{s<t} x[s] (b[s,t-1] kappa[t])
@@ -172,7 +173,8 @@ fn prepare(at: Place, lanes: Sixteen) {
     }
 }
 
-// Moves `u` on over a token. Returns the invocation's part of what it asks and of what it is answered, each for both rows.
+// Moves `u` on over a token. Returns the invocation's part of what it asks and of what it is answered, each for both rows; where
+// there is one, the second of each is zero.
 fn step(token: u32, v_own: f32, v_other: f32) -> vec4<f32> {
     let kappa = tokens[token + KAPPA];
     let w = tokens[token];
