@@ -16,6 +16,7 @@ pub mod linear;
 pub mod matmul;
 pub mod mix_in;
 pub mod mix_rows;
+pub mod own_columns;
 pub mod packed;
 pub mod readout;
 pub mod readout_packed;

@@ -26,7 +26,7 @@ use super::pipelines::{Held, Kernels};
 use super::plan::{Bound, Grid, Mixes, Plan, Planner, Step};
 use super::records::Records;
 use super::scratch::Scratch;
-use super::step::{HEAD_TILES, StepKernels};
+use super::step::StepKernels;
 use super::weights::{Layer, Weights};
 use super::{Error, count};
 use crate::recipe::Matrix;
@@ -110,7 +110,7 @@ impl Layers<'_> {
         }];
         let dims = mix_in::Dims { width, stride: width, offset: 0 };
         let (params, tiles, groups) =
-            mix_in::lower(dims, &stack, HEAD_TILES * kernels.mix_tile).map_err(refused("head"))?;
+            mix_in::lower(dims, &stack, kernels.stack_tile(&stack)).map_err(refused("head"))?;
         let tiles = self.planner().table(&tiles);
         let (ln_out, head) = (&self.weights.ln_out, &self.weights.head);
         // The head has no shift: of the state it touches nothing.

@@ -3,6 +3,7 @@
 use rwkv_core::ModelConfig;
 use rwkv_core::quant;
 use rwkv_kernels::gpu::Device;
+use rwkv_kernels::kernels::own_columns::{self, Teams};
 use rwkv_kernels::kernels::weights as stored;
 use rwkv_kernels::kernels::{channel_mix_value, linear, mix_in, time_mix_resident};
 use rwkv_kernels::pipeline::Pipeline;
@@ -10,8 +11,6 @@ use rwkv_kernels::pipeline::Pipeline;
 use super::pipelines::{Held, PROCESSORS, STRAIGHT, compile, lanes, readout_of_heads};
 use super::{Error, Setup, count};
 use crate::recipe::Matrix;
-/// So many times the rows of other stacks go to a workgroup of the head, which has many: the norm is repeated less.
-pub(super) const HEAD_TILES: u32 = 8;
 
 /// The kernels of the form for one token, and how its work is divided.
 #[derive(Debug)]
@@ -23,10 +22,8 @@ pub(super) struct StepKernels {
     pub(super) readout: Option<Pipeline>,
     pub(super) linear: Pipeline,
     pub(super) value: Pipeline,
-    /// Rows of a stack to a workgroup of `mix_in`, at most: two or one to each of its teams.
-    pub(super) mix_tile: u32,
-    /// Of which tiles are multiples.
-    pub(super) team_rows: u32,
+    /// Of a workgroup of `mix_in`.
+    mix_teams: Teams,
     /// Lanes of a workgroup of `time_mix`.
     pub(super) heads_lanes: u32,
     /// Outputs to a workgroup.
@@ -46,9 +43,11 @@ impl StepKernels {
         let capabilities = device.capabilities();
         let lanes = lanes(device);
         let width = count(config.width);
-        // Large workgroups, since each norms the row anew; long rows are multiplied two at a time. Measured on an H200.
-        let (mix_lanes, team_rows) = if width < 2048 { (lanes(512), 1) } else { (lanes(1024), 2) };
-        if 4 * (width + mix_lanes) > capabilities.workgroup_bytes || width > 16 * mix_lanes {
+        // A processor has registers for 512 that have their columns. Measured on an H200: the key of 1.5B and 7.2B takes 12.4 and
+        // 35.9 us, 13.2 and 39.0 with half as many; that of 0.4B 7.1, and 6.7 with half as many.
+        let mix_lanes = lanes(if width < 2048 { 256 } else { 512 });
+        let mix_teams = Teams::new(mix_lanes, Some(config.width));
+        if 4 * width + mix_teams.workgroup_bytes() > capabilities.workgroup_bytes || width > 16 * mix_lanes {
             return Ok(None);
         }
         // At least 256: four adapters at once.
@@ -60,22 +59,21 @@ impl StepKernels {
             }
         };
         let blocks = |of: &[Matrix]| setup.weights.blocks(config.n_layers, of).collect::<Vec<_>>();
-        let (linear, linear_tile) = linear_of(device, Some(config.width), &blocks(&[Matrix::Output]))?;
+        let (linear, linear_tile) = output_of(device, config.width, &blocks(&[Matrix::Output]))?;
         let (value, columns) = value_of(device, config, &blocks(&[Matrix::FfnValue]), setup.skip_zeros)?;
         let formats = stored::formats(blocks(&STRAIGHT).into_iter().chain([None]));
         let f = f64::from;
         Ok(Some(Self {
             mix_in: compile(
                 device,
-                mix_in::VARIANTS,
-                &[("LANES", f(mix_lanes)), ("TEAM_ROWS", f(team_rows)), ("WIDTH", f(width)), formats],
+                own_columns::variants(mix_in::VARIANTS, device.info().subgroup_min_size),
+                &[&mix_teams.overrides()[..], &[("WIDTH", f(width)), formats]].concat(),
             )?,
             time_mix: held.compile(device, heads_lanes, true, !setup.norm_apart(), None)?,
             readout: readout_of_heads(device, setup, None)?,
             linear,
             value,
-            mix_tile: tile(mix_lanes, team_rows),
-            team_rows,
+            mix_teams,
             heads_lanes,
             linear_tile,
             columns,
@@ -84,47 +82,54 @@ impl StepKernels {
 }
 
 impl StepKernels {
-    /// Rows of a stack to a workgroup: the fewest with which each of the workgroups has a processor of its own, so that none has
-    /// more to do than it must, or else as many as its teams take at once.
+    /// [Rows of halves](mix_in::rows_of_tile) to a workgroup: as few times as many as it has at once as give each of the workgroups a
+    /// processor of its own, so that none has more to do than it must, and the norm is repeated no more.
     pub(super) fn stack_tile(&self, stack: &[mix_in::Stacked]) -> u32 {
-        let groups = |&tile: &u32| stack.iter().map(|of| count(of.outputs).div_ceil(tile)).sum::<u32>();
-        let mut tiles = (1..=self.mix_tile / self.team_rows).map(|teams| teams * self.team_rows);
-        tiles.find(|tile| groups(tile) <= PROCESSORS).unwrap_or(self.mix_tile)
+        let groups = |&tile: &u32| {
+            stack.iter().map(|of| of.outputs.div_ceil(mix_in::rows_of_tile(of.format, tile))).sum::<usize>()
+        };
+        let most = stack.len().max(PROCESSORS as usize);
+        let tiles = (1..).map(|steps| steps * count(self.mix_teams.rows_at_once(None)));
+        tiles.take_while(|&tile| tile < MOST_ROWS).find(|tile| groups(tile) <= most).unwrap_or(MOST_ROWS)
     }
 }
 
-/// Rows of a matrix to a workgroup, so many to a team. Teams are subgroups of 32 on most devices; others go through a
-/// tile more or fewer times.
-fn tile(lanes: u32, rows: u32) -> u32 {
-    (lanes / 32).max(1) * rows
+/// Of halves to a workgroup.
+const MOST_ROWS: u32 = 1 << 16;
+
+/// `linear`, and outputs to a workgroup of it.
+pub(super) fn linear_of(device: &Device) -> Result<(Pipeline, u32), Error> {
+    let teams = Teams::new(lanes(device)(256), None);
+    let variants = own_columns::variants(linear::VARIANTS, device.info().subgroup_min_size);
+    Ok((compile(device, variants, &teams.overrides())?, count(teams.rows_at_once(None))))
+}
+
+/// The same for a square matrix, compiled in: with as many lanes as have something to multiply, if each workgroup has a processor of
+/// its own.
+fn output_of(
+    device: &Device,
+    width: usize,
+    formats: &[Option<quant::Format>],
+) -> Result<(Pipeline, u32), Error> {
+    let rows_each = width.div_ceil(PROCESSORS as usize).next_power_of_two();
+    let at_once =
+        |teams: Teams| formats.iter().map(|&format| teams.rows_at_once(format)).max().unwrap_or_default();
+    let teams = |wanted| Teams::new(lanes(device)(wanted), Some(width));
+    let teams = [512, 256, 128]
+        .map(teams)
+        .into_iter()
+        .find(|&teams| at_once(teams) <= rows_each)
+        .unwrap_or(teams(64));
+    let tile = count(rows_each.max(at_once(teams)));
+    let known = [("INPUTS", count(width).into()), ("OUTPUTS", count(width).into()), ("TILE", tile.into())];
+    let overrides = [&teams.overrides()[..], &known, &[stored::formats(formats.iter().copied())]].concat();
+    let variants = own_columns::variants(linear::VARIANTS, device.info().subgroup_min_size);
+    Ok((compile(device, variants, &overrides)?, tile))
 }
 
 /// Lanes of kernels that need 32 to 64 bytes of workgroup memory for each, as `time_mix` and `channel_mix_value` do.
 fn half(device: &Device) -> u32 {
     lanes(device)(if device.capabilities().workgroup_bytes >= 32 << 10 { 512 } else { 256 })
-}
-
-/// `linear`, and outputs to a workgroup of it. Of a matrix of `known` rows and columns alone, it has them compiled in.
-pub(super) fn linear_of(
-    device: &Device,
-    known: Option<usize>,
-    formats: &[Option<quant::Format>],
-) -> Result<(Pipeline, u32), Error> {
-    // Small workgroups begin sooner, but each has to hold the row. Measured on an H100.
-    let lanes = lanes(device)(if known.is_some_and(|width| width <= 2048) { 128 } else { 256 });
-    let known = known.map_or(0, count);
-    let fits = 4 * (known + lanes + 32) <= device.capabilities().workgroup_bytes;
-    let (known, tile) = if fits && known > 0 { (known, tile(lanes, 1)) } else { (0, 0) };
-    let overrides = [
-        ("LANES", lanes.into()),
-        ("TEAM_ROWS", 1.0),
-        ("AHEAD", 4.0),
-        ("HELD", known.into()),
-        ("OUTPUTS", known.into()),
-        ("TILE", tile.into()),
-        stored::formats(formats.iter().copied()),
-    ];
-    Ok((compile(device, linear::VARIANTS, &overrides)?, self::tile(lanes, 1)))
 }
 
 /// `channel_mix_value`, and columns to a workgroup of it.

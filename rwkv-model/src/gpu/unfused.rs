@@ -157,7 +157,7 @@ impl Unfused {
 impl OpKernels {
     fn new(device: &Device, config: &ModelConfig, skip_zeros: bool) -> Result<Self, Error> {
         let compile = |variants| compile(device, variants, &[]);
-        let (linear, linear_tile) = linear_of(device, None, &[])?;
+        let (linear, linear_tile) = linear_of(device)?;
         let (value, columns) = value_of(device, config, &[], skip_zeros)?;
         Ok(Self {
             to_halves: compile(to_halves::VARIANTS)?,

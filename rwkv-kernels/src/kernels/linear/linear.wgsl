@@ -1,14 +1,12 @@
 // Twin: rwkv-core/src/ops/linear.rs, a linear layer over few rows; the product may be added to what is there.
-//use mat_vec
+//use own_columns
 //
-// A workgroup computes as many outputs as it has teams, times TEAM_ROWS, of one row of x.
+// A workgroup computes the outputs of one tile, of one row of x.
 
 override LANES: u32 = 256u;
-override TEAM_ROWS: u32 = 1u;
-// Of a row of x, held in workgroup memory, all or none: blocks are read by lanes that are far apart in x.
-override HELD: u32 = 0u;
 // The extents, where they are known when the kernel is compiled and not zero: the first weights are then read without
-// waiting for the parameters. HELD is `inputs` too.
+// waiting for the parameters.
+override INPUTS: u32 = 0u;
 override OUTPUTS: u32 = 0u;
 override TILE: u32 = 0u;
 
@@ -26,12 +24,10 @@ struct Params {
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;       // [T, outputs]
 
 var<private> start: u32; // of this row of x
-override ROOM: u32 = HELD / 4u + 8u; // `spread` goes by eights
-var<workgroup> held: array<vec4<f32>, ROOM>;
 
 fn inputs() -> u32 {
-    if HELD != 0u {
-        return HELD;
+    if INPUTS != 0u {
+        return INPUTS;
     }
     return params.inputs;
 }
@@ -51,44 +47,31 @@ fn tile() -> u32 {
 }
 
 fn input(i: u32) -> vec4<f32> {
-    if HELD != 0u {
-        return held[spread(i)];
-    }
     return x[start + i];
 }
 
 @compute @workgroup_size(LANES)
 fn linear(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     start = group.y * inputs() / 4u;
-    let team = team_of(lane);
     let m = matrix_at(params.format, 0u, inputs(), outputs());
-    let end = min((group.x + 1u) * tile(), outputs());
-    let last = end - 1u;
-    let step = team.count * TEAM_ROWS;
-    var fetched = fetch(m, group.x * tile() + team.index * TEAM_ROWS, last, team);
-    if HELD != 0u {
-        for (var i = lane.index; i < HELD / 4u; i += LANES) {
-            held[spread(i)] = x[start + i];
-        }
-        workgroupBarrier();
-    }
-    for (var first = group.x * tile(); first < end; first += step) {
-        let row = first + team.index * TEAM_ROWS;
-        // One lane for each of the two rows, so that what they wait for is waited for once.
-        let own = row + team.lane;
-        let owns = team.lane < TEAM_ROWS && own <= last;
-        let at = group.y * outputs() + own;
+    let end_of_tile = min((group.x + 1u) * tile(), outputs());
+    let last = end_of_tile - 1u;
+    let kept = rows_kept(m, lane);
+    var fetched = fetch(m, Call(0u, group.x * tile(), end_of_tile, last), lane);
+    for (var first = group.x * tile(); first < end_of_tile; first += kept) {
+        let end = min(first + kept, end_of_tile);
+        let row = first + lane.index;
+        let at = group.y * outputs() + row;
+        let adds = params.accumulate != 0u && row < end;
         var before = 0.0;
-        if owns && params.accumulate != 0u {
-            before = y[at];
+        if adds {
+            before = y[at]; // on its way while all else is
         }
-        let sum = row_products(m, row, last, fetched, team, lane);
-        if first + step < end {
-            fetched = fetch(m, row + step, last, team);
+        multiply(m, Call(0u, first, end, last), &fetched, lane);
+        if row < end {
+            let sum = product(row, lane);
+            y[at] = select(sum, before + sum, adds);
         }
-        if owns {
-            let product = select(sum.x, sum.y, team.lane == 1u);
-            y[at] = select(product, before + product, params.accumulate != 0u);
-        }
+        workgroupBarrier(); // before others are kept
     }
 }

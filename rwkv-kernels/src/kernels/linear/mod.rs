@@ -1,4 +1,4 @@
-//! [`linear`](rwkv_core::ops::linear): a linear layer over a row or a few, one row of weights to a team. With
+//! [`linear`](rwkv_core::ops::linear): a linear layer over a row or a few. With
 //! `accumulate` the product is added to `y`, as the output layer adds to the residual.
 
 #[cfg(test)]
@@ -49,7 +49,7 @@ pub enum Error {
     },
 }
 
-/// The parameters and workgroups of a call, `tile` outputs to a workgroup. The pipeline's overrides `HELD`, `OUTPUTS` and `TILE`,
+/// The parameters and workgroups of a call, `tile` outputs to a workgroup. The pipeline's overrides `INPUTS`, `OUTPUTS` and `TILE`,
 /// those that are not zero, must be the inputs, the outputs and `tile`.
 ///
 /// # Errors

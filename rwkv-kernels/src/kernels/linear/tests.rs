@@ -7,7 +7,8 @@ use rwkv_core::rng::SplitMix64;
 use super::{Dims, Error, VARIANTS, lower};
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::MAX_GROUPS;
-use crate::kernels::intervals::{FORMATS, Interval, Sum, Weights, exact, floats, held, of_lanes};
+use crate::kernels::intervals::{FORMATS, Interval, Weights, exact, floats, held, of_lanes};
+use crate::kernels::own_columns::Teams;
 use crate::kernels::testing::{bits as words, wide};
 use crate::kernels::weights::formats;
 use crate::pipeline::Pipeline;
@@ -43,18 +44,13 @@ impl Case {
         y
     }
 
-    /// A product passes the additions that [`Weights::additions`] says, whichever lane has the elements, and the one to `y`.
+    /// [`Weights::product`], and the addition to `y`.
     fn bounds(&self) -> Vec<Interval> {
         let (weights, inputs) = (exact(&self.weights.values()), self.dims.inputs);
         let mut y = Vec::new();
         for (x, before) in exact(&self.x).chunks(inputs).zip(self.y.chunks(self.dims.outputs)) {
             for (weights, &before) in weights.chunks(inputs).zip(before) {
-                let product = weights
-                    .iter()
-                    .zip(x)
-                    .map(|(&w, &x)| w * x)
-                    .collect::<Sum>()
-                    .by(self.weights.additions(inputs));
+                let product = self.weights.product(weights, x);
                 let sum = || Interval::exact(before) + product;
                 y.push(if self.dims.accumulate { sum() } else { product });
             }
@@ -73,15 +69,10 @@ impl Case {
 
 #[test]
 fn agrees_with_its_twin() {
-    let lanes_and_rows = [(64, 1), (64, 2), (128, 1), (256, 1), (256, 2), (512, 2), (1024, 1), (1024, 2)];
-    for (i, (lanes, team_rows)) in lanes_and_rows.into_iter().enumerate() {
-        let ahead = [1, 2, 4][i % 3];
-        let overrides = [
-            ("LANES", lanes.into()),
-            ("TEAM_ROWS", team_rows.into()),
-            ("AHEAD", ahead.into()),
-            formats(FORMATS),
-        ];
+    for (lanes, row_lanes) in
+        [(64u32, 8u32), (64, 64), (128, 32), (256, 8), (256, 24), (512, 32), (512, 128), (1024, 64)]
+    {
+        let overrides = [("LANES", lanes.into()), ("ROW_LANES", row_lanes.into()), formats(FORMATS)];
         let variants = variants_for_tests(&of_lanes(VARIANTS, lanes), &overrides);
         let config = ProptestConfig { cases: 24, ..ProptestConfig::with_source_file(file!()) };
         let extents = (1..=3usize, 1..=70usize, 1..=150usize, any::<bool>());
@@ -93,34 +84,49 @@ fn agrees_with_its_twin() {
             held("twin", &case.twin(), &bounds)?;
             for (device, kernel) in &variants {
                 let got = case.run(device, kernel, tile);
-                held(&format!("{} {lanes} {team_rows}: y", kernel.kernel().label()), &got, &bounds)?;
+                held(&format!("{} {lanes} {row_lanes}: y", kernel.kernel().label()), &got, &bounds)?;
                 prop_assert_eq!(words(&got), words(&case.run(device, kernel, tile)), "again");
             }
         });
     }
 }
 
-/// With the vector in workgroup memory, and extents and one format compiled: within the same bounds. Not the same bits, since a
-/// compiler may fuse other products with sums.
+/// With extents and one format compiled: within the same bounds. Not the same bits, since a compiler may fuse other
+/// products with sums.
 #[test]
-fn with_the_vector_held_it_agrees_with_its_twin() {
+fn with_known_extents_it_agrees_with_its_twin() {
     for format in FORMATS {
-        for (inputs, ahead) in [(32u16, 1), (320, 2), (1056, 4), (2080, 4)] {
+        for inputs in [32u16, 320, 1056, 2080] {
             let dims = Dims { rows: 2, inputs: inputs.into(), outputs: 37, accumulate: true, format };
             let case = Case::draw(dims, 11);
             let bounds = case.bounds();
-            let overrides = [
-                formats([format]),
-                ("AHEAD", ahead.into()),
-                ("HELD", inputs.into()),
-                ("OUTPUTS", 37.0),
-                ("TILE", 17.0),
-            ];
-            for (device, kernel) in variants_for_tests(VARIANTS, &overrides) {
+            let known = [formats([format]), ("INPUTS", inputs.into()), ("OUTPUTS", 37.0), ("TILE", 17.0)];
+            let teams = Teams::new(256, Some(inputs.into())).overrides();
+            for (device, kernel) in variants_for_tests(VARIANTS, &[&teams[..], &known].concat()) {
                 let got = case.run(device, &kernel, 17);
                 let what = format!("{}, {format:?}, {inputs} inputs", kernel.kernel().label());
                 held(&what, &got, &bounds).unwrap();
                 assert_eq!(words(&got), words(&case.run(device, &kernel, 17)), "again");
+            }
+        }
+    }
+}
+
+/// What is no number, or infinite, gives no number rather than a wrong one, whatever the weights are.
+#[test]
+fn no_number_gives_no_number() {
+    let variants = variants_for_tests(VARIANTS, &[formats(FORMATS)]);
+    for format in FORMATS {
+        let case = Case::draw(Dims { rows: 4, inputs: 320, outputs: 9, accumulate: true, format }, 5);
+        for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut of = Case { weights: case.weights.clone(), x: case.x.clone(), y: case.y.clone(), ..case };
+            of.x[2 * 320 + 77] = wrong;
+            for (device, kernel) in &variants {
+                let (got, sound) = (of.run(device, kernel, 4), case.run(device, kernel, 4));
+                let what = format!("{}, {format:?}, {wrong}", kernel.kernel().label());
+                assert!(got[2 * 9..3 * 9].iter().all(|y| !y.is_finite()), "{what}: {:?}", &got[2 * 9..3 * 9]);
+                assert_eq!(words(&got[..2 * 9]), words(&sound[..2 * 9]), "{what}: rows before it");
+                assert_eq!(words(&got[3 * 9..]), words(&sound[3 * 9..]), "{what}: the row after it");
             }
         }
     }

@@ -1,5 +1,5 @@
 // Twin: rwkv-core/src/ops/mix_in.rs, norm, token shift and stacked matrices of one token.
-//use mat_vec
+//use own_columns
 //use activation
 //
 // A workgroup computes the rows of one tile: rows of one matrix, all of one mix. Each norms and mixes the token again,
@@ -7,7 +7,6 @@
 // they do not depend on it.
 
 override LANES: u32 = 256u;
-override TEAM_ROWS: u32 = 1u;
 override WIDTH: u32 = 64u; // D, at most 16 LANES
 
 // Elements of the row that a lane holds, at most.
@@ -61,13 +60,12 @@ fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     let after = cursor[0].y;
     let rows = tile.end - tile.first;
     let last = rows - 1u;
-    let team = team_of(lane);
     let width4 = WIDTH / 4u;
     let own = (width4 + LANES - 1u) / LANES; // of the row's elements, held by this lane
     let mixes = tile.mix != NONE;
 
     // All that is read comes before the first barrier.
-    var fetched = fetch(m, team.index * TEAM_ROWS, last, team);
+    var fetched = fetch(m, Call(0u, 0u, rows, last), lane);
     var row: array<vec4<f32>, OWN>;
     var gain: array<vec4<f32>, OWN>;
     var bias: array<vec4<f32>, OWN>;
@@ -112,17 +110,14 @@ fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     }
     workgroupBarrier();
 
-    let step = team.count * TEAM_ROWS;
-    for (var first = 0u; first < rows; first += step) {
-        let row = first + team.index * TEAM_ROWS;
-        let sum = row_products(m, row, last, fetched, team, lane);
-        // One lane for each of the two rows.
-        let own = row + team.lane;
-        if team.lane < TEAM_ROWS && own <= last {
-            y[tile.first + own] = activate(tile.activation, select(sum.x, sum.y, team.lane == 1u));
+    let kept = rows_kept(m, lane);
+    for (var first = 0u; first < rows; first += kept) {
+        let end = min(first + kept, rows);
+        multiply(m, Call(0u, first, end, last), &fetched, lane);
+        let row = first + lane.index;
+        if row < end {
+            y[tile.first + row] = activate(tile.activation, product(row, lane));
         }
-        if first + step < rows {
-            fetched = fetch(m, row + step, last, team);
-        }
+        workgroupBarrier(); // before others are kept
     }
 }

@@ -98,7 +98,15 @@ pub enum Error {
     },
 }
 
-/// The parameters, tiles and workgroups for a stack of matrices, `tile` rows to a workgroup.
+/// Rows of a matrix to a workgroup, where those of [halves](weights) have `tile`: as many as have as many bytes, but for scales, so
+/// that none takes longer.
+#[must_use]
+pub fn rows_of_tile(format: Option<Format>, tile: u32) -> usize {
+    let row = |format| weights::elements(format, BLOCK);
+    (tile as usize * row(None) / row(format)).max(1)
+}
+
+/// The parameters, tiles and workgroups for a stack of matrices, `tile` [rows in halves](rows_of_tile) to a workgroup.
 ///
 /// The pipeline's override `WIDTH` must be the width, and `LANES` at least a sixteenth of it. Records are addressed in 32 bits: the caller keeps the buffer
 /// within what a binding can be.
@@ -129,7 +137,7 @@ pub fn lower(dims: Dims, stack: &[Stacked], tile: u32) -> Result<(Params, Vec<Ti
     let Some(rows) = u32::try_from(rows).ok().filter(|&rows| rows > 0 && indexed) else {
         return Err(Error::Rows { rows, width });
     };
-    let groups = |of: &Stacked| of.outputs.div_ceil(tile.max(1) as usize);
+    let groups = |of: &Stacked| of.outputs.div_ceil(rows_of_tile(of.format, tile));
     let (got, max) = (stack.iter().map(groups).sum(), super::MAX_GROUPS);
     let Some(groups) = u32::try_from(got).ok().filter(|&n| n <= max) else {
         return Err(Error::Groups { got, max });
@@ -140,12 +148,13 @@ pub fn lower(dims: Dims, stack: &[Stacked], tile: u32) -> Result<(Params, Vec<Ti
         // within `rows`, which is of 32 bits
         let end = first + u32::try_from(of.outputs).unwrap_or(rows);
         let scales = 8 * (start + weights::elements(of.format, of.outputs * width));
-        for tile_first in (first..end).step_by(tile.max(1) as usize) {
+        let tile = rows_of_tile(of.format, tile);
+        for tile_first in (first..end).step_by(tile) {
             let before = (tile_first - first) as usize * width;
             let index = |n: usize| u32::try_from(n).unwrap_or(NONE); // halves have no scales, and others were checked
             tiles.push(Tile {
                 first: tile_first,
-                end: end.min(tile_first.saturating_add(tile.max(1))),
+                end: end.min(tile_first.saturating_add(u32::try_from(tile).unwrap_or(rows))),
                 mix: of.mix.unwrap_or(NONE),
                 activation: of.activation as u32,
                 format: weights::number(of.format),
