@@ -38,6 +38,12 @@ impl Teams {
         Self { lanes, row_lanes: u32::try_from(whole).unwrap_or(lanes).min(lanes) }
     }
 
+    /// Lanes of the workgroup.
+    #[must_use]
+    pub const fn lanes(self) -> u32 {
+        self.lanes
+    }
+
     /// The overrides of a pipeline. Of all sums of rows a lane keeps one at a time.
     #[must_use]
     pub fn overrides(self) -> [(&'static str, f64); 2] {
@@ -50,9 +56,9 @@ impl Teams {
         (self.lanes / self.row_lanes) as usize * AT_ONCE / weights::elements(format, LANE_COLUMNS)
     }
 
-    /// The workgroup memory of sums.
+    /// The workgroup memory of a kernel: a span of the vector, and two sums of each lane.
     #[must_use]
     pub const fn workgroup_bytes(self) -> u32 {
-        2 * 4 * self.lanes
+        4 * (32 * self.row_lanes + 2 * self.lanes)
     }
 }

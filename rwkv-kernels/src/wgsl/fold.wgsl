@@ -13,6 +13,19 @@ fn folded(lane: Lane) -> u32 {
     return 8u;
 }
 
+// The largest of eight lanes from a multiple of eight on. Every invocation of the workgroup must call it.
+fn largest_of_eight(x: f32, lane: Lane) -> f32 {
+    partials[lane.index] = x;
+    workgroupBarrier();
+    let first = lane.index / 8u * 8u;
+    var largest = x;
+    for (var i = first; i < first + 8u; i++) {
+        largest = max(largest, partials[i]);
+    }
+    workgroupBarrier();
+    return largest;
+}
+
 // Sums the first `count` of eight values, 2, 4 or 8. Every invocation of the workgroup must call it.
 fn fold(low: vec4<f32>, high: vec4<f32>, count: u32, call: Call, lane: Lane) {
     var values = array(low, high);

@@ -17,6 +17,15 @@ fn folded(lane: Lane) -> u32 {
     return min(min(lane.subgroup_size, LANES), ROW_LANES & (~ROW_LANES + 1u));
 }
 
+// The largest of eight lanes from a multiple of eight on. Every invocation of the workgroup must call it.
+fn largest_of_eight(x: f32, lane: Lane) -> f32 {
+    var largest = x;
+    for (var apart = 1u; apart < 8u; apart *= 2u) {
+        largest = max(largest, subgroupShuffleXor(largest, apart));
+    }
+    return largest;
+}
+
 fn exchanged(a: f32, b: f32, apart: u32, lane: Lane) -> f32 {
     let upper = (lane.of_subgroup & apart) != 0u;
     return select(a, b, upper) + subgroupShuffleXor(select(b, a, upper), apart);

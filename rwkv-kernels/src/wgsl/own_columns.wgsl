@@ -1,20 +1,21 @@
 // Products of one vector with the rows of a matrix, where a lane has the same columns of all of them.
 //use fold
 //use blocks
-//use spread
 //
-// The kernel declares LANES, the buffer `weights: array<vec4<u32>>` and the function `input(i: u32) -> vec4<f32>`,
-// elements 4 i and on of the vector. A lane keeps 32 of the vector in registers while it goes through the rows. It reads
-// eight elements of weights at once, of two rows in halves, four in INT8 or eight in INT4, and the next eight before it multiplies
-// these. Rows that are longer than 32 ROW_LANES have several spans of so many columns, one multiplied after the other.
+// The kernel declares LANES and the buffer `weights: array<vec4<u32>>`, and gives the vector by `hold`. A lane keeps 32 of it
+// in registers while it goes through the rows. It reads eight elements of weights at once, of two rows in halves, four in INT8 or
+// eight in INT4, and the next eight before it multiplies these. Of rows that are longer than 32 ROW_LANES, there are several spans
+// of so many columns, one after the other.
 //
-// Blocks are multiplied as integers, which on an H200 takes a fifth to a third less time than as floats. The 32 of a lane
-// become three balanced digits in base 256 each, in units of a power of two of which the largest has 2^21 to 2^22. So each
-// loses half a unit at most, 2^-22 of the largest; sums over a block are exact.
+// Blocks are multiplied as integers, which on an H200 takes a fifth to a third less time than as floats. The vector
+// becomes three balanced digits in base 256, in units, for each 32, of a power of two of which the largest has 2^21 to
+// 2^22. So each loses half a unit at most, 2^-22 of the largest; sums over a block are exact.
 
 override ROW_LANES: u32 = 32u; // that share a row: a multiple of eight
 override PLACES: u32 = LANES;
+override HELD: u32 = 8u * ROW_LANES;
 var<workgroup> parts: array<f32, PLACES>; // of the products of rows
+var<workgroup> held: array<vec4<f32>, HELD>; // a span of the vector: for blocks, four of it are their digits and their unit
 
 struct Batch {
     elements: array<vec4<u32>, 8>,
@@ -122,13 +123,23 @@ fn element_of_halves(span: u32, j: u32, column: u32) -> u32 {
     return (4u * span + j) * ROW_LANES + column;
 }
 
-// 32 elements of the vector as digits, four of a kind to a word.
-struct Digits {
-    low: array<u32, 8>,
-    middle: array<u32, 8>,
-    high: array<u32, 8>,
-    unit: f32,
-    sum: u32, // of all of them in units, modulo 2^32
+// Where an element of the vector is held, so that lanes which read every second or eighth of them meet in no bank.
+fn spread(i: u32) -> u32 {
+    return i ^ (i / 8u % 8u);
+}
+
+// Holds element `i` of a span, four of the vector. Eight lanes one after the other have those of a block, or none of it. Every
+// invocation of the workgroup must call it; a barrier must come before the span is read.
+fn hold(m: Matrix, i: u32, x: vec4<f32>, lane: Lane) {
+    if has(m, INT4) || has(m, INT8) {
+        let own = abs(x);
+        let largest = largest_of_eight(max(max(own.x, own.y), max(own.z, own.w)), lane);
+        if i < HELD {
+            held[spread(i)] = bitcast<vec4<f32>>(digits(x, largest));
+        }
+    } else if i < HELD {
+        held[spread(i)] = x;
+    }
 }
 
 // A byte of each of four words.
@@ -137,57 +148,38 @@ fn gathered(words: vec4<u32>, shift: u32) -> u32 {
     return x.x | x.y << 8u | x.z << 16u | x.w << 24u;
 }
 
-fn digits(m: Matrix, block: u32) -> Digits {
-    var x: array<vec4<f32>, 8>;
-    var largest = vec4(0.0);
-    if block < m.row / 32u {
-        for (var j = 0u; j < 8u; j++) {
-            x[j] = input(8u * block + j);
-            largest = max(largest, abs(x[j]));
-        }
-    }
-    // The bits of a float are its exponent plus 127 from the 23rd on. The unit is not smaller than floats may be.
-    let exponent = max(bitcast<u32>(max(max(largest.x, largest.y), max(largest.z, largest.w))) >> 23u, 22u);
+// The lowest digits of `x`, the middle ones, the highest, and the unit where none is more than `largest`.
+fn digits(x: vec4<f32>, largest: f32) -> vec4<u32> {
+    // The bits of a float are its exponent plus 127 from the 23rd on. A 16th of the unit is not smaller than floats may be.
+    let exponent = max(bitcast<u32>(largest) >> 23u, 26u);
     let inverse = bitcast<f32>((275u - exponent) << 23u);
-    var digits: Digits;
-    var sum = vec4(0u);
-    var beyond = vec4(0u);
-    for (var j = 0u; j < 8u; j++) {
-        // From 2^23 to 2^24, a float is 2^23 and what its bits are more than 0x4b000000.
-        let units = bitcast<vec4<u32>>(x[j] * inverse + 12582912.0); // 2^23 + 2^22
-        sum += units;
-        beyond |= units ^ vec4(0x4b000000u);
-        // Without the 2^22, and with 128 more in each digit: with its highest bit flipped, that is the digit.
-        let digit = units - 0x00400000u + 0x00808080u;
-        digits.low[j] = gathered(digit, 0u) ^ 0x80808080u;
-        digits.middle[j] = gathered(digit, 8u) ^ 0x80808080u;
-        digits.high[j] = gathered(digit, 16u) ^ 0x80808080u;
-    }
-    digits.sum = (sum.x + sum.y) + (sum.z + sum.w) - 32u * 0x4b400000u;
+    // From 2^23 to 2^24, a float is 2^23 and what its bits are more than 0x4b000000.
+    let units = bitcast<vec4<u32>>(x * inverse + 12582912.0); // 2^23 + 2^22
+    // Without the 2^22, and with 128 more in each digit: with its highest bit flipped, that is the digit.
+    let digit = units - 0x00400000u + 0x00808080u;
     // What is no number, or infinite, is not in that range: nor is then any product.
+    let beyond = units ^ vec4(0x4b000000u);
     let finite = ((beyond.x | beyond.y) | (beyond.z | beyond.w)) < 0x01000000u;
-    digits.unit = bitcast<f32>(select(0x7fc00000u, (exponent - 21u) << 23u, finite));
-    return digits;
+    return vec4(
+        gathered(digit, 0u) ^ 0x80808080u,
+        gathered(digit, 8u) ^ 0x80808080u,
+        gathered(digit, 16u) ^ 0x80808080u,
+        select(0x7fc00000u, (exponent - 21u) << 23u, finite),
+    );
 }
 
-// Multiplies all spans of the rows of `call`, no more than there is room for. The first weights are fetched, and in the end
-// those of the next rows. Every invocation of the workgroup must call it.
+// Multiplies the rows of `call`, no more than there is room for, with the span that is held. Its first weights are fetched, and in
+// the end those of the next rows. Every invocation of the workgroup must call it. A barrier must come before products
+// are read.
 fn multiply(m: Matrix, call: Call, fetched: ptr<function, Batch>, lane: Lane) {
-    let spans = (m.row - 1u) / (32u * ROW_LANES) + 1u;
-    for (var span = 0u; span < spans; span++) {
-        let now = Call(span, call.first, call.end, call.last);
-        if spans > 1u {
-            *fetched = fetch(m, now, lane);
-        }
-        if has(m, INT4) {
-            multiply_int4(m, now, fetched, lane);
-        } else if has(m, INT8) {
-            multiply_int8(m, now, fetched, lane);
-        } else {
-            multiply_halves(m, now, fetched, lane);
-        }
+    // With the format written out, a compiler knows how often loops are run.
+    if has(m, INT4) {
+        multiply_blocks(Matrix(INT4, m.elements, m.scales, m.row), call, fetched, lane);
+    } else if has(m, INT8) {
+        multiply_blocks(Matrix(INT8, m.elements, m.scales, m.row), call, fetched, lane);
+    } else {
+        multiply_halves(Matrix(F16, m.elements, m.scales, m.row), call, fetched, lane);
     }
-    workgroupBarrier();
 }
 
 // The weights that are fetched, and fetches the next.
@@ -200,60 +192,48 @@ fn advance(m: Matrix, call: Call, fetched: ptr<function, Batch>, lane: Lane) -> 
     return batch;
 }
 
-fn multiply_int4(m: Matrix, call: Call, fetched: ptr<function, Batch>, lane: Lane) {
+fn multiply_blocks(m: Matrix, call: Call, fetched: ptr<function, Batch>, lane: Lane) {
     let place = place_of(lane);
-    let block = call.span * ROW_LANES + place % ROW_LANES;
-    let x = digits(m, block);
+    let column = place % ROW_LANES;
+    var low: array<u32, 8>;
+    var middle: array<u32, 8>;
+    var high: array<u32, 8>;
+    var unit = 0.0;
+    for (var j = 0u; j < 8u; j++) {
+        let x = held[spread(8u * column + j)];
+        low[j] = bitcast<u32>(x.x);
+        middle[j] = bitcast<u32>(x.y);
+        high[j] = bitcast<u32>(x.z);
+        unit += x.w; // of each the same, or no number
+    }
+    // In INT4 all is 16 times as much.
+    unit *= select(0.125, 0.0078125, has(m, INT4));
     var now = call;
     while now.first < now.end {
         let batch = advance(m, now, fetched, lane);
         var sums: array<f32, 8>;
-        for (var k = 0u; k < 8u; k++) {
-            // A step is 8 less than its four bits with the highest flipped. All is modulo 2^32, and less than 2^31 in the end.
-            var low = bitcast<i32>(0u - 8u * x.sum);
-            var middle = 0;
-            var high = 0;
+        for (var k = 0u; k < rows_at_once(m); k++) {
+            // Steps, as bytes with their signs.
+            var steps: array<u32, 8>;
             for (var j = 0u; j < 4u; j++) {
-                let word = batch.elements[k][j] ^ 0x88888888u;
-                let a = word & 0x0f0f0f0fu;
-                let b = word >> 4u & 0x0f0f0f0fu;
-                low += dot4I8Packed(a, x.low[2u * j]) + dot4I8Packed(b, x.low[2u * j + 1u]);
-                middle += dot4I8Packed(a, x.middle[2u * j]) + dot4I8Packed(b, x.middle[2u * j + 1u]);
-                high += dot4I8Packed(a, x.high[2u * j]) + dot4I8Packed(b, x.high[2u * j + 1u]);
+                if has(m, INT4) {
+                    steps[2u * j] = batch.elements[k][j] << 4u & 0xf0f0f0f0u;
+                    steps[2u * j + 1u] = batch.elements[k][j] & 0xf0f0f0f0u;
+                } else {
+                    steps[j] = batch.elements[2u * k][j];
+                    steps[4u + j] = batch.elements[2u * k + 1u][j];
+                }
             }
-            let i = min(row_at(now.first, k, place), now.last) * (m.row / 32u) + block;
-            sums[k] = f32((high << 16u) + (middle << 8u) + low) * (x.unit * scale_of(batch.scales[k], scale_shift(m, i)));
-        }
-        fold(vec4(sums[0], sums[1], sums[2], sums[3]), vec4(sums[4], sums[5], sums[6], sums[7]), 8u, now, lane);
-        now.first += teams() * rows_at_once(m);
-    }
-}
-
-fn multiply_int8(m: Matrix, call: Call, fetched: ptr<function, Batch>, lane: Lane) {
-    let place = place_of(lane);
-    let block = call.span * ROW_LANES + place % ROW_LANES;
-    let x = digits(m, block);
-    var now = call;
-    while now.first < now.end {
-        let batch = advance(m, now, fetched, lane);
-        var sums: vec4<f32>;
-        for (var k = 0u; k < 4u; k++) {
-            var low = 0;
-            var middle = 0;
-            var high = 0;
-            for (var j = 0u; j < 4u; j++) {
-                let a = batch.elements[2u * k][j];
-                let b = batch.elements[2u * k + 1u][j];
-                low += dot4I8Packed(a, x.low[j]) + dot4I8Packed(b, x.low[j + 4u]);
-                middle += dot4I8Packed(a, x.middle[j]) + dot4I8Packed(b, x.middle[j + 4u]);
-                high += dot4I8Packed(a, x.high[j]) + dot4I8Packed(b, x.high[j + 4u]);
+            var sum = vec3(0);
+            for (var j = 0u; j < 8u; j++) {
+                sum += vec3(dot4I8Packed(steps[j], low[j]), dot4I8Packed(steps[j], middle[j]), dot4I8Packed(steps[j], high[j]));
             }
-            let i = min(row_at(now.first, k, place), now.last) * (m.row / 32u) + block;
+            let i = min(row_at(now.first, k, place), now.last) * (m.row / 32u) + call.span * ROW_LANES + column;
             // 32 products of at most 2^7 and 2^6, times 2^8, are within 2^26.
-            let all = f32((high << 8u) + middle) * 256.0 + f32(low);
-            sums[k] = all * (x.unit * scale_of(batch.scales[k], scale_shift(m, i)));
+            let all = f32((sum.z << 8u) + sum.y) * 256.0 + f32(sum.x);
+            sums[k] = all * (unit * scale_of(batch.scales[k], scale_shift(m, i)));
         }
-        fold(sums, vec4(0.0), 4u, now, lane);
+        fold(vec4(sums[0], sums[1], sums[2], sums[3]), vec4(sums[4], sums[5], sums[6], sums[7]), rows_at_once(m), now, lane);
         now.first += teams() * rows_at_once(m);
     }
 }
@@ -261,11 +241,9 @@ fn multiply_int8(m: Matrix, call: Call, fetched: ptr<function, Batch>, lane: Lan
 fn multiply_halves(m: Matrix, call: Call, fetched: ptr<function, Batch>, lane: Lane) {
     var x: array<vec4<f32>, 8>;
     for (var j = 0u; j < 4u; j++) {
-        let i = element_of_halves(call.span, j, place_of(lane) % ROW_LANES);
-        if i < m.row / 8u {
-            x[2u * j] = input(2u * i);
-            x[2u * j + 1u] = input(2u * i + 1u);
-        }
+        let i = 2u * element_of_halves(0u, j, place_of(lane) % ROW_LANES);
+        x[2u * j] = held[spread(i)];
+        x[2u * j + 1u] = held[spread(i + 1u)];
     }
     var now = call;
     while now.first < now.end {

@@ -43,11 +43,9 @@ impl StepKernels {
         let capabilities = device.capabilities();
         let lanes = lanes(device);
         let width = count(config.width);
-        // A processor has registers for 512 that have their columns. Measured on an H200: the key of 1.5B and 7.2B takes 12.4 and
-        // 35.9 us, 13.2 and 39.0 with half as many; that of 0.4B 7.1, and 6.7 with half as many.
-        let mix_lanes = lanes(if width < 2048 { 256 } else { 512 });
+        let mix_lanes = lanes(if width < 2048 { 256 } else { REGISTERS_FOR });
         let mix_teams = Teams::new(mix_lanes, Some(config.width));
-        if 4 * width + mix_teams.workgroup_bytes() > capabilities.workgroup_bytes || width > 16 * mix_lanes {
+        if mix_teams.workgroup_bytes() > capabilities.workgroup_bytes || width > 16 * mix_lanes {
             return Ok(None);
         }
         // At least 256: four adapters at once.
@@ -94,6 +92,9 @@ impl StepKernels {
     }
 }
 
+/// Lanes with columns of their own that a processor has registers for.
+const REGISTERS_FOR: u32 = 512;
+
 /// Of halves to a workgroup.
 const MOST_ROWS: u32 = 1 << 16;
 
@@ -104,23 +105,17 @@ pub(super) fn linear_of(device: &Device) -> Result<(Pipeline, u32), Error> {
     Ok((compile(device, variants, &teams.overrides())?, count(teams.rows_at_once(None))))
 }
 
-/// The same for a square matrix, compiled in: with as many lanes as have something to multiply, if each workgroup has a processor of
-/// its own.
+/// The same for a square matrix, compiled in: as few times as many outputs as a workgroup has at once as let all workgroups be at
+/// work. Small ones are for small matrices. Measured on an H200.
 fn output_of(
     device: &Device,
     width: usize,
     formats: &[Option<quant::Format>],
 ) -> Result<(Pipeline, u32), Error> {
-    let rows_each = width.div_ceil(PROCESSORS as usize).next_power_of_two();
-    let at_once =
-        |teams: Teams| formats.iter().map(|&format| teams.rows_at_once(format)).max().unwrap_or_default();
-    let teams = |wanted| Teams::new(lanes(device)(wanted), Some(width));
-    let teams = [512, 256, 128]
-        .map(teams)
-        .into_iter()
-        .find(|&teams| at_once(teams) <= rows_each)
-        .unwrap_or(teams(64));
-    let tile = count(rows_each.max(at_once(teams)));
+    let teams = Teams::new(lanes(device)((count(width) / 8).clamp(128, REGISTERS_FOR)), Some(width));
+    let step = formats.iter().map(|&format| teams.rows_at_once(format)).max().unwrap_or(1);
+    let groups = PROCESSORS * REGISTERS_FOR / teams.lanes();
+    let tile = count(width.div_ceil(groups as usize).next_multiple_of(step));
     let known = [("INPUTS", count(width).into()), ("OUTPUTS", count(width).into()), ("TILE", tile.into())];
     let overrides = [&teams.overrides()[..], &known, &[stored::formats(formats.iter().copied())]].concat();
     let variants = own_columns::variants(linear::VARIANTS, device.info().subgroup_min_size);

@@ -23,8 +23,6 @@ struct Params {
 @group(0) @binding(2) var<storage, read> x: array<vec4<f32>>;       // [T, inputs]
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;       // [T, outputs]
 
-var<private> start: u32; // of this row of x
-
 fn inputs() -> u32 {
     if INPUTS != 0u {
         return INPUTS;
@@ -46,13 +44,10 @@ fn tile() -> u32 {
     return params.tile;
 }
 
-fn input(i: u32) -> vec4<f32> {
-    return x[start + i];
-}
-
 @compute @workgroup_size(LANES)
 fn linear(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
-    start = group.y * inputs() / 4u;
+    let width4 = inputs() / 4u;
+    let spans = (width4 - 1u) / HELD + 1u;
     let m = matrix_at(params.format, 0u, inputs(), outputs());
     let end_of_tile = min((group.x + 1u) * tile(), outputs());
     let last = end_of_tile - 1u;
@@ -67,7 +62,25 @@ fn linear(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
         if adds {
             before = y[at]; // on its way while all else is
         }
-        multiply(m, Call(0u, first, end, last), &fetched, lane);
+        for (var span = 0u; span < spans; span++) {
+            let call = Call(span, first, end, last);
+            if spans > 1u {
+                fetched = fetch(m, call, lane);
+            }
+            if spans > 1u || first == group.x * tile() {
+                for (var begin = 0u; begin < HELD; begin += LANES) {
+                    let i = begin + place_of(lane);
+                    var element = vec4(0.0);
+                    if i < HELD && span * HELD + i < width4 {
+                        element = x[group.y * width4 + span * HELD + i];
+                    }
+                    hold(m, i, element, lane);
+                }
+                workgroupBarrier();
+            }
+            multiply(m, call, &fetched, lane);
+            workgroupBarrier();
+        }
         if row < end {
             let sum = product(row, lane);
             y[at] = select(sum, before + sum, adds);

@@ -7,7 +7,7 @@
 // they do not depend on it.
 
 override LANES: u32 = 256u;
-override WIDTH: u32 = 64u; // D, at most 16 LANES
+override WIDTH: u32 = 64u; // D, at most 16 LANES, and 32 ROW_LANES
 
 // Elements of the row that a lane holds, at most.
 const OWN: u32 = 4u;
@@ -28,13 +28,6 @@ const NONE: u32 = 0xffffffffu;
 @group(0) @binding(5) var<storage, read> weights: array<vec4<u32>>;     // [rows, D], matrix by matrix, see `Matrix`
 @group(0) @binding(6) var<storage, read_write> state: array<vec4<f32>>; // records
 @group(0) @binding(7) var<storage, read_write> y: array<f32>;           // [rows]
-
-override MIXED: u32 = (WIDTH + 31u) / 32u * 8u; // `spread` goes by eights
-var<workgroup> mixed: array<vec4<f32>, MIXED>;
-
-fn input(i: u32) -> vec4<f32> {
-    return mixed[spread(i)];
-}
 
 struct Tile {
     first: u32, // of y
@@ -61,19 +54,19 @@ fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     let rows = tile.end - tile.first;
     let last = rows - 1u;
     let width4 = WIDTH / 4u;
-    let own = (width4 + LANES - 1u) / LANES; // of the row's elements, held by this lane
+    let own = (HELD + LANES - 1u) / LANES; // of the row's elements, held by this lane
+    let place = place_of(lane);
     let mixes = tile.mix != NONE;
 
-    // All that is read comes before the first barrier.
-    var fetched = fetch(m, Call(0u, 0u, rows, last), lane);
+    // All that is read comes before the first barrier, and what is waited for first before the weights: those would be in
+    // its way.
     var row: array<vec4<f32>, OWN>;
     var gain: array<vec4<f32>, OWN>;
     var bias: array<vec4<f32>, OWN>;
     var shift: array<vec4<f32>, OWN>;
     var mix: array<vec4<f32>, OWN>;
-    var part = 0.0;
     for (var j = 0u; j < own; j++) {
-        let i = lane.index + j * LANES;
+        let i = place + j * LANES;
         if i < width4 {
             row[j] = x[i];
             gain[j] = vectors[i];
@@ -84,29 +77,35 @@ fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
                 } // else it is zero: the start of a sequence
                 mix[j] = vectors[(2u + tile.mix) * width4 + i];
             }
-            part += (row[j].x + row[j].y) + (row[j].z + row[j].w);
         }
+    }
+    var fetched = fetch(m, Call(0u, 0u, rows, last), lane);
+    var part = 0.0;
+    for (var j = 0u; j < own; j++) {
+        part += (row[j].x + row[j].y) + (row[j].z + row[j].w);
     }
     let mean = workgroup_sum_in(0u, part, lane) / f32(WIDTH);
     part = 0.0;
     for (var j = 0u; j < own; j++) {
         row[j] -= mean;
-        if lane.index + j * LANES < width4 {
+        if place + j * LANES < width4 {
             part += dot(row[j], row[j]);
         }
     }
     let scale = inverseSqrt(workgroup_sum_in(1u, part, lane) / f32(WIDTH) + params.eps);
 
     for (var j = 0u; j < own; j++) {
-        let i = lane.index + j * LANES;
+        let i = place + j * LANES;
+        var mixed = vec4(0.0);
         if i < width4 {
             let normed = row[j] * scale * gain[j] + bias[j];
             if group.x == 0u && after != NONE {
                 // Out of place: other workgroups still read the record before.
                 state[(after * params.stride + params.offset) / 4u + i] = normed;
             }
-            mixed[spread(i)] = select(normed, normed + (shift[j] - normed) * mix[j], mixes);
+            mixed = select(normed, normed + (shift[j] - normed) * mix[j], mixes);
         }
+        hold(m, i, mixed, lane);
     }
     workgroupBarrier();
 
@@ -114,6 +113,7 @@ fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     for (var first = 0u; first < rows; first += kept) {
         let end = min(first + kept, rows);
         multiply(m, Call(0u, first, end, last), &fetched, lane);
+        workgroupBarrier();
         let row = first + lane.index;
         if row < end {
             y[tile.first + row] = activate(tile.activation, product(row, lane));
