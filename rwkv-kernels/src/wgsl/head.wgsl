@@ -80,30 +80,72 @@ fn answers(j: u32) -> vec4<f32> {
 }
 
 // Ranks of a team that are under way at once.
-const AHEAD: u32 = 4u;
+const AHEAD: u32 = 8u;
 
-// A part of an adapter's low ranks times its second factor, for eight channels of the head, held until it is summed. Team
-// `team` of `teams` takes every so manieth rank.
-fn lora_up(row: u32, head: u32, start: u32, rank: u32, team: u32, teams: u32, l: u32) {
-    let width8 = params.width / 8u;
-    let column = head * (N / 8u) + l % 8u;
-    let low_rank = row * params.inputs + 3u * params.width + start;
+// The adapter of a group, and which of the teams for it a lane is in. A team takes every `teams`th rank.
+struct Adapter {
+    start: u32, // of its ranks
+    rank: u32,
+    team: u32,
+    teams: u32,
+}
+
+fn adapter_of(g: u32, l: u32) -> Adapter {
+    let team = l / 8u;
+    let a_groups = params.groups_w;
+    let v_groups = a_groups + params.groups_a;
+    let g_groups = v_groups + params.groups_v;
+    let a_start = params.rank_w;
+    let v_start = a_start + params.rank_a;
+    let g_start = v_start + params.rank_v;
+    if g < a_groups {
+        return Adapter(0u, params.rank_w, team, 8u * params.groups_w);
+    }
+    if g < v_groups {
+        return Adapter(a_start, params.rank_a, team - 8u * a_groups, 8u * params.groups_a);
+    }
+    if g < g_groups {
+        return Adapter(v_start, params.rank_v, team - 8u * v_groups, 8u * params.groups_v);
+    }
+    return Adapter(g_start, params.rank_g, team - 8u * g_groups, 8u * (GROUPS - g_groups));
+}
+
+// Second factors for eight channels of the head, of AHEAD ranks of a team.
+var<private> factors: array<vec4<u32>, AHEAD>;
+
+// Reads those from rank `first` on. The first of a head do not depend on the token, nor on where it is: a kernel reads
+// them before it knows.
+fn fetch_factors(head: u32, own: Adapter, first: u32, l: u32) {
+    for (var k = 0u; k < AHEAD; k++) {
+        let r = first + k * own.teams;
+        if r < own.rank {
+            factors[k] = weights[(own.start + r) * (params.width / 8u) + head * (N / 8u) + l % 8u];
+        }
+    }
+}
+
+// A part of an adapter's low ranks times its second factor, held until it is summed. For the first row of a segment, the
+// first factors are fetched.
+fn lora_up(row: u32, is_first: bool, head: u32, own: Adapter, l: u32) {
+    let low_rank = row * params.inputs + 3u * params.width + own.start;
     var low = vec4(0.0);
     var high = vec4(0.0);
-    // Several are read before the first is multiplied, so that they are waited for once.
-    for (var first = team; first < rank; first += AHEAD * teams) {
+    for (var first = own.team; first < own.rank; first += AHEAD * own.teams) {
+        if !(is_first && first == own.team) {
+            fetch_factors(head, own, first, l);
+        }
         var x: array<f32, AHEAD>; // zero beyond the last rank
-        var w: array<vec4<u32>, AHEAD>;
         for (var k = 0u; k < AHEAD; k++) {
-            let r = first + k * teams;
-            if r < rank {
+            let r = first + k * own.teams;
+            if r < own.rank {
                 x[k] = inputs[low_rank + r];
-                w[k] = weights[(start + r) * width8 + column];
             }
         }
         for (var k = 0u; k < AHEAD; k++) {
-            low += x[k] * low4(w[k]);
-            high += x[k] * high4(w[k]);
+            if first + k * own.teams < own.rank {
+                low += x[k] * low4(factors[k]);
+                high += x[k] * high4(factors[k]);
+            }
         }
     }
     hold_columns(low, high, l);
@@ -118,11 +160,11 @@ fn lora_of(g: u32, end: u32, i: u32) -> f32 {
     return sum;
 }
 
-// The operands of a row. Every invocation must call it; those of the first group alone get them.
-fn operands_of(row: u32, head: u32, own: Vectors, i: u32, g: u32, l: u32) -> Operands {
+// The operands of a row, which may be the first of its segment. Every invocation must call it; those of the first group
+// alone get them.
+fn operands_of(row: u32, is_first: bool, head: u32, own: Vectors, i: u32, g: u32, l: u32) -> Operands {
     // All that is read of a token comes before the first barrier.
     let width = params.width;
-    let groups = LANES / N;
     let channel = head * N + i;
     let at = row * params.inputs + channel;
     let r = inputs[at];
@@ -136,19 +178,7 @@ fn operands_of(row: u32, head: u32, own: Vectors, i: u32, g: u32, l: u32) -> Ope
     let v_groups = a_groups + params.groups_a;
     let g_groups = v_groups + params.groups_v;
     if LORA_UP {
-        let team = l / 8u;
-        let a_start = params.rank_w;
-        let v_start = a_start + params.rank_a;
-        let g_start = v_start + params.rank_v;
-        if g < a_groups {
-            lora_up(row, head, 0u, params.rank_w, team, 8u * params.groups_w, l);
-        } else if g < v_groups {
-            lora_up(row, head, a_start, params.rank_a, team - 8u * a_groups, 8u * params.groups_a, l);
-        } else if g < g_groups {
-            lora_up(row, head, v_start, params.rank_v, team - 8u * v_groups, 8u * params.groups_v, l);
-        } else {
-            lora_up(row, head, g_start, params.rank_g, team - 8u * g_groups, 8u * (groups - g_groups), l);
-        }
+        lora_up(row, is_first, head, adapter_of(g, l), l);
         workgroupBarrier();
         var part = 0.0;
         for (var t = 0u; t < 8u; t++) {
@@ -165,7 +195,7 @@ fn operands_of(row: u32, head: u32, own: Vectors, i: u32, g: u32, l: u32) -> Ope
                 lora_of(0u, a_groups, i),
                 lora_of(a_groups, v_groups, i),
                 lora_of(v_groups, g_groups, i),
-                lora_of(g_groups, groups, i),
+                lora_of(g_groups, GROUPS, i),
             );
         } else {
             let at = row * 4u * width + channel;

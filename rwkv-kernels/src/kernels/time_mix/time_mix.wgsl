@@ -42,12 +42,14 @@ struct Params {
 @compute @workgroup_size(LANES)
 fn time_mix(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) l: u32) {
     let head = group.x;
-    let segment = segments[group.y];
     let i = l % N;
     let g = l / N;
     let groups = LANES / N;
     let keys = N / groups;
+    let adapter = adapter_of(g, l);
+    fetch_factors(head, adapter, adapter.team, l);
     let own = vectors_of(head * N + i);
+    let segment = segments[group.y];
 
     // Row i of the state, by key of this group.
     var s: array<f32, N>;
@@ -57,7 +59,7 @@ fn time_mix(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_i
     }
 
     for (var row = segment.x; row < segment.x + segment.y; row++) {
-        let token = operands_of(row, head, own, i, g, l);
+        let token = operands_of(row, row == segment.x, head, own, i, g, l);
         if g == 0u {
             receptance[i] = token.receptance;
             decay[i] = token.decay;

@@ -69,7 +69,7 @@ fn time_mix_batch(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invoca
 
     let end = segment.x + segment.y;
     for (var row = segment.x; row < end; row++) {
-        let token = operands_of(row, head, own, i, l / N, l);
+        let token = operands_of(row, false, head, own, i, l / N, l);
         if l < N {
             receptance[i] = token.receptance;
             decay[i] = token.decay;

@@ -174,12 +174,16 @@ fn fold(base: u32, keep: bool, head: u32, step: u32, i: u32, g: u32, l: u32) {
 @compute @workgroup_size(LANES)
 fn time_mix_resident(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) l: u32) {
     let head = group.x;
-    let segment = segment_of(group.y);
     let i = l % N;
     let g = l / N;
     let keys = N / (LANES / N);
     let width = params.width;
+    if LORA_UP {
+        let adapter = adapter_of(g, l);
+        fetch_factors(head, adapter, adapter.team, l);
+    }
     let own = vectors_of(head * N + i);
+    let segment = segment_of(group.y);
     let own_head = head * head_len();
     let entry = params.slots + params.entry + head * N; // in a slot, this head's part of its first vector
 
@@ -233,7 +237,7 @@ fn time_mix_resident(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_inv
             pending = 0u;
             left = 1.0;
         }
-        let token = operands_of(row, head, own, i, g, l);
+        let token = operands_of(row, t == 0u, head, own, i, g, l);
         if g == 0u {
             receptance[i] = token.receptance;
             value[i] = token.value;
