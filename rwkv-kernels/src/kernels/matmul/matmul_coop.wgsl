@@ -101,8 +101,8 @@ fn two_to(exponent: i32) -> f32 {
     return bitcast<f32>(u32(127 + exponent) << 23u);
 }
 
-// What an invocation has loaded of a step. Of two vectors of weights in blocks, the first is sixteen of them and the second
-// their scale.
+// What an invocation has loaded of a step. Weights in blocks have two vectors for sixteen and their scale, or four for a
+// whole block of INT4, of which the first is its steps and the second its scale.
 struct Held {
     x0: vec4<u32>,
     x1: vec4<u32>,
@@ -143,18 +143,23 @@ fn load_w(job: Job, slot: u32, k: u32) -> vec4<u32> {
     return weights[job.matrix.elements + output * octets + octet];
 }
 
-// Where in the matrix the sixteen weights at place `slot` of a step are, in blocks. Past the last, as above.
-fn sixteen_at(job: Job, slot: u32, k: u32) -> u32 {
-    let all = job.matrix.row / 16u;
+// Where in the matrix the weights at place `slot` of a step are, so many to a place, in as many. Past the last, as above.
+fn some_at(job: Job, each: u32, slot: u32, k: u32) -> u32 {
+    let all = job.matrix.row / each;
     if TRANSPOSED {
-        let input = min(k + slot / (COLS / 16u), job.inputs - 1u);
-        return input * all + min(job.col / 16u + slot % (COLS / 16u), all - 1u);
+        let input = min(k + slot / (COLS / each), job.inputs - 1u);
+        return input * all + min(job.col / each + slot % (COLS / each), all - 1u);
     }
-    let output = min(job.col + slot / (STEP / 16u), job.outputs - 1u);
-    return output * all + min(k / 16u + slot % (STEP / 16u), job.inputs / 16u - 1u);
+    let output = min(job.col + slot / (STEP / each), job.outputs - 1u);
+    return output * all + min(k / each + slot % (STEP / each), job.inputs / each - 1u);
 }
 
-fn load_steps(m: Matrix, sixteen: u32) -> vec4<u32> {
+// Whether an invocation has whole blocks, which in INT4 are one vector. In INT8 neighbours read what lies side by side.
+fn whole_blocks(m: Matrix) -> bool {
+    return has(m, INT4) && W_EACH > 2u;
+}
+
+fn load_sixteen(m: Matrix, sixteen: u32) -> vec4<u32> {
     if has(m, INT4) {
         let element = m.elements + sixteen / 2u;
         let first = 2u * (sixteen % 2u);
@@ -163,27 +168,39 @@ fn load_steps(m: Matrix, sixteen: u32) -> vec4<u32> {
     return weights[m.elements + sixteen];
 }
 
-fn load_scale(m: Matrix, sixteen: u32) -> vec4<u32> {
-    return vec4(scale_word(m, sixteen / 2u), scale_shift(m, sixteen / 2u), 0u, 0u);
+fn load_scale(m: Matrix, block: u32) -> vec4<u32> {
+    return vec4(scale_word(m, block), scale_shift(m, block), 0u, 0u);
 }
 
 fn fetch_blocks(job: Job, lane: u32, k: u32) -> Held {
+    let m = job.matrix;
     var held: Held;
-    let first = sixteen_at(job, lane, k);
-    held.w0 = load_steps(job.matrix, first);
-    held.w1 = load_scale(job.matrix, first);
+    if whole_blocks(m) {
+        let first = some_at(job, 32u, lane, k);
+        held.w0 = weights[m.elements + first];
+        held.w1 = load_scale(m, first);
+        if W_EACH > 4u {
+            let second = some_at(job, 32u, lane + LANES, k);
+            held.w4 = weights[m.elements + second];
+            held.w5 = load_scale(m, second);
+        }
+        return held;
+    }
+    let first = some_at(job, 16u, lane, k);
+    held.w0 = load_sixteen(m, first);
+    held.w1 = load_scale(m, first / 2u);
     if W_EACH > 2u {
-        let second = sixteen_at(job, lane + LANES, k);
-        held.w2 = load_steps(job.matrix, second);
-        held.w3 = load_scale(job.matrix, second);
+        let second = some_at(job, 16u, lane + LANES, k);
+        held.w2 = load_sixteen(m, second);
+        held.w3 = load_scale(m, second / 2u);
     }
     if W_EACH > 4u {
-        let third = sixteen_at(job, lane + 2u * LANES, k);
-        held.w4 = load_steps(job.matrix, third);
-        held.w5 = load_scale(job.matrix, third);
-        let fourth = sixteen_at(job, lane + 3u * LANES, k);
-        held.w6 = load_steps(job.matrix, fourth);
-        held.w7 = load_scale(job.matrix, fourth);
+        let third = some_at(job, 16u, lane + 2u * LANES, k);
+        held.w4 = load_sixteen(m, third);
+        held.w5 = load_scale(m, third / 2u);
+        let fourth = some_at(job, 16u, lane + 3u * LANES, k);
+        held.w6 = load_sixteen(m, fourth);
+        held.w7 = load_scale(m, fourth / 2u);
     }
     return held;
 }
@@ -239,8 +256,7 @@ fn stage_x(job: Job, slot: u32, k: u32, octet: vec4<u32>) {
 }
 
 fn stage_w(slot: u32, w: vec4<u32>) {
-    let width = select(STEP, COLS, TRANSPOSED) / 8u;
-    let at = slot / width * W_PITCH + slot % width * 2u;
+    let at = staged_at(8u, slot);
     w_step[at] = vec4<f16>(low4(w));
     w_step[at + 1u] = vec4<f16>(high4(w));
 }
@@ -270,15 +286,24 @@ fn of_high_halves(word: u32, scale: f16) -> vec4<f16> {
     return scaled((word & 0xf000f0u) ^ 0x54805480u, (word >> 8u & 0xf000f0u) ^ 0x54805480u, 72.0h, scale);
 }
 
-fn stage_blocks(m: Matrix, slot: u32, steps: vec4<u32>, scale_at: vec4<u32>) {
-    let width = select(STEP, COLS, TRANSPOSED) / 16u;
-    let at = slot / width * W_PITCH + slot % width * 4u;
+// Where the weights at place `slot` are staged, so many to a place.
+fn staged_at(each: u32, slot: u32) -> u32 {
+    let width = select(STEP, COLS, TRANSPOSED) / each;
+    return slot / width * W_PITCH + slot % width * (each / 4u);
+}
+
+// Eight weights of a word of INT4.
+fn stage_int4(at: u32, word: u32, scale: f16) {
+    w_step[at] = of_low_halves(word, scale);
+    w_step[at + 1u] = of_high_halves(word, scale);
+}
+
+fn stage_sixteen(m: Matrix, slot: u32, steps: vec4<u32>, scale_at: vec4<u32>) {
+    let at = staged_at(16u, slot);
     let scale = f16(scale_of(scale_at.x, scale_at.y));
     if has(m, INT4) {
-        w_step[at] = of_low_halves(steps.x, scale);
-        w_step[at + 1u] = of_high_halves(steps.x, scale);
-        w_step[at + 2u] = of_low_halves(steps.y, scale);
-        w_step[at + 3u] = of_high_halves(steps.y, scale);
+        stage_int4(at, steps.x, scale);
+        stage_int4(at + 2u, steps.y, scale);
     } else {
         w_step[at] = of_bytes(steps.x, scale);
         w_step[at + 1u] = of_bytes(steps.y, scale);
@@ -287,17 +312,37 @@ fn stage_blocks(m: Matrix, slot: u32, steps: vec4<u32>, scale_at: vec4<u32>) {
     }
 }
 
+fn stage_block(slot: u32, steps: vec4<u32>, scale_at: vec4<u32>) {
+    let at = staged_at(32u, slot);
+    let scale = f16(scale_of(scale_at.x, scale_at.y));
+    stage_int4(at, steps.x, scale);
+    stage_int4(at + 2u, steps.y, scale);
+    stage_int4(at + 4u, steps.z, scale);
+    stage_int4(at + 6u, steps.w, scale);
+}
+
+fn stage_blocks(m: Matrix, lane: u32, held: Held) {
+    if whole_blocks(m) {
+        stage_block(lane, held.w0, held.w1);
+        if W_EACH > 4u {
+            stage_block(lane + LANES, held.w4, held.w5);
+        }
+        return;
+    }
+    stage_sixteen(m, lane, held.w0, held.w1);
+    if W_EACH > 2u {
+        stage_sixteen(m, lane + LANES, held.w2, held.w3);
+    }
+    if W_EACH > 4u {
+        stage_sixteen(m, lane + 2u * LANES, held.w4, held.w5);
+        stage_sixteen(m, lane + 3u * LANES, held.w6, held.w7);
+    }
+}
+
 fn stage(job: Job, blocks: bool, lane: u32, k: u32, held: Held) {
     workgroupBarrier(); // the step before is no longer read
     if blocks {
-        stage_blocks(job.matrix, lane, held.w0, held.w1);
-        if W_EACH > 2u {
-            stage_blocks(job.matrix, lane + LANES, held.w2, held.w3);
-        }
-        if W_EACH > 4u {
-            stage_blocks(job.matrix, lane + 2u * LANES, held.w4, held.w5);
-            stage_blocks(job.matrix, lane + 3u * LANES, held.w6, held.w7);
-        }
+        stage_blocks(job.matrix, lane, held);
     } else {
         stage_w(lane, held.w0);
         stage_w(lane + LANES, held.w1);
