@@ -114,7 +114,7 @@ fn output_of(
 ) -> Result<(Pipeline, u32), Error> {
     let teams = Teams::new(lanes(device)((count(width) / 8).clamp(128, REGISTERS_FOR)), Some(width));
     let step = formats.iter().map(|&format| teams.rows_at_once(format)).max().unwrap_or(1);
-    let groups = PROCESSORS * REGISTERS_FOR / teams.lanes();
+    let groups = PROCESSORS * REGISTERS_FOR / teams.lanes;
     let tile = count(width.div_ceil(groups as usize).next_multiple_of(step));
     let known = [("INPUTS", count(width).into()), ("OUTPUTS", count(width).into()), ("TILE", tile.into())];
     let overrides = [&teams.overrides()[..], &known, &[stored::formats(formats.iter().copied())]].concat();

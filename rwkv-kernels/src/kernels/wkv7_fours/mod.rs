@@ -33,7 +33,7 @@ pub const SUBGROUP: u32 = 16;
 
 /// The variants for a device whose subgroups have so many invocations at least.
 pub fn variants(subgroup: u32) -> impl Iterator<Item = &'static Kernel> + Clone {
-    VARIANTS.iter().filter(move |kernel| !kernel.features.subgroup || subgroup >= SUBGROUP)
+    super::of_subgroups(VARIANTS, SUBGROUP, subgroup)
 }
 
 /// Workgroup memory of the variant with subgroups.
