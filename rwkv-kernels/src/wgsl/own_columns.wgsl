@@ -8,13 +8,12 @@
 // of so many columns, one after the other.
 //
 // Blocks are multiplied as integers, which on an H200 takes a fifth to a third less time than as floats. The vector
-// becomes three balanced digits in base 256, in units, for each 32, of a power of two of which the largest has 2^21 to
+// becomes three balanced digits in base 256: in units, one for each 32, of a power of two of which the largest has 2^21 to
 // 2^22. So each loses half a unit at most, 2^-22 of the largest; sums over a block are exact.
 
 override ROW_LANES: u32 = 32u; // that share a row: a multiple of eight
-override PLACES: u32 = LANES;
 override HELD: u32 = 8u * ROW_LANES;
-var<workgroup> parts: array<f32, PLACES>; // of the products of rows
+var<workgroup> parts: array<f32, LANES>; // of the products of rows
 var<workgroup> held: array<vec4<f32>, HELD>; // a span of the vector: for blocks, four of it are their digits and their unit
 
 struct Batch {
@@ -37,16 +36,16 @@ fn row_at(first: u32, k: u32, place: u32) -> u32 {
     return first + k * teams() + place / ROW_LANES;
 }
 
-// Rows whose products there is room for, and a lane to each: whole steps of the workgroup.
+// Rows whose products there is room for, in whole steps of the workgroup: no more than it has lanes.
 fn rows_kept(m: Matrix, lane: Lane) -> u32 {
     let step = teams() * rows_at_once(m);
-    return min(PLACES / (ROW_LANES / folded(lane)), LANES) / step * step;
+    return LANES / (ROW_LANES / folded(lane)) / step * step;
 }
 
 // Where the part of lanes from `place` on is, in the product of a row.
 fn part_at(row: u32, place: u32, size: u32) -> u32 {
     let of_row = ROW_LANES / size;
-    return row % (PLACES / of_row) * of_row + place % ROW_LANES / size;
+    return row % (LANES / of_row) * of_row + place % ROW_LANES / size;
 }
 
 // Keeps the sum over `size` lanes from `place` on.
