@@ -305,7 +305,7 @@ impl Weights {
         }
     }
 
-    /// The product of a row of them with a vector as `own_columns.wgsl` has it: of blocks, each of the vector loses half a unit,
+    /// The product of a row of them with a vector as `own_columns.wgsl` has it: of blocks, each of the vector loses a unit,
     /// which is 2^-21 of the largest in its block or 16 times the smallest float, whichever is more.
     pub(super) fn product(&self, row: &[Interval], x: &[Interval]) -> Interval {
         let sum: Sum = row.iter().zip(x).map(|(&w, &x)| w * x).collect();
@@ -315,7 +315,7 @@ impl Weights {
             Self::Blocks(_) => {
                 let lost = row.chunks(BLOCK).zip(x.chunks(BLOCK)).map(|(row, x)| {
                     let largest = x.iter().fold(0.0, |largest, x| x.size().max(largest));
-                    (largest / f64::from(1 << 22) + 8.0 * TINY) * row.iter().map(|w| w.size()).sum::<f64>()
+                    (largest / f64::from(1 << 21) + 16.0 * TINY) * row.iter().map(|w| w.size()).sum::<f64>()
                 });
                 sum.widened(lost.sum())
             }

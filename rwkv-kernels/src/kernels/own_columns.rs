@@ -26,8 +26,8 @@ pub struct Teams {
 }
 
 impl Teams {
-    /// For rows of so many weights, if they are known: a lane to each 32, and a few more, so that sums over whole subgroups are of one row.
-    /// There is a power of two of `lanes`, 8 at least.
+    /// For rows of so many weights, if they are known: a lane to each 32, and a few more, so that a subgroup of 32 has no lanes of two rows.
+    /// `lanes` must be a power of two, 8 at least.
     #[must_use]
     pub fn new(lanes: u32, columns: Option<usize>) -> Self {
         let blocks = columns.map_or(32, |columns| columns.div_ceil(BLOCK));

@@ -1,7 +1,8 @@
-// Sums of up to eight values over neighbouring lanes.
+// Sums of up to eight values over neighbouring lanes, and the largest of eight lanes.
 //use reduce
 //
-// The kernel declares LANES, ROW_LANES and the function `keep`, which is given each sum, `call` passed on.
+// The kernel declares LANES, ROW_LANES, which the variant needs, a struct `Call` and the function `keep`, which is given each sum,
+// with `call` passed on.
 // `fold_subgroup.wgsl` declares the same names.
 
 fn place_of(lane: Lane) -> u32 {

@@ -125,7 +125,7 @@ fn fetch_factors(head: u32, own: Adapter, first: u32, l: u32) {
 }
 
 // A part of an adapter's low ranks times its second factor, held until it is summed. For the first row of a segment, the
-// first factors are fetched.
+// kernel has called `fetch_factors` for the first factors.
 fn lora_up(row: u32, is_first: bool, head: u32, own: Adapter, l: u32) {
     let low_rank = row * params.inputs + 3u * params.width + own.start;
     var low = vec4(0.0);

@@ -1,5 +1,4 @@
-// Sums over a workgroup and over its teams, in fixed trees.
-//use team
+// Sums over a workgroup, in a fixed tree.
 //
 // The same bits on every device that rounds to nearest. The kernel declares LANES, the size of its one-dimensional
 // workgroup: a power of two. Its entry point takes a `Lane` and passes it on. `reduce_subgroup.wgsl` declares the same
@@ -32,30 +31,4 @@ fn workgroup_sum(x: f32, lane: Lane) -> f32 {
 // The same; in `reduce_subgroup.wgsl`, of sums in turn, one is in slot 0 and the next in slot 1.
 fn workgroup_sum_in(slot: u32, x: f32, lane: Lane) -> f32 {
     return workgroup_sum(x, lane);
-}
-
-const TEAM: u32 = 32u;
-
-fn team_of(lane: Lane) -> Team {
-    let size = min(TEAM, LANES);
-    return Team(lane.index / size, LANES / size, lane.index % size, size);
-}
-
-// The sum of `x` over each team, in each of its invocations. Every invocation of the workgroup must call it.
-//
-// An `x` passes log2(size) additions.
-fn team_sum(x: f32, lane: Lane) -> f32 {
-    let size = min(TEAM, LANES);
-    let first = lane.index / size * size;
-    partials[lane.index] = x;
-    for (var stride = size / 2u; stride > 0u; stride /= 2u) {
-        workgroupBarrier();
-        if lane.index - first < stride {
-            partials[lane.index] += partials[lane.index + stride];
-        }
-    }
-    workgroupBarrier();
-    let sum = partials[first];
-    workgroupBarrier(); // before the next sum writes where this one is read
-    return sum;
 }

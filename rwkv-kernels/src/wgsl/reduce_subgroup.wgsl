@@ -1,5 +1,4 @@
-// Sums over a workgroup and over its teams, by subgroups: the variant of `reduce.wgsl`. A team is a subgroup.
-//use team
+// Sums over a workgroup, by subgroups: the variant of `reduce.wgsl`.
 //
 // Nothing is assumed of how invocations fall into subgroups or how large those are, but that they are full: the
 // workgroup is a multiple of them, or less than one. What falls where and in which order a subgroup adds is the
@@ -43,15 +42,4 @@ fn workgroup_sum_in(slot: u32, x: f32, lane: Lane) -> f32 {
         sum += partials[first + i];
     }
     return subgroupAdd(sum);
-}
-
-fn team_of(lane: Lane) -> Team {
-    return Team(lane.subgroup, lane.subgroups, lane.of_subgroup, min(lane.subgroup_size, LANES));
-}
-
-// The sum of `x` over each team, in each of its invocations. Every invocation of the workgroup must call it.
-//
-// An `x` passes at most size - 1 additions.
-fn team_sum(x: f32, lane: Lane) -> f32 {
-    return subgroupAdd(x);
 }

@@ -60,7 +60,7 @@ fn linear(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
         let adds = params.accumulate != 0u && row < end;
         var before = 0.0;
         if adds {
-            before = y[at]; // on its way while all else is
+            before = y[at]; // here, so that it is not waited for in the end
         }
         for (var span = 0u; span < spans; span++) {
             let call = Call(span, first, end, last);

@@ -40,7 +40,7 @@ override STORES: u32 = 7u;
 override ACTIVATIONS: u32 = 15u;
 
 override LANES: u32 = SUBGROUP * (ROWS / SUB_ROWS) * (COLS / SUB_COLS) * SPLIT;
-// What an invocation loads of a step: eights of x, and of weights, which it loads by sixteens where they are in blocks.
+// What an invocation loads of a step: eights of x, and of weights, which it loads by sixteens, or 32 in INT4, where they are in blocks.
 override X_EACH: u32 = ROWS * STEP / 8u / LANES; // at most 8
 override W_EACH: u32 = COLS * STEP / 8u / LANES; // 2, 4 or 8
 
@@ -101,8 +101,8 @@ fn two_to(exponent: i32) -> f32 {
     return bitcast<f32>(u32(127 + exponent) << 23u);
 }
 
-// What an invocation has loaded of a step. Weights in blocks have two vectors for sixteen and their scale, or four for a
-// whole block of INT4, of which the first is its steps and the second its scale.
+// What an invocation has loaded of a step. Of weights in blocks, a first vector has sixteen and the next their scale; or
+// of INT4, the first of four has a whole block, the second its scale, and the others nothing.
 struct Held {
     x0: vec4<u32>,
     x1: vec4<u32>,

@@ -7,7 +7,7 @@
 // they do not depend on it.
 
 override LANES: u32 = 256u;
-override WIDTH: u32 = 64u; // D, at most 16 LANES, and 32 ROW_LANES
+override WIDTH: u32 = 64u; // D, at most 16 LANES, and 32 ROW_LANES, of which there are at most LANES / 2
 
 // Elements of the row that a lane holds, at most.
 const OWN: u32 = 4u;
