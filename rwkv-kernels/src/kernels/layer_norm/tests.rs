@@ -190,13 +190,12 @@ fn sums(variant: &Kernel, lanes: u16, x: &[f32]) -> Option<[Vec<f32>; 2]> {
         "" => include_str!("../../wgsl/reduce.wgsl"),
         _ => include_str!("../../wgsl/reduce_subgroup.wgsl"),
     };
-    let team = include_str!("../../wgsl/team.wgsl");
     let source = format!(
         "override LANES: u32 = 256u;\n\
          @group(0) @binding(0) var<storage, read> x: array<f32>;\n\
          @group(0) @binding(1) var<storage, read_write> once: array<f32>;\n\
          @group(0) @binding(2) var<storage, read_write> twice: array<f32>;\n\
-         {helper}{team}\
+         {helper}\
          @compute @workgroup_size(LANES)\n\
          fn sums(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {{\n\
              let at = group.x * LANES + lane.index;\n\
