@@ -16,10 +16,23 @@ use rwkv_kernels::pipeline::Pipeline;
 
 use super::pipelines::{PROCESSORS, best, compile};
 use super::{Error, count};
-/// Invocations that keep such a GPU busy, or workgroups, one for nearly every processor. With fewer in a dispatch, a smaller tile is
-/// faster. On an H100, 64 rows of 2,048 inputs and 8,192 outputs: 26 us in 128 workgroups of 64 x 64, 31 in 512 of 32 x 32.
+
+/// Invocations that keep such a GPU busy. With fewer in a dispatch, a smaller tile is faster.
 const FILL: u32 = PROCESSORS * 174;
+
+/// Workgroups that do so too, in tiles whose parts are of one subgroup: one for nearly every processor. On an H100, 64 rows of 2,048 inputs
+/// and 8,192 outputs: 26 us in 128 workgroups of 64 x 64, 31 in 512 of 32 x 32.
 const MOST_PROCESSORS: u32 = PROCESSORS * 15 / 16;
+
+/// Workgroups of other tiles: with fewer a smaller tile is no slower by itself, but of another pipeline than the layer's other products.
+const ENOUGH: u32 = PROCESSORS * 3 / 4;
+
+/// Subgroups that share a part in the wide tiles for few rows, of which a processor needs more than one. On an H200, 32 rows of 4,096
+/// inputs and 16,384 outputs: 46 us in 256 workgroups of 32 x 64, 49 in 512 of 32 x 32; of 2,048 inputs and 8,192 outputs 18.4 and 14.7.
+const WIDE_SPLIT: u32 = 2;
+
+/// Rows of the tile whose products take so long that what pipelines of their own gain is more than what it takes to fetch their code.
+const LONG: u32 = 128;
 
 /// `matmul`, compiled for the tiles, and for what becomes of the products, that plans ask for: a driver takes a second for
 /// some, and no engine asks for all.
@@ -70,16 +83,22 @@ impl Multiplies {
         let rows = Self::class(rows);
         let fits = |tile: &matmul::Tile| match tile.coop {
             None => true,
-            Some(_) => {
+            Some(of) => {
                 let cols: u32 = jobs.iter().map(|job| count(job.outputs).div_ceil(tile.cols)).sum();
                 let groups = cols.saturating_mul(rows.div_ceil(tile.rows));
-                groups >= MOST_PROCESSORS || groups.saturating_mul(tile.lanes()) >= FILL
+                let enough = match of.split {
+                    1 => groups >= MOST_PROCESSORS,
+                    WIDE_SPLIT => false,
+                    _ => groups >= ENOUGH,
+                };
+                enough || groups.saturating_mul(tile.lanes()) >= FILL
             }
         };
         let mut of_rows = self.tiles.iter().filter(|tile| tile.rows <= rows);
         let tile = *of_rows.rfind(|tile| fits(tile)).unwrap_or(&self.tiles[0]);
         let formats = stored::set(jobs.iter().map(|job| job.format));
-        Multiply { tile, transposed, kinds: tile.coop.map(|_| matmul::Kinds::of(jobs)), formats }
+        let kinds = if tile.rows < LONG { matmul::Kinds::shared(jobs) } else { matmul::Kinds::of(jobs) };
+        Multiply { tile, transposed, kinds: tile.coop.map(|_| kinds), formats }
     }
 
     /// The pipeline for products. It is compiled when it is first asked for.

@@ -24,7 +24,7 @@ override SUB_ROWS: u32 = 64u; // 16, 32 or 64
 override SUB_COLS: u32 = 32u; // 16, 32 or 64
 override SPLIT: u32 = 2u;
 override STEP: u32 = 64u;     // inputs at a time, a multiple of 16 SPLIT
-override AHEAD: u32 = 1u;     // steps that are loaded ahead, 1 or 2
+override AHEAD: u32 = 1u;     // steps that are loaded ahead, 1, 2 or 4
 // Whether matrices are [K, O], not [O, K].
 override TRANSPOSED: bool = false;
 
@@ -38,6 +38,9 @@ const HALVES: u32 = 2u;
 // after the products takes registers from them.
 override STORES: u32 = 7u;
 override ACTIVATIONS: u32 = 15u;
+// Whether a part is stored by its pieces: see `store_by_pieces`. What is added to should rather be loaded for several at once, and
+// in tall tiles the pieces are many, and what it takes to fetch code is little.
+override BY_PIECES: bool = SUB_ROWS <= 32u && SUB_COLS <= 32u && (STORES >> ADD & 1u) == 0u;
 
 override LANES: u32 = SUBGROUP * (ROWS / SUB_ROWS) * (COLS / SUB_COLS) * SPLIT;
 // What an invocation loads of a step: eights of x, and of weights, which it loads by sixteens, or 32 in INT4, where they are in blocks.
@@ -521,7 +524,7 @@ fn product(job: Job, at: Place, v: u32) -> vec4<f32> {
     if ACTIVATIONS == 1u << IDENTITY {
         return sum;
     }
-    if ACTIVATIONS == 1u << SQUARED_RELU {
+    if ACTIVATIONS == 1u << SQUARED_RELU || (BY_PIECES && job.activation == SQUARED_RELU) {
         let positive = max(sum, vec4(0.0));
         return positive * positive;
     }
@@ -612,6 +615,44 @@ fn store_rows(
     }
 }
 
+// Stores a part by its pieces, in a loop whose end the compiler does not know, so that its code is there once: a processor of an
+// H100 keeps some 120 KiB of code, and what the kernels of a layer have beyond that is read anew at each dispatch.
+fn store_by_pieces(job: Job, at: Place, lane: u32, own: u32) {
+    let pieces = min(SUB_ROWS / SIDE * (SUB_COLS / SIDE), 4u * params.rows);
+    for (var piece = 0u; piece < pieces; piece++) {
+        let row = piece / (SUB_COLS / SIDE);
+        let col = piece % (SUB_COLS / SIDE);
+        if row == 0u && col == 0u {
+            coopStoreT(sum00, &sums[own], SIDE / 4u);
+        }
+        if SUB_COLS > 16u && row == 0u && col == 1u {
+            coopStoreT(sum01, &sums[own], SIDE / 4u);
+        }
+        if SUB_ROWS > 16u && row == 1u && col == 0u {
+            coopStoreT(sum10, &sums[own], SIDE / 4u);
+        }
+        if SUB_ROWS > 16u && SUB_COLS > 16u && row == 1u && col == 1u {
+            coopStoreT(sum11, &sums[own], SIDE / 4u);
+        }
+        store(job, at, lane, SIDE * row, SIDE * col, Piece());
+    }
+}
+
+// Of four steps that are loaded ahead, one that is loaded, and the loads of the one that takes its place.
+fn turn(job: Job, blocks: bool, lane: u32, at: Place, k: u32, held: ptr<function, Held>) {
+    stage(job, blocks, lane, k, *held);
+    *held = fetch(job, blocks, lane, k + 4u * STEP);
+    multiply(at);
+}
+
+// One of the last of them, after which nothing is left to load. There may be fewer than four.
+fn last_turn(job: Job, blocks: bool, lane: u32, at: Place, k: u32, held: Held) {
+    if k < job.inputs {
+        stage(job, blocks, lane, k, held);
+        multiply(at);
+    }
+}
+
 // The sums of a part.
 fn multiply_all(job: Job, blocks: bool, lane: u32, at: Place) {
     var next = fetch(job, blocks, lane, 0u);
@@ -624,7 +665,7 @@ fn multiply_all(job: Job, blocks: bool, lane: u32, at: Place) {
         }
         stage(job, blocks, lane, k, next);
         multiply(at);
-    } else {
+    } else if AHEAD == 2u {
         var after = fetch(job, blocks, lane, STEP);
         for (; k + 2u * STEP < job.inputs; k += 2u * STEP) {
             stage(job, blocks, lane, k, next);
@@ -638,6 +679,20 @@ fn multiply_all(job: Job, blocks: bool, lane: u32, at: Place) {
         multiply(at);
         stage(job, blocks, lane, k + STEP, after);
         multiply(at);
+    } else {
+        var second = fetch(job, blocks, lane, STEP);
+        var third = fetch(job, blocks, lane, 2u * STEP);
+        var fourth = fetch(job, blocks, lane, 3u * STEP);
+        for (; k + 4u * STEP < job.inputs; k += 4u * STEP) {
+            turn(job, blocks, lane, at, k, &next);
+            turn(job, blocks, lane, at, k + STEP, &second);
+            turn(job, blocks, lane, at, k + 2u * STEP, &third);
+            turn(job, blocks, lane, at, k + 3u * STEP, &fourth);
+        }
+        last_turn(job, blocks, lane, at, k, next);
+        last_turn(job, blocks, lane, at, k + STEP, second);
+        last_turn(job, blocks, lane, at, k + 2u * STEP, third);
+        last_turn(job, blocks, lane, at, k + 3u * STEP, fourth);
     }
 }
 
@@ -658,6 +713,10 @@ fn matmul(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_ind
     }
 
     let own = subgroup * PIECE;
+    if BY_PIECES {
+        store_by_pieces(job, at, lane, own);
+        return;
+    }
     store_rows(job, at, lane, own, 0u, sum00, sum01, sum02, sum03);
     if SUB_ROWS > 16u {
         store_rows(job, at, lane, own, 16u, sum10, sum11, sum12, sum13);

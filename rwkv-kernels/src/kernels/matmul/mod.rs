@@ -54,28 +54,30 @@ pub struct Coop {
     pub split: u32,
     /// Inputs at a time, the override `STEP`.
     pub step: u32,
-    /// Steps that are loaded ahead, the override `AHEAD`, where all weights are halves: see [`Tile::overrides`].
-    pub ahead: u32,
+    /// Steps that are loaded ahead, the override `AHEAD`, 1, 2 or 4: where all weights are halves, and where some are blocks.
+    pub ahead: [u32; 2],
 }
 
 /// The tiles of the portable variant. A result does not depend on them.
 pub const TILES: [Tile; 3] = [portable(32), portable(64), portable(128)];
 
 /// Those of the variant with cooperative matrices. In the small ones, for so few rows that reading the weights is what takes
-/// the time, several subgroups share a part, so that enough of them read.
-pub const COOP_TILES: [Tile; 5] = [
-    coop([16, 16], [16, 16], 8, 256, 2),
-    coop([16, 32], [16, 32], 4, 128, 2),
-    coop([32, 32], [32, 32], 4, 128, 2),
+/// the time, several subgroups share a part, so that enough of them read. With twice the outputs, rows are read half as often.
+pub const COOP_TILES: [Tile; 7] = [
+    coop([16, 16], [16, 16], 8, 256, [2, 1]),
+    coop([16, 32], [16, 32], 4, 128, [4, 1]),
+    coop([16, 64], [16, 32], 2, 64, [4, 4]),
+    coop([32, 32], [32, 32], 4, 128, [4, 1]),
+    coop([32, 64], [32, 32], 2, 64, [4, 4]),
     COOP_TILES_UNSPLIT[1],
     COOP_TILES_UNSPLIT[2],
 ];
 
 /// Those of which each part is of one subgroup. A result does not depend on which of these it is.
 pub const COOP_TILES_UNSPLIT: [Tile; 3] = [
-    coop([16, 64], [16, 16], 1, 128, 2),
-    coop([64, 64], [32, 32], 1, 64, 2),
-    coop([128, 128], [64, 32], 1, 64, 1),
+    coop([16, 64], [16, 16], 1, 128, [2, 2]),
+    coop([64, 64], [32, 32], 1, 64, [2, 1]),
+    coop([128, 128], [64, 32], 1, 64, [1, 2]),
 ];
 
 const fn portable(rows: u32) -> Tile {
@@ -87,7 +89,7 @@ const fn coop(
     [sub_rows, sub_cols]: [u32; 2],
     split: u32,
     step: u32,
-    ahead: u32,
+    ahead: [u32; 2],
 ) -> Tile {
     Tile { rows, cols, coop: Some(Coop { sub_rows, sub_cols, split, step, ahead }) }
 }
@@ -117,10 +119,7 @@ impl Tile {
             ("FORMATS", formats.into()),
         ];
         if let Some(Coop { sub_rows, sub_cols, split, step, ahead }) = self.coop {
-            // On H100s, 1.5B in blocks of 4 bits, by sixteens, has 10,481 tokens/s of 32 sequences with one step and 9,672 with two, of 8 bits
-            // 10,313 and 9,791; prompts have 51,358 and 52,020, 48,534 and 54,104.
-            let of_blocks = if split > 1 { 1 } else { 2 };
-            let ahead = if formats == stored::set([None]) { ahead } else { of_blocks };
+            let ahead = ahead[usize::from(formats != stored::set([None]))];
             let own = [("SUB_ROWS", sub_rows), ("SUB_COLS", sub_cols), ("SPLIT", split), ("STEP", step)];
             all.extend(
                 own.into_iter()
@@ -214,6 +213,9 @@ pub struct Kinds {
 }
 
 impl Kinds {
+    /// As the overrides' defaults.
+    const ALL: Self = Self { stores: 7, activations: 15 };
+
     /// Those of jobs.
     #[must_use]
     pub fn of(jobs: &[Job]) -> Self {
@@ -221,6 +223,16 @@ impl Kinds {
             stores: all.stores | 1 << job.store.number().min(Store::Halves(0).number()),
             activations: all.activations | 1 << job.activation as u32,
         })
+    }
+
+    /// All, unless the jobs add: then those of the jobs. Where a dispatch is short, its pipeline had better be that of others too: see
+    /// `store_by_pieces` in `matmul_coop.wgsl`.
+    #[must_use]
+    pub fn shared(jobs: &[Job]) -> Self {
+        let own = Self::of(jobs);
+        let added = 1 << Store::Add.number();
+        let all = Self { stores: Self::ALL.stores & !added, ..Self::ALL };
+        if own.stores & added == 0 { all } else { own }
     }
 
     /// Whether what others do is among it.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::thread;
 
 use half::f16;
 use proptest::prelude::*;
@@ -265,7 +266,7 @@ fn tiles_for(
     read: &[Option<Format>],
     of_coop: &[(&str, f64)],
 ) -> Vec<(Tile, &'static Device, Pipeline)> {
-    let of = |tile: &Tile| {
+    let of = &|tile: &Tile| {
         let variants: Vec<_> = tile.variants().copied().collect();
         let mut overrides = tile.overrides(transposed, set(read.iter().copied()));
         overrides.extend(of_coop.iter().filter(|_| tile.coop.is_some()));
@@ -273,19 +274,31 @@ fn tiles_for(
         let tile = *tile;
         compiled.into_iter().map(move |(device, kernel)| (tile, device, kernel)).collect::<Vec<_>>()
     };
-    let portable = TILES.iter().flat_map(of);
-    // The others of those that are not split are among both.
-    let coop = [COOP_TILES_UNSPLIT[0]].into_iter().chain(COOP_TILES);
-    portable.chain(coop.map(|tile| of(&tile)).take_while(|compiled| !compiled.is_empty()).flatten()).collect()
+    // The others of those that are not split are among both. A device that has one of them has all.
+    let mut coop = [COOP_TILES_UNSPLIT[0]].into_iter().chain(COOP_TILES);
+    let mut first = coop.by_ref().take(1).flat_map(|tile| of(&tile)).collect::<Vec<_>>();
+    let has_coop = !first.is_empty();
+    let rest = coop.filter(|_| has_coop);
+    // A driver takes a second for some.
+    thread::scope(|scope| {
+        let compile = |tile: Tile| scope.spawn(move || of(&tile));
+        let threads: Vec<_> = TILES.into_iter().chain(rest).map(compile).collect();
+        first.extend(threads.into_iter().flat_map(|of| of.join().unwrap()));
+    });
+    first
 }
 
-/// Widths and ranks of small models; of outputs, of a vocabulary too: no multiple of anything.
+/// Widths and ranks of small models; of outputs, of a vocabulary too: no multiple of anything. Some inputs are more than any tile
+/// loads ahead.
 fn shape(transposed: bool) -> impl Strategy<Value = Shape> {
-    let (of_8, some) = (
-        prop_oneof![Just(64usize), Just(192), Just(96), Just(24), (1..=40usize).prop_map(|n| 8 * n)].boxed(),
-        prop_oneof![Just(1usize), Just(5), Just(24), Just(96), Just(257), 1..=300usize].boxed(),
-    );
-    let (inputs, outputs) = if transposed { (some, of_8) } else { (of_8, some) };
+    let of_8 =
+        || prop_oneof![Just(64usize), Just(192), Just(96), Just(24), (1..=40usize).prop_map(|n| 8 * n)];
+    let some = || prop_oneof![Just(1usize), Just(5), Just(24), Just(96), Just(257), 1..=300usize];
+    let (inputs, outputs) = if transposed {
+        (prop_oneof![4 => some(), 1 => 513..=1300usize].boxed(), of_8().boxed())
+    } else {
+        (prop_oneof![4 => of_8(), 1 => (65..=160usize).prop_map(|n| 8 * n)].boxed(), some().boxed())
+    };
     let format = prop::sample::select(&FORMATS);
     let store = prop_oneof![Just(Store::Put), Just(Store::Add), (0..=8u8).prop_map(Store::Halves)];
     (inputs, outputs, 0..=8u8, 0..ALL.len(), store, format).prop_map(
@@ -380,7 +393,7 @@ fn what_is_not_compiled_is_not_missed() {
         for formats in
             [[None, Some(Format::Int8)], [None; 2], [Some(Format::Int8); 2], [Some(Format::Int4); 2]]
         {
-            let shapes = [(96, 72, formats[0]), (64, 160, formats[1])].map(shape);
+            let shapes = [(1184, 72, formats[0]), (64, 160, formats[1])].map(shape);
             let case = Case::draw(Call { rows: 70, transposed, coop: true }, &shapes, 4.0, 5);
             let kinds = Kinds::of(&case.jobs);
             assert!(kinds.contains(Kinds::of(&case.jobs[..1])), "{kinds:?}");
@@ -393,10 +406,24 @@ fn what_is_not_compiled_is_not_missed() {
             }
         }
     }
-    let of = |store, activation| {
+    let jobs_of = |store, activation| {
         let shape = Shape { inputs: 8, outputs: 8, exponent: 0, activation, store, format: None };
-        Kinds::of(&Case::draw(Call { rows: 1, transposed: false, coop: true }, &[shape], 1.0, 1).jobs)
+        Case::draw(Call { rows: 1, transposed: false, coop: true }, &[shape], 1.0, 1).jobs
     };
+    let of = |store, activation| Kinds::of(&jobs_of(store, activation));
+    let shared = Kinds::shared(&jobs_of(Store::Put, identity));
+    assert!(
+        kinds
+            .iter()
+            .all(|&(store, activation)| { store == Store::Add || shared.contains(of(store, activation)) }),
+        "shared by all that do not add: {shared:?}"
+    );
+    assert!(!shared.contains(of(Store::Add, identity)), "{shared:?}");
+    assert_eq!(
+        Kinds::shared(&jobs_of(Store::Add, identity)),
+        of(Store::Add, identity),
+        "those are by themselves"
+    );
     let halves = of(Store::Halves(3), squared);
     assert_eq!(halves, of(Store::Halves(0), squared), "whatever divides them");
     assert!(
@@ -555,8 +582,10 @@ fn the_jobs_of_a_layer() {
         x: Vec::new(),
         y: vec![f32::NAN; rows * 4 * width],
     };
-    let of_up = tiles_for(true, &[None], &Kinds::of(&up.jobs).overrides());
-    for (of_down, of_up) in tiles(false).iter().zip(&of_up) {
+    // In the pipelines that several products share.
+    let of_up = tiles_for(true, &[None], &Kinds::shared(&up.jobs).overrides());
+    let of_down = tiles_for(false, &FORMATS, &Kinds::shared(&down.jobs).overrides());
+    for (of_down, of_up) in of_down.iter().zip(&of_up) {
         let (tile, device, kernel) = of_down;
         // What cooperative matrices read of it are halves, divided alike.
         let store = if tile.coop.is_some() { Store::Halves(4) } else { Store::Put };
