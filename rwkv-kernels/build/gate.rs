@@ -157,6 +157,7 @@ fn kernel_literal(shader: &Shader, of: &Reflection) -> String {
          params_bytes: {},\n\
          overrides: &[{overrides}],\n\
          features: crate::Features {{ f16: {}, subgroup: {}, coop: {} }},\n\
+         subgroup_size: {},\n\
          }},\n",
         source.text,
         of.workgroup_size,
@@ -165,6 +166,7 @@ fn kernel_literal(shader: &Shader, of: &Reflection) -> String {
         features.f16,
         features.subgroup,
         features.coop,
+        source.subgroup_size,
     )
 }
 

@@ -10,12 +10,17 @@ use super::shader::Features;
 /// Opens a line that names a helper.
 const USE: &str = "//use ";
 
+/// Opens a line that says how many invocations a subgroup has at least where this is used.
+const SUBGROUPS: &str = "//subgroups of ";
+
 /// The texts, joined. The kernel's own comes first, so that its `enable` directives do.
 #[derive(Default)]
 pub(super) struct Source {
     pub(super) text: String,
     /// What the helpers that are used have variants for, granted here or not.
     pub(super) variants: BTreeSet<Features>,
+    /// What is taken for granted of subgroups: their invocations, at least.
+    pub(super) subgroup_size: u32,
     /// Where each file starts and its path, in order.
     files: Vec<(usize, String)>,
 }
@@ -50,15 +55,27 @@ impl Source {
         }
         let (mut at, mut directly) = (start, true);
         for (i, line) in own.split_inclusive('\n').enumerate() {
-            match line.strip_prefix(USE) {
-                Some(_) if i == 0 || !directly => {
-                    let what = "a helper is named directly after the first line";
+            match [USE, SUBGROUPS].map(|opening| line.strip_prefix(opening)) {
+                [None, None] => directly &= i == 0,
+                _ if i == 0 || !directly => {
+                    let what = "what is used is named directly after the first line";
                     joining.faults.push(self.fault(at, what));
                 }
-                Some(name) => self.add_helper(name.trim(), at, joining),
-                None => directly &= i == 0,
+                [Some(name), _] => self.add_helper(name.trim(), at, joining),
+                [None, Some(size)] => self.add_subgroups(size.trim(), at, joining),
             }
             at += line.len();
+        }
+    }
+
+    /// Adds what the line at `at` takes for granted.
+    fn add_subgroups(&mut self, size: &str, at: usize, joining: &mut Joining<'_>) {
+        match size.parse() {
+            _ if !joining.granted.subgroup => {
+                joining.faults.push(self.fault(at, "subgroups are for a variant with the word `subgroup`"));
+            }
+            Ok(size) => self.subgroup_size = self.subgroup_size.max(size),
+            Err(e) => joining.faults.push(self.fault(at, &format!("`{size}` invocations: {e}"))),
         }
     }
 

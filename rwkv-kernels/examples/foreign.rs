@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default()))?;
 
     // The kernel, in the best variant for that device.
-    let capabilities = Capabilities::new(device.features(), &device.limits());
+    let capabilities = Capabilities::new(device.features(), &device.limits(), &device.adapter_info());
     let kernel =
         choose(time_mix::VARIANTS, &capabilities).ok_or("the device has less than WebGPU's limits")?;
     let pipeline = Pipeline::new(&device, kernel, &[])?;

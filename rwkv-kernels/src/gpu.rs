@@ -151,7 +151,7 @@ impl Device {
         let Some(adapter) = chosen else {
             return Err(Error::Adapter { wanted, found: found.iter().map(name).collect() });
         };
-        let grants = Capabilities::new(adapter.features(), &adapter.limits());
+        let grants = Capabilities::new(adapter.features(), &adapter.limits(), &adapter.get_info());
         let coop = request.features.coop && has_coop(adapter);
         let mut features = Features { coop, ..request.features }.into();
         if request.timestamps {
@@ -251,7 +251,7 @@ impl Device {
     /// What it grants, for [`crate::choose`].
     #[must_use]
     pub fn capabilities(&self) -> Capabilities {
-        Capabilities::new(self.device.features(), &self.device.limits())
+        Capabilities::new(self.device.features(), &self.device.limits(), &self.info)
     }
 
     /// Compiles a kernel, with `overrides` set by name.
@@ -460,6 +460,7 @@ mod tests {
             params_bytes: 0,
             overrides: &[],
             features: Features::default(),
+            subgroup_size: 0,
         }
     }
 

@@ -25,7 +25,7 @@
 //! fn heads(device: &wgpu::Device, queue: &wgpu::Queue, buffers: &[wgpu::Buffer; 8], dims: Dims)
 //!     -> Result<(), Box<dyn std::error::Error>> {
 //!     // Once per device: the best variant that it can run, with its overrides at their defaults.
-//!     let capabilities = Capabilities::new(device.features(), &device.limits());
+//!     let capabilities = Capabilities::new(device.features(), &device.limits(), &device.adapter_info());
 //!     let kernel = choose(time_mix::VARIANTS, &capabilities).ok_or("less than WebGPU")?;
 //!     let pipeline = Pipeline::new(device, kernel, &[])?;
 //!
@@ -89,7 +89,8 @@
 //! gate checks the kernel.
 //!
 //! A helper has variants as a kernel has: `reduce_subgroup.wgsl` declares what `reduce.wgsl` declares. A kernel that
-//! uses `reduce` then has a variant `subgroup` too, of the same text, without a file of its own.
+//! uses `reduce` then has a variant `subgroup` too, of the same text, without a file of its own. A line `//subgroups of N` beside those
+//! lines says that it takes subgroups of N invocations at least: no other device is given that variant.
 
 #[cfg(feature = "gpu")]
 pub mod gpu;
@@ -118,6 +119,8 @@ pub struct Kernel {
     pub overrides: &'static [Override],
     /// What the WGSL uses beyond the defaults of WebGPU.
     pub features: Features,
+    /// Invocations of a subgroup, at least, that it takes for granted; 0 if none.
+    pub subgroup_size: u32,
 }
 
 /// One binding of group 0; its number is its place in the list.
@@ -195,6 +198,8 @@ pub struct Capabilities {
     pub invocations: u32,
     /// Workgroup memory, at most.
     pub workgroup_bytes: u32,
+    /// Invocations of a subgroup, at least.
+    pub subgroup_size: u32,
 }
 
 impl Element {
@@ -226,6 +231,7 @@ impl Kernel {
             workgroup_size: self.workgroup_size,
             invocations: x * y * z,
             workgroup_bytes: self.workgroup_bytes,
+            subgroup_size: self.subgroup_size,
         }
     }
 }
@@ -237,6 +243,7 @@ impl Capabilities {
         workgroup_size: [256, 256, 64],
         invocations: 256,
         workgroup_bytes: 16 << 10,
+        subgroup_size: 0,
     };
 
     /// Whether a device that grants this can run what needs that.
@@ -249,6 +256,7 @@ impl Capabilities {
             && self.workgroup_size.iter().zip(needs.workgroup_size).all(|(&own, of)| own >= of)
             && self.invocations >= needs.invocations
             && self.workgroup_bytes >= needs.workgroup_bytes
+            && self.subgroup_size >= needs.subgroup_size
     }
 }
 
@@ -272,6 +280,7 @@ mod reflected {
 mod tests {
     use super::{Capabilities, Features, Override, choose};
     use crate::kernels::layer_norm::VARIANTS;
+    use crate::kernels::{mix_in, wkv7_fours};
 
     #[test]
     fn the_best_variant_that_fits_is_chosen() {
@@ -285,6 +294,21 @@ mod tests {
         assert_eq!(suffix(Capabilities { invocations: 255, ..webgpu }), None, "less than WebGPU");
         assert_eq!(suffix(Capabilities { workgroup_bytes: 1023, ..webgpu }), None, "256 partials");
         assert_eq!(suffix(Capabilities { workgroup_size: [255, 1, 1], ..webgpu }), None, "one dimension");
+    }
+
+    #[test]
+    fn subgroups_must_be_large_enough() {
+        let of = |variants, subgroup_size| {
+            let features = Features { subgroup: true, ..Capabilities::WEBGPU.features };
+            let device =
+                Capabilities { features, subgroup_size, workgroup_bytes: 48 << 10, ..Capabilities::WEBGPU };
+            choose(variants, &device).map(|kernel| (kernel.suffix, kernel.subgroup_size))
+        };
+        assert_eq!(of(mix_in::VARIANTS, 7), Some(("", 0)), "too few");
+        assert_eq!(of(mix_in::VARIANTS, 8), Some(("subgroup", 8)), "as many as a helper takes");
+        assert_eq!(of(wkv7_fours::VARIANTS, 8), Some(("", 0)), "another takes more");
+        assert_eq!(of(wkv7_fours::VARIANTS, 16), Some(("subgroup", 16)), "as many as that takes");
+        assert_eq!(of(VARIANTS, 0), Some(("subgroup", 0)), "of any size");
     }
 
     #[test]

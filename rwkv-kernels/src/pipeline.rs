@@ -98,7 +98,7 @@ impl Pipeline {
         clear: bool,
         module: impl FnOnce(wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule,
     ) -> Result<Self, Error> {
-        let has = Capabilities::new(device.features(), &device.limits());
+        let has = Capabilities::new(device.features(), &device.limits(), &device.adapter_info());
         let mut needs = kernel.needs();
         if !overrides.is_empty() {
             // Known at the defaults alone: left to the device.
@@ -197,7 +197,7 @@ impl From<Features> for wgpu::Features {
 impl Capabilities {
     /// What a device or an adapter with these features and limits grants.
     #[must_use]
-    pub const fn new(features: wgpu::Features, limits: &wgpu::Limits) -> Self {
+    pub const fn new(features: wgpu::Features, limits: &wgpu::Limits, info: &wgpu::AdapterInfo) -> Self {
         Self {
             features: Features {
                 f16: features.contains(wgpu::Features::SHADER_F16),
@@ -211,6 +211,7 @@ impl Capabilities {
             ],
             invocations: limits.max_compute_invocations_per_workgroup,
             workgroup_bytes: limits.max_compute_workgroup_storage_size,
+            subgroup_size: info.subgroup_min_size,
         }
     }
 

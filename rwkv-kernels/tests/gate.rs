@@ -453,6 +453,36 @@ fn a_kernel_has_the_variants_of_its_helpers() {
 }
 
 #[test]
+fn subgroups_are_as_large_as_what_is_used_says() {
+    let tree = |test, own: &str, helper: &str| {
+        let plain = "// F.\nfn f(x: f32) -> f32 { return x; }\n";
+        let helper = format!("// F.\n{helper}fn f(x: f32) -> f32 {{ return subgroupAdd(x); }}\n");
+        let kernel = uses(&format!("//use f\n{own}"));
+        Tree::new(test).twin("demo").kernel("demo", &kernel).helper("f", plain).helper("f_subgroup", &helper)
+    };
+    let sizes = |tree: Tree| -> Vec<String> {
+        let code = tree.gate().unwrap();
+        code.lines()
+            .filter_map(|line| line.trim().strip_prefix("subgroup_size: "))
+            .map(str::to_owned)
+            .collect()
+    };
+    assert_eq!(sizes(tree("subgroup_any", "", "")), ["0,", "0,"], "of any size");
+    assert_eq!(sizes(tree("subgroup_8", "", "//subgroups of 8\n")), ["0,", "8,"], "the variant alone");
+
+    let fault = |test, own, helper, want: &str| {
+        assert_eq!(tree(test, own, helper).gate().unwrap_err(), [want], "{own:?}, {helper:?}");
+    };
+    let place = "wgsl/f_subgroup.wgsl:2:1";
+    let number = format!("{place}: `many` invocations: invalid digit found in string");
+    fault("subgroup_many", "", "//subgroups of many\n", &number);
+    let late = "wgsl/f_subgroup.wgsl:3:1: what is used is named directly after the first line";
+    fault("subgroup_late", "", "\n//subgroups of 8\n", late);
+    let portable = "kernels/demo/demo.wgsl:3:1: subgroups are for a variant with the word `subgroup`";
+    fault("subgroup_portable", "//subgroups of 8\n", "", portable);
+}
+
+#[test]
 fn faults_of_helpers_are_where_they_are() {
     let tree = |test| Tree::new(test).twin("demo").kernel("demo", &uses("//use a\n//use b\n"));
     let a = "// A.\n\nfn g(x: f32) -> f32 { return x; }\n";
@@ -515,7 +545,7 @@ fn uses_lead_to_helpers() {
     );
     assert_eq!(
         tree("late_use", "//use f\n// Words.\n//use g\n").helper("f", f).gate().unwrap_err(),
-        ["kernels/demo/demo.wgsl:4:1: a helper is named directly after the first line"],
+        ["kernels/demo/demo.wgsl:4:1: what is used is named directly after the first line"],
         "late"
     );
     let circle = tree("circle", "//use f\n")

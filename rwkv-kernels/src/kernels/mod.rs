@@ -37,8 +37,6 @@ pub mod wkv7_chunked_factors;
 pub mod wkv7_fours;
 pub mod wkv7_scan;
 
-use crate::Kernel;
-
 #[cfg(test)]
 #[cfg(feature = "gpu")]
 mod heads;
@@ -48,12 +46,6 @@ mod intervals;
 #[cfg(test)]
 #[cfg(feature = "gpu")]
 mod testing;
-
-/// The variants of a kernel for a device whose subgroups have so many invocations at least, where those with subgroups take `needed` for
-/// granted.
-fn of_subgroups(all: &[Kernel], needed: u32, subgroup: u32) -> impl Iterator<Item = &Kernel> + Clone {
-    all.iter().filter(move |kernel| !kernel.features.subgroup || subgroup >= needed)
-}
 
 /// Workgroups of one dispatch along one dimension, at most: the default limit of WebGPU.
 const MAX_GROUPS: u32 = 65_535;

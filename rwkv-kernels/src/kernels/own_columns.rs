@@ -3,18 +3,9 @@
 use rwkv_core::quant::{BLOCK, Format};
 
 use super::weights;
-use crate::Kernel;
 
 /// Elements of weights that a lane reads at once.
 const AT_ONCE: usize = 8;
-
-/// Invocations that the variants with subgroups take for granted in one.
-pub const SUBGROUP: u32 = 8;
-
-/// Those of a kernel's variants that are for devices whose subgroups have so many invocations at least.
-pub fn variants(all: &[Kernel], subgroup: u32) -> impl Iterator<Item = &Kernel> + Clone {
-    super::of_subgroups(all, SUBGROUP, subgroup)
-}
 
 /// How a workgroup is divided among rows of a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,18 +45,9 @@ impl Teams {
     }
 }
 
-/// The variants for the device of the tests.
-#[cfg(test)]
-#[cfg(feature = "gpu")]
-pub(super) fn variants_here(all: &[Kernel]) -> Vec<Kernel> {
-    let subgroup = crate::gpu::device_for_tests().map_or(0, |device| device.info().subgroup_min_size);
-    variants(all, subgroup).copied().collect()
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{SUBGROUP, Teams, variants};
-    use crate::kernels::mix_in;
+    use super::Teams;
 
     #[test]
     fn rows_have_lanes_enough() {
@@ -84,13 +66,5 @@ mod tests {
         }
         let of = |columns| Teams::new(512, Some(columns)).row_lanes;
         assert_eq!([96, 256, 1024, 1056, 2560, 4096].map(of), [8, 8, 32, 64, 96, 128], "for whole subgroups");
-    }
-
-    #[test]
-    fn subgroups_must_be_large_enough() {
-        let suffixes =
-            |subgroup| variants(mix_in::VARIANTS, subgroup).map(|of| of.suffix).collect::<Vec<_>>();
-        assert_eq!(suffixes(SUBGROUP - 1), [""], "too few");
-        assert_eq!(suffixes(SUBGROUP), ["", "subgroup"], "enough");
     }
 }

@@ -1,11 +1,12 @@
 // Sums of up to eight values over neighbouring lanes, in subgroups: the variant of `fold.wgsl`.
 //use reduce
+//subgroups of 8
 //
 // Of two values a lane keeps one and gives its neighbour the other, which does so the other way round. Eight become one to a
 // lane in seven such exchanges; by themselves they would take three each.
 //
-// As in `reduce_subgroup.wgsl` subgroups are full, and nothing is assumed of how invocations fall into them. They have eight
-// invocations at least. The order of a sum is fixed.
+// As in `reduce_subgroup.wgsl` subgroups are full, and nothing is assumed of how invocations fall into them. The order of a sum
+// is fixed.
 
 // Which of the workgroup's lanes this is, those of a subgroup one after the other.
 fn place_of(lane: Lane) -> u32 {

@@ -90,24 +90,29 @@ struct Adapter {
     teams: u32,
 }
 
+// Where the groups for w, a and v end; those for g are the rest.
+fn ends_of_groups() -> vec3<u32> {
+    let w_end = params.groups_w;
+    let a_end = w_end + params.groups_a;
+    return vec3(w_end, a_end, a_end + params.groups_v);
+}
+
 fn adapter_of(g: u32, l: u32) -> Adapter {
     let team = l / 8u;
-    let a_groups = params.groups_w;
-    let v_groups = a_groups + params.groups_a;
-    let g_groups = v_groups + params.groups_v;
+    let ends = ends_of_groups();
     let a_start = params.rank_w;
     let v_start = a_start + params.rank_a;
     let g_start = v_start + params.rank_v;
-    if g < a_groups {
+    if g < ends.x {
         return Adapter(0u, params.rank_w, team, 8u * params.groups_w);
     }
-    if g < v_groups {
-        return Adapter(a_start, params.rank_a, team - 8u * a_groups, 8u * params.groups_a);
+    if g < ends.y {
+        return Adapter(a_start, params.rank_a, team - 8u * ends.x, 8u * params.groups_a);
     }
-    if g < g_groups {
-        return Adapter(v_start, params.rank_v, team - 8u * v_groups, 8u * params.groups_v);
+    if g < ends.z {
+        return Adapter(v_start, params.rank_v, team - 8u * ends.y, 8u * params.groups_v);
     }
-    return Adapter(g_start, params.rank_g, team - 8u * g_groups, 8u * (GROUPS - g_groups));
+    return Adapter(g_start, params.rank_g, team - 8u * ends.z, 8u * (GROUPS - ends.z));
 }
 
 // Second factors for eight channels of the head, of AHEAD ranks of a team.
@@ -174,9 +179,6 @@ fn operands_of(row: u32, is_first: bool, head: u32, own: Vectors, i: u32, g: u32
     if params.first_layer == 0u {
         first = v_first[row * width + channel];
     }
-    let a_groups = params.groups_w;
-    let v_groups = a_groups + params.groups_a;
-    let g_groups = v_groups + params.groups_v;
     if LORA_UP {
         lora_up(row, is_first, head, adapter_of(g, l), l);
         workgroupBarrier();
@@ -191,11 +193,12 @@ fn operands_of(row: u32, is_first: bool, head: u32, own: Vectors, i: u32, g: u32
     if g == 0u {
         var lora = vec4(0.0);
         if LORA_UP {
+            let ends = ends_of_groups();
             lora = vec4(
-                lora_of(0u, a_groups, i),
-                lora_of(a_groups, v_groups, i),
-                lora_of(v_groups, g_groups, i),
-                lora_of(g_groups, GROUPS, i),
+                lora_of(0u, ends.x, i),
+                lora_of(ends.x, ends.y, i),
+                lora_of(ends.y, ends.z, i),
+                lora_of(ends.z, GROUPS, i),
             );
         } else {
             let at = row * 4u * width + channel;

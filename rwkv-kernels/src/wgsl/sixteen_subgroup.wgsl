@@ -1,7 +1,7 @@
 // Exchanges among teams of 16 invocations of a subgroup: the variant of `sixteen.wgsl`.
+//subgroups of 16
 //
-// It is for devices whose subgroups have 16 invocations at least. As in `reduce_subgroup.wgsl` they are full, and nothing is
-// assumed of how invocations fall into them.
+// As in `reduce_subgroup.wgsl` they are full, and nothing is assumed of how invocations fall into them.
 
 override STAGE: u32 = 16u;
 

@@ -222,20 +222,15 @@ impl ScanKernels {
 /// heads, 244 for 422 with 32, 361 for 541 with 64; 512 tokens: 57 for 111 with 16. Of prompts side by side, with as few tokens staged
 /// as there can be: 8 of 512 tokens and 32 heads 362 for 370 with more, 32 of 64 tokens 201 for 222.
 fn fours(device: &Device, setup: &Setup) -> Result<Vec<(Fours, Pipeline)>, Error> {
-    let (subgroup, has) = (device.info().subgroup_min_size, device.capabilities());
-    if setup.wkv.is_some() || setup.batch_invariant || !setup.state.is_plain() || !has.features.subgroup {
-        return Ok(Vec::new());
-    }
-    let kernels = wkv7_fours::variants(subgroup)
-        .filter(|kernel| kernel.features.subgroup && has.cover(&kernel.needs()));
-    if kernels.clone().next().is_none() {
+    let kernel = best(device, wkv7_fours::VARIANTS)?;
+    if setup.wkv.is_some() || setup.batch_invariant || !setup.state.is_plain() || !kernel.features.subgroup {
         return Ok(Vec::new());
     }
     let compiled = |of: Fours| {
         let overrides = [("ROWS", f64::from(count(of.rows_each))), ("STAGE", f64::from(count(of.stage)))];
-        Ok((of, compile(device, kernels.clone(), &overrides)?))
+        Ok((of, compile(device, [kernel], &overrides)?))
     };
-    Fours::all(has.workgroup_bytes as usize).into_iter().map(compiled).collect()
+    Fours::all(device.capabilities().workgroup_bytes as usize).into_iter().map(compiled).collect()
 }
 
 /// What is in the place of `wkv7_scan` by chunks.

@@ -3,7 +3,7 @@
 use rwkv_core::ModelConfig;
 use rwkv_core::quant;
 use rwkv_kernels::gpu::Device;
-use rwkv_kernels::kernels::own_columns::{self, Teams};
+use rwkv_kernels::kernels::own_columns::Teams;
 use rwkv_kernels::kernels::weights as stored;
 use rwkv_kernels::kernels::{channel_mix_value, linear, mix_in, time_mix_resident};
 use rwkv_kernels::pipeline::Pipeline;
@@ -65,7 +65,7 @@ impl StepKernels {
         Ok(Some(Self {
             mix_in: compile(
                 device,
-                own_columns::variants(mix_in::VARIANTS, device.info().subgroup_min_size),
+                mix_in::VARIANTS,
                 &[&mix_teams.overrides()[..], &[("WIDTH", f(width)), formats]].concat(),
             )?,
             time_mix: held.compile(device, heads_lanes, true, !setup.norm_apart(), None)?,
@@ -103,8 +103,7 @@ const MOST_ROWS: u32 = 1 << 16;
 /// `linear`, and outputs to a workgroup of it.
 pub(super) fn linear_of(device: &Device) -> Result<(Pipeline, u32), Error> {
     let teams = Teams::new(lanes(device)(256), None);
-    let variants = own_columns::variants(linear::VARIANTS, device.info().subgroup_min_size);
-    Ok((compile(device, variants, &teams.overrides())?, count(teams.rows_at_once(None))))
+    Ok((compile(device, linear::VARIANTS, &teams.overrides())?, count(teams.rows_at_once(None))))
 }
 
 /// The same for the square matrix of a layer's output, compiled in. A workgroup has as many outputs as it multiplies at once, or so many
@@ -122,8 +121,7 @@ fn output_of(
     let tile = count(width.div_ceil(groups as usize).next_multiple_of(step));
     let known = [("INPUTS", count(width).into()), ("OUTPUTS", count(width).into()), ("TILE", tile.into())];
     let overrides = [&teams.overrides()[..], &known, &[stored::formats(formats.iter().copied())]].concat();
-    let variants = own_columns::variants(linear::VARIANTS, device.info().subgroup_min_size);
-    Ok((compile(device, variants, &overrides)?, tile))
+    Ok((compile(device, linear::VARIANTS, &overrides)?, tile))
 }
 
 /// Lanes of kernels that need 32 to 64 bytes of workgroup memory for each, as `time_mix` and `channel_mix_value` do.

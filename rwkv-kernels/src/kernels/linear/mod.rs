@@ -49,8 +49,7 @@ pub enum Error {
     },
 }
 
-/// The parameters and workgroups of a call, `tile` outputs to a workgroup. The pipeline must be of the
-/// [`variants`](super::own_columns::variants) for the device's subgroups, with the overrides of
+/// The parameters and workgroups of a call, `tile` outputs to a workgroup. The pipeline must have the overrides of
 /// [`Teams`](super::own_columns::Teams). Its overrides `INPUTS`, `OUTPUTS` and `TILE`,
 /// those that are not zero, must be the inputs, the outputs and `tile`.
 ///

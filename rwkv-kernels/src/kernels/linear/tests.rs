@@ -8,7 +8,7 @@ use super::{Dims, Error, VARIANTS, lower};
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::MAX_GROUPS;
 use crate::kernels::intervals::{FORMATS, Interval, Weights, exact, floats, held, of_lanes};
-use crate::kernels::own_columns::{Teams, variants_here};
+use crate::kernels::own_columns::Teams;
 use crate::kernels::testing::{bits as words, wide};
 use crate::kernels::weights::formats;
 use crate::pipeline::Pipeline;
@@ -73,7 +73,7 @@ fn agrees_with_its_twin() {
         [(64u32, 8u32), (64, 64), (128, 32), (256, 8), (256, 24), (512, 32), (512, 128), (1024, 64)]
     {
         let overrides = [("LANES", lanes.into()), ("ROW_LANES", row_lanes.into()), formats(FORMATS)];
-        let variants = variants_for_tests(&of_lanes(&variants_here(VARIANTS), lanes), &overrides);
+        let variants = variants_for_tests(&of_lanes(VARIANTS, lanes), &overrides);
         let config = ProptestConfig { cases: 24, ..ProptestConfig::with_source_file(file!()) };
         let extents = (1..=3usize, 1..=70usize, 1..=150usize, any::<bool>());
         let format = prop::sample::select(&FORMATS);
@@ -102,9 +102,7 @@ fn with_known_extents_it_agrees_with_its_twin() {
             let bounds = case.bounds();
             let known = [formats([format]), ("INPUTS", inputs.into()), ("OUTPUTS", 37.0), ("TILE", 17.0)];
             let teams = Teams::new(256, Some(inputs.into())).overrides();
-            for (device, kernel) in
-                variants_for_tests(&variants_here(VARIANTS), &[&teams[..], &known].concat())
-            {
+            for (device, kernel) in variants_for_tests(VARIANTS, &[&teams[..], &known].concat()) {
                 let got = case.run(device, &kernel, 17);
                 let what = format!("{}, {format:?}, {inputs} inputs", kernel.kernel().label());
                 held(&what, &got, &bounds).unwrap();
@@ -117,7 +115,7 @@ fn with_known_extents_it_agrees_with_its_twin() {
 /// What is no number, or infinite, gives no number rather than a wrong one, whatever the weights are.
 #[test]
 fn no_number_gives_no_number() {
-    let variants = variants_for_tests(&variants_here(VARIANTS), &[formats(FORMATS)]);
+    let variants = variants_for_tests(VARIANTS, &[formats(FORMATS)]);
     for format in FORMATS {
         let case = Case::draw(Dims { rows: 4, inputs: 320, outputs: 9, accumulate: true, format }, 5);
         for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
@@ -137,7 +135,7 @@ fn no_number_gives_no_number() {
 /// The numerics contract: a row has its bits whatever is beside it, and an output whatever the tile.
 #[test]
 fn rows_and_tiles_do_not_matter() {
-    let variants = variants_for_tests(&variants_here(VARIANTS), &[]);
+    let variants = variants_for_tests(VARIANTS, &[]);
     let case = Case::draw(Dims { rows: 3, inputs: 328, outputs: 61, accumulate: true, format: None }, 3);
     for (device, kernel) in &variants {
         let all = words(&case.run(device, kernel, 17));

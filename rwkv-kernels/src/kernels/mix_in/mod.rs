@@ -108,8 +108,8 @@ pub fn rows_of_tile(format: Option<Format>, tile: u32) -> usize {
 
 /// The parameters, tiles and workgroups for a stack of matrices, `tile` [rows in halves](rows_of_tile) to a workgroup.
 ///
-/// The pipeline must be of the [`variants`](super::own_columns::variants) for the device's subgroups, with the overrides of
-/// [`Teams`](super::own_columns::Teams) for the width, of 64 lanes at least and no less than a sixteenth of it, and `WIDTH`, the width. Records are addressed in 32 bits: the caller keeps the buffer within what a binding can be.
+/// The pipeline must have the overrides of [`Teams`](super::own_columns::Teams) for the width, of 64 lanes at least and no less than a
+/// sixteenth of it, and `WIDTH`, the width. Records are addressed in 32 bits: the caller keeps the buffer within what a binding can be.
 ///
 /// # Errors
 ///

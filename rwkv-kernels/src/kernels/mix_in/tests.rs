@@ -12,7 +12,6 @@ use super::{Dims, Error, NONE, Stacked, Tile, VARIANTS, lower};
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::MAX_GROUPS;
 use crate::kernels::intervals::{FORMATS, Interval, Sum, Weights, below, exact, floats, held, of_lanes};
-use crate::kernels::own_columns::variants_here;
 use crate::kernels::testing::{bits as words, wide};
 use crate::kernels::weights::formats;
 use crate::pipeline::Pipeline;
@@ -211,7 +210,7 @@ fn agrees_with_its_twin() {
             ("WIDTH", width.into()),
             formats(FORMATS),
         ];
-        let variants = variants_for_tests(&of_lanes(&variants_here(VARIANTS), lanes), &overrides);
+        let variants = variants_for_tests(&of_lanes(VARIANTS, lanes), &overrides);
         let config = ProptestConfig { cases: 24, ..ProptestConfig::with_source_file(file!()) };
         proptest!(config, |(head in prop::bool::weighted(0.2), seed: u64)| {
             let case = Case::draw(usize::from(width), head, seed);
@@ -223,7 +222,7 @@ fn agrees_with_its_twin() {
 /// An output has its bits whatever the tiles, and whatever is stacked beside it.
 #[test]
 fn tiles_and_neighbours_do_not_matter() {
-    let variants = variants_for_tests(&variants_here(VARIANTS), &[("WIDTH", 192.0), formats(FORMATS)]);
+    let variants = variants_for_tests(VARIANTS, &[("WIDTH", 192.0), formats(FORMATS)]);
     for seed in 0..8 {
         let mut case = Case::draw(192, false, seed);
         for (device, kernel) in &variants {

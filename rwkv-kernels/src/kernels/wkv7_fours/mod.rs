@@ -13,7 +13,6 @@ pub use super::wkv7_chunked::Dims;
 use super::wkv7_chunked::lowered;
 use super::wkv7_scan::OPERANDS;
 pub use super::wkv7_scan::{HEAD_SIZE, Segment};
-use crate::Kernel;
 pub use crate::reflected::wkv7_fours::{Params, VARIANTS};
 
 /// Rows of a state to a workgroup: what `ROWS` is overridden with. The fewer, the more workgroups share a head.
@@ -27,14 +26,6 @@ const _: () = assert!(
     STAGES[0].is_multiple_of(16) && STAGES[1].is_multiple_of(16),
     "the kernel takes four groups of four tokens at a time"
 );
-
-/// Invocations that the variant with subgroups takes for granted in one.
-pub const SUBGROUP: u32 = 16;
-
-/// The variants for a device whose subgroups have so many invocations at least.
-pub fn variants(subgroup: u32) -> impl Iterator<Item = &'static Kernel> + Clone {
-    super::of_subgroups(VARIANTS, SUBGROUP, subgroup)
-}
 
 /// Workgroup memory of the variant with subgroups.
 #[must_use]
