@@ -339,7 +339,7 @@ fn memory(engine: &Engine) -> String {
 }
 
 /// Bytes a second that a copy on the device reads and writes: the ceiling of kernels.
-fn copies(adapter: Option<String>) -> anyhow::Result<f64> {
+pub(crate) fn copies(adapter: Option<String>) -> anyhow::Result<f64> {
     let mut copy = gpu_copy(adapter)?;
     let begun = Instant::now();
     let mut best = copy.rate()?;

@@ -22,6 +22,7 @@ mod speed;
 mod state_speed;
 mod states;
 mod table;
+mod tiles;
 mod variant;
 mod weights;
 
@@ -60,6 +61,8 @@ enum Part {
     StateSpeed(state_speed::StateSpeedArgs),
     /// What every way to hold a state costs in quality, on the bundled model.
     States(states::StatesArgs),
+    /// Every tile of `matmul` at the products of a layer, each by itself.
+    Tiles(tiles::TilesArgs),
     /// What quantised weights cost in quality and take in memory, on the bundled model.
     Weights(weights::WeightsArgs),
 }
@@ -95,6 +98,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         Some(Part::Profile(args)) => gpu::profile(args),
         Some(Part::StateSpeed(args)) => state_speed::report(args),
         Some(Part::States(args)) => states::report(args),
+        Some(Part::Tiles(args)) => tiles::report(args),
         Some(Part::Weights(args)) => weights::report(args),
         Some(Part::Cpu(args)) => cpu(args),
     }

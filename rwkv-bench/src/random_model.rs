@@ -48,6 +48,11 @@ impl Shape {
     const fn new(name: &'static str, layers: usize, width: usize, ranks: [usize; 4]) -> Self {
         Self { name, layers, width, ranks }
     }
+
+    /// D.
+    pub(crate) const fn width(&self) -> usize {
+        self.width
+    }
 }
 
 /// A tensor that is made when it is written. Values are uniform, of the deviation and around the mean given.

@@ -19,7 +19,8 @@ usage: cargo xtask VERB
   ci                formatting, lints, docs, tidy, then `test`: what a change must pass
   bench [ARGS..]    what each optimisation brings and costs here: --model, --device, --rows, --batch,
                     --length, --quick, --peer web-rwkv, --compare OLD.json; or a part of rwkv-bench:
-                    `cpu`, `gpu`, `weights`, `states`, `state-speed`, `growth`, `chunks`, each with --help
+                    `cpu`, `gpu`, `weights`, `states`, `state-speed`, `growth`, `chunks`, `tiles`, each with
+                    --help
   quality [ARGS..]  how well a model predicts, in any way to run it: --model, --text, --last-words,
                     --with SETTINGS, ..; ARGS go to `rwkv-bench quality`
   profile [ARGS..]  time every dispatch of a model on the GPU; ARGS go to `rwkv-bench profile`:
