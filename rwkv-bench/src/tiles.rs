@@ -1,8 +1,10 @@
 //! Every tile of `matmul` at the products of a layer, each by itself: which is fastest for how many rows, and how near memory's rate.
 //!
 //! A product is first compared with sums in double precision, then timed by the difference of a long and a short chain of dispatches that
-//! wait for each other, each of other weights. In a ring, as many pipelines take turns, which do the same but have code of their own: a
-//! processor that keeps less code than that reads it anew at each dispatch, as it does in an engine whose layer has more.
+//! wait for each other, each of other weights. In a ring, several pipelines (`--ring`) take turns, which do the same but have code of their
+//! own: a processor that keeps less code than that reads it anew at each dispatch, as it does in an engine whose layer has more.
+//!
+//! Products take the place of what is there as they are, whatever an engine makes of them.
 
 use std::thread;
 use std::time::Instant;
@@ -34,13 +36,13 @@ pub(crate) struct TilesArgs {
     #[arg(long, value_delimiter = ',', default_value = "1.5B")]
     shapes: Vec<String>,
     /// Rows.
-    #[arg(long, value_delimiter = ',', default_value = "32,128")]
-    rows: Vec<usize>,
+    #[arg(long, value_delimiter = ',', default_value = "32,128", value_parser = clap::value_parser!(u32).range(1..))]
+    rows: Vec<u32>,
     /// What the matrices are in: f16, int8 or int4.
     #[arg(long, value_delimiter = ',', default_value = "f16", value_parser = format_of)]
     weights: Vec<Weights>,
     /// Pipelines of a ring.
-    #[arg(long, default_value_t = 12)]
+    #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..=256))]
     ring: u32,
     /// The GPU: part of its name, or its number.
     #[arg(long)]
@@ -65,17 +67,21 @@ struct Product {
     inputs: usize,
     outputs: usize,
     transposed: bool,
-    /// Among how many jobs its inputs are divided, as those of few rows are that are added to the residual stream.
+    /// Among how many jobs its inputs are divided.
     parts: usize,
 }
 
-fn products(width: usize) -> [Product; 4] {
+/// Rows up to which an engine divides the inputs of products that it adds to the residual stream.
+const FEW: usize = 256;
+
+fn products(width: usize, rows: usize) -> [Product; 4] {
+    let few = if rows <= FEW { 4 } else { 1 };
     let of = |name, inputs, outputs, transposed, parts| Product { name, inputs, outputs, transposed, parts };
     [
         of("r k v", width, 3 * width, false, 1),
-        of("output", width, width, false, 4),
+        of("output", width, width, false, few),
         of("key", width, 4 * width, false, 1),
-        of("value", 4 * width, width, true, 4),
+        of("value", 4 * width, width, true, few),
     ]
 }
 
@@ -94,26 +100,31 @@ const COMPARED: usize = 400;
 
 #[expect(clippy::print_stdout, reason = "the report")]
 pub(crate) fn report(args: &TilesArgs) -> anyhow::Result<()> {
+    let named = |shape: &String| Ok((shape.clone(), shape_of(shape)?.width()));
+    let shapes = args.shapes.iter().map(named).collect::<anyhow::Result<Vec<_>>>()?;
     let device = Device::open_with(&Request { adapter: args.adapter.clone(), ..Request::default() })?;
     let copied = copies(args.adapter.clone())? / 1e9;
     println!("{}, {copied:.0} GB/s are copied", device.name());
     let ring = format!("us, {} in turns", args.ring);
     let mut table = Table::new(&["product", "in", "rows", "tile", "off", "us", &ring, "GB/s", "of copies"]);
-    for shape in &args.shapes {
-        for product in products(shape_of(shape)?.width()) {
-            for &Weights(format) in &args.weights {
-                for &rows in &args.rows {
+    // What was measured is shown, whatever went wrong then.
+    let done = shapes.iter().try_for_each(|(shape, width)| {
+        args.rows.iter().try_for_each(|&rows| {
+            let rows = rows as usize;
+            products(*width, rows)
+                .into_iter()
+                .flat_map(|product| args.weights.iter().map(move |&Weights(format)| (product, format)))
+                .try_for_each(|(product, format)| {
                     let operands = Operands::new(&device, product, format, rows)?;
                     for tile in tiles(&device, rows) {
-                        let row = measure(&device, &operands, tile, args.ring)
+                        let Measured { error, one, ring } = measure(&device, &operands, tile, args.ring)
                             .with_context(|| format!("{shape}, {}, {rows} rows, {tile:?}", product.name))?;
-                        let Measured { error, one, ring } = row;
                         let rate = operands.bytes as f64 / one / 1e9;
                         table.push(vec![
                             format!("{shape} {}", product.name),
                             format.map_or("f16", Format::name).to_owned(),
                             rows.to_string(),
-                            described(tile),
+                            described(tile, format),
                             format!("{error:.0e}"),
                             format!("{:.2}", 1e6 * one),
                             ring.map_or_else(String::new, |ring| format!("{:.2}", 1e6 * ring)),
@@ -121,15 +132,15 @@ pub(crate) fn report(args: &TilesArgs) -> anyhow::Result<()> {
                             format!("{:.0} %", 100.0 * rate / copied),
                         ]);
                     }
-                }
-            }
-        }
-    }
+                    anyhow::Ok(())
+                })
+        })
+    });
     println!("{}", table.text(args.markdown));
-    Ok(())
+    done
 }
 
-/// Those that are not mostly without rows.
+/// Of cooperative matrices, those that are not mostly without rows.
 fn tiles(device: &Device, rows: usize) -> Vec<Tile> {
     let coop = device.capabilities().features.coop;
     let all = if coop { [&COOP_TILES_UNSPLIT[..1], &COOP_TILES].concat() } else { TILES.to_vec() };
@@ -137,9 +148,11 @@ fn tiles(device: &Device, rows: usize) -> Vec<Tile> {
     all.into_iter().filter(|tile| !coop || tile.rows as usize <= most).collect()
 }
 
-fn described(tile: Tile) -> String {
+fn described(tile: Tile, format: Option<Format>) -> String {
     let Tile { rows, cols, coop } = tile;
-    let parts = coop.map(|Coop { split, step, ahead, .. }| format!(" by {split}, {ahead:?} of {step} ahead"));
+    let parts = coop.map(|Coop { split, step, ahead, .. }| {
+        format!(" by {split}, {} of {step} ahead", ahead[usize::from(format.is_some())])
+    });
     format!("{rows} x {cols}{}", parts.unwrap_or_default())
 }
 
@@ -215,6 +228,9 @@ impl Operands {
             weights.push(copy);
         }
         device.queue().submit([encoder.finish()]);
+        let y_bytes = (parts * rows * outputs * size_of::<f32>()) as u64;
+        let most = device.device().limits().max_buffer_size;
+        ensure!(y_bytes <= most, "{rows} rows have {y_bytes} bytes of outputs, a buffer has {most} at most");
         let y = buffer(bytemuck::cast_slice(&vec![f32::NAN; parts * rows * outputs]));
         let doubles = |of: &mut dyn Iterator<Item = f32>| of.map(f64::from).collect();
         Ok(Self {
@@ -264,16 +280,17 @@ impl Operands {
     }
 
     /// How far the product that is in `y` is from that in double precision, of the sum of the sizes of what is added.
-    fn verify(&self, device: &Device) -> anyhow::Result<f64> {
+    fn verify(&self, device: &Device, tile: Tile) -> anyhow::Result<f64> {
         let Product { inputs, outputs, parts, .. } = self.product;
         let got = read(device, &self.y)?;
         ensure!(got.iter().all(|y| y.is_finite()), "the product is not all there");
-        // Decoded weights are rounded to halves, and each addition to single precision.
-        let limit = (inputs + parts) as f64 * 2f64.powi(-24)
-            + if self.format.is_some() { 2f64.powi(-11) } else { 0.0 };
+        // Decoded weights are rounded to halves, and an addition of cooperative matrices may lose a unit of single precision.
+        let added = inputs + parts + tile.coop.map_or(0, |of| of.split as usize);
+        let rounded = if self.format.is_some() { 2f64.powi(-11) } else { 0.0 };
+        let limit = added as f64 * 2f64.powi(-23) + rounded;
         let mut worst = 0f64;
         for i in 0..COMPARED {
-            let (t, o) = (i * 7 % self.rows, i * 131 % outputs);
+            let (t, o) = (i % self.rows, i * 131 % outputs);
             let terms = |k: usize| self.weight(k, o) * self.x[t * inputs + k];
             let want: f64 = (0..inputs).map(terms).sum();
             let size: f64 = (0..inputs).map(|k| terms(k).abs()).sum();
@@ -311,21 +328,21 @@ fn measure(device: &Device, of: &Operands, tile: Tile, ring: u32) -> anyhow::Res
     let params = table(bytemuck::bytes_of(&params), wgpu::BufferUsages::UNIFORM);
     let records = table(bytemuck::cast_slice(&records), wgpu::BufferUsages::STORAGE);
 
-    // What only cooperative matrices can be compiled for makes pipelines differ.
-    let pipelines = compile(device, of, tile, &jobs, if tile.coop.is_some() { ring.max(1) } else { 1 })?;
-    let bind = |i: usize| {
-        let weights = &of.weights[i % of.weights.len()];
-        let all = [&params, &records, weights, &of.x_buffer, &of.y];
-        let pipeline = &pipelines[i % pipelines.len()];
+    // Pipelines differ in an override that only the variant with cooperative matrices has.
+    let pipelines = compile(device, of, tile, &jobs, if tile.coop.is_some() { ring } else { 1 })?;
+    let bind = |pipeline: usize, weights: usize| {
+        let all = [&params, &records, &of.weights[weights], &of.x_buffer, &of.y];
+        let pipeline = &pipelines[pipeline];
         anyhow::Ok((
             pipeline,
             pipeline.bind(device.device(), all.map(wgpu::Buffer::as_entire_buffer_binding))?,
         ))
     };
-    let many = (0..of.weights.len() * pipelines.len()).map(bind).collect::<anyhow::Result<Vec<_>>>()?;
-    let one: Vec<_> = many.iter().step_by(pipelines.len()).collect();
-    let many: Vec<_> = many.iter().collect();
-    let run = |of: &[&(&Pipeline, wgpu::BindGroup)], n: usize| {
+    let n = of.weights.len();
+    let one = (0..n).map(|i| bind(0, i)).collect::<anyhow::Result<Vec<_>>>()?;
+    let turns = |i: usize| bind(i % pipelines.len(), i % n);
+    let many = (0..n * pipelines.len()).map(turns).collect::<anyhow::Result<Vec<_>>>()?;
+    let run = |of: &[(&Pipeline, wgpu::BindGroup)], n: usize| {
         let mut encoder = encoder(device);
         {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
@@ -339,8 +356,8 @@ fn measure(device: &Device, of: &Operands, tile: Tile, ring: u32) -> anyhow::Res
     };
     device.queue().write_buffer(&of.y, 0, &vec![0xff; usize::try_from(of.y.size())?]);
     run(&many, 1)?;
-    let error = of.verify(device)?;
-    let each = |of: &[&(&Pipeline, wgpu::BindGroup)]| {
+    let error = of.verify(device, tile)?;
+    let each = |of: &[(&Pipeline, wgpu::BindGroup)]| {
         // Drivers that run on the CPU are not to be timed, but to be gone through.
         let (repeats, [short, long]) = if device.is_gpu() { (REPEATS, CHAINS) } else { (1, [1, 2]) };
         run(of, long)?;
@@ -356,7 +373,10 @@ fn measure(device: &Device, of: &Operands, tile: Tile, ring: u32) -> anyhow::Res
     Ok(Measured { error, one: each(&one)?, ring })
 }
 
-/// As many pipelines that differ in a constant, of which nothing depends.
+/// Rows of the tile for which the engine compiles pipelines for what becomes of a product alone.
+const LONG: u32 = 128;
+
+/// So many pipelines, which differ in a constant on which nothing depends.
 fn compile(
     device: &Device,
     of: &Operands,
@@ -365,16 +385,16 @@ fn compile(
     n: u32,
 ) -> anyhow::Result<Vec<Pipeline>> {
     let kernel = choose(tile.variants(), &device.capabilities()).ok_or_else(|| anyhow!("no variant"))?;
+    let long = tile.rows >= LONG;
+    let kinds = if long { Kinds::of(jobs) } else { Kinds::shared(jobs) };
+    // Of ways to store, or activations, that there are not. That there is one activation alone must be seen.
+    let differs = if long { "STORES" } else { "ACTIVATIONS" };
     let one = |i: u32| {
         let mut overrides = tile.overrides(of.product.transposed, set([of.format]));
         if tile.coop.is_some() {
-            overrides.extend(Kinds::shared(jobs).overrides());
-            // Of activations that there are not.
+            overrides.extend(kinds.overrides());
             let beyond = f64::from(i << 8);
-            overrides
-                .iter_mut()
-                .filter(|(name, _)| *name == "ACTIVATIONS")
-                .for_each(|(_, bits)| *bits += beyond);
+            overrides.iter_mut().filter(|(name, _)| *name == differs).for_each(|(_, bits)| *bits += beyond);
         }
         unchecked(device, kernel, &overrides)
     };

@@ -56,6 +56,10 @@ impl Source {
         let (mut at, mut directly) = (start, true);
         for (i, line) in own.split_inclusive('\n').enumerate() {
             match [USE, SUBGROUPS].map(|opening| line.strip_prefix(opening)) {
+                [None, None] if line.starts_with("//subgroup") => {
+                    let what = format!("what is taken for granted is written `{SUBGROUPS}N`");
+                    joining.faults.push(self.fault(at, &what));
+                }
                 [None, None] => directly &= i == 0,
                 _ if i == 0 || !directly => {
                     let what = "what is used is named directly after the first line";
@@ -71,8 +75,9 @@ impl Source {
     /// Adds what the line at `at` takes for granted.
     fn add_subgroups(&mut self, size: &str, at: usize, joining: &mut Joining<'_>) {
         match size.parse() {
-            _ if !joining.granted.subgroup => {
-                joining.faults.push(self.fault(at, "subgroups are for a variant with the word `subgroup`"));
+            _ if !(joining.granted.subgroup || joining.granted.coop) => {
+                let what = "subgroups are for a variant with the word `subgroup` or `coop`";
+                joining.faults.push(self.fault(at, what));
             }
             Ok(size) => self.subgroup_size = self.subgroup_size.max(size),
             Err(e) => joining.faults.push(self.fault(at, &format!("`{size}` invocations: {e}"))),

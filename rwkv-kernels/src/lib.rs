@@ -119,7 +119,7 @@ pub struct Kernel {
     pub overrides: &'static [Override],
     /// What the WGSL uses beyond the defaults of WebGPU.
     pub features: Features,
-    /// Invocations of a subgroup, at least, that it takes for granted; 0 if none.
+    /// Invocations of a subgroup, at least, that it takes for granted; 0 if it needs no more than the four that WebGPU promises.
     pub subgroup_size: u32,
 }
 
@@ -183,7 +183,7 @@ pub struct Features {
     pub f16: bool,
     /// Subgroup operations.
     pub subgroup: bool,
-    /// Cooperative matrices.
+    /// Cooperative matrices: of 16 by 16 by 16, halves that are summed in single precision, in subgroups of 32 and no others.
     pub coop: bool,
 }
 
@@ -308,7 +308,7 @@ mod tests {
         assert_eq!(of(mix_in::VARIANTS, 8), Some(("subgroup", 8)), "as many as a helper takes");
         assert_eq!(of(wkv7_fours::VARIANTS, 8), Some(("", 0)), "another takes more");
         assert_eq!(of(wkv7_fours::VARIANTS, 16), Some(("subgroup", 16)), "as many as that takes");
-        assert_eq!(of(VARIANTS, 0), Some(("subgroup", 0)), "of any size");
+        assert_eq!(of(VARIANTS, 0), Some(("subgroup", 0)), "of what WebGPU promises");
     }
 
     #[test]

@@ -478,7 +478,20 @@ fn subgroups_are_as_large_as_what_is_used_says() {
     fault("subgroup_many", "", "//subgroups of many\n", &number);
     let late = "wgsl/f_subgroup.wgsl:3:1: what is used is named directly after the first line";
     fault("subgroup_late", "", "\n//subgroups of 8\n", late);
-    let portable = "kernels/demo/demo.wgsl:3:1: subgroups are for a variant with the word `subgroup`";
+    let misspelt = format!("{place}: what is taken for granted is written `//subgroups of N`");
+    fault("subgroup_misspelt", "", "//subgroup of 8\n", &misspelt);
+    let nested = |test, of_f: &str, of_g: &str| {
+        let f = format!("// F.\n//use g\n{of_f}fn f(x: f32) -> f32 {{ return g(x); }}\n");
+        let g = format!("// G.\n{of_g}fn g(x: f32) -> f32 {{ return subgroupAdd(x); }}\n");
+        let plain = "// F.\n//use g\nfn f(x: f32) -> f32 { return g(x); }\n";
+        let tree = tree(test, "", "").helper("f", plain).helper("f_subgroup", &f);
+        tree.helper("g", "// G.\nfn g(x: f32) -> f32 { return x; }\n").helper("g_subgroup", &g)
+    };
+    let [eight, sixteen] = ["//subgroups of 8\n", "//subgroups of 16\n"];
+    assert_eq!(sizes(nested("subgroup_inner", eight, sixteen)), ["0,", "16,"], "the larger of two");
+    assert_eq!(sizes(nested("subgroup_outer", sixteen, eight)), ["0,", "16,"], "whichever names it");
+    let portable =
+        "kernels/demo/demo.wgsl:3:1: subgroups are for a variant with the word `subgroup` or `coop`";
     fault("subgroup_portable", "//subgroups of 8\n", "", portable);
 }
 

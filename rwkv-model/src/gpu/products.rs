@@ -17,14 +17,15 @@ use rwkv_kernels::pipeline::Pipeline;
 use super::pipelines::{PROCESSORS, best, compile};
 use super::{Error, count};
 
-/// Invocations that keep such a GPU busy. With fewer in a dispatch, a smaller tile is faster.
+/// Invocations that keep such a GPU busy: with so many in a dispatch, any tile is taken.
 const FILL: u32 = PROCESSORS * 174;
 
-/// Workgroups that do so too, in tiles whose parts are of one subgroup: one for nearly every processor. On an H100, 64 rows of 2,048 inputs
+/// Workgroups that are enough in tiles whose parts are of one subgroup: one for nearly every processor. On an H100, 64 rows of 2,048 inputs
 /// and 8,192 outputs: 26 us in 128 workgroups of 64 x 64, 31 in 512 of 32 x 32.
 const MOST_PROCESSORS: u32 = PROCESSORS * 15 / 16;
 
-/// Workgroups of other tiles: with fewer a smaller tile is no slower by itself, but of another pipeline than the layer's other products.
+/// Workgroups that are enough in narrow tiles whose parts several subgroups share. In a smaller tile such a product would take as long by
+/// itself, but have another pipeline than the layer's other products.
 const ENOUGH: u32 = PROCESSORS * 3 / 4;
 
 /// Subgroups that share a part in the wide tiles for few rows, of which a processor needs more than one. On an H200, 32 rows of 4,096
@@ -76,26 +77,8 @@ impl Multiplies {
     }
 
     /// The tile for products of so many rows, and for what becomes of them.
-    ///
-    /// Of cooperative matrices, the largest that leaves no processor idle and is not mostly without rows, or else the
-    /// smallest.
     pub(super) fn tile(&self, rows: u32, jobs: &[matmul::Job], transposed: bool) -> Multiply {
-        let rows = Self::class(rows);
-        let fits = |tile: &matmul::Tile| match tile.coop {
-            None => true,
-            Some(of) => {
-                let cols: u32 = jobs.iter().map(|job| count(job.outputs).div_ceil(tile.cols)).sum();
-                let groups = cols.saturating_mul(rows.div_ceil(tile.rows));
-                let enough = match of.split {
-                    1 => groups >= MOST_PROCESSORS,
-                    WIDE_SPLIT => false,
-                    _ => groups >= ENOUGH,
-                };
-                enough || groups.saturating_mul(tile.lanes()) >= FILL
-            }
-        };
-        let mut of_rows = self.tiles.iter().filter(|tile| tile.rows <= rows);
-        let tile = *of_rows.rfind(|tile| fits(tile)).unwrap_or(&self.tiles[0]);
+        let tile = tile_of(self.tiles, Self::class(rows), jobs);
         let formats = stored::set(jobs.iter().map(|job| job.format));
         let kinds = if tile.rows < LONG { matmul::Kinds::shared(jobs) } else { matmul::Kinds::of(jobs) };
         Multiply { tile, transposed, kinds: tile.coop.map(|_| kinds), formats }
@@ -137,6 +120,28 @@ impl Multiplies {
     }
 }
 
+/// The tile for products of a class of rows.
+///
+/// Of cooperative matrices, the largest of which there are enough (see [`ENOUGH`], [`MOST_PROCESSORS`], [`FILL`]) and that is not mostly
+/// without rows, or else the smallest.
+fn tile_of(tiles: &[matmul::Tile], rows: u32, jobs: &[matmul::Job]) -> matmul::Tile {
+    let fits = |tile: &matmul::Tile| match tile.coop {
+        None => true,
+        Some(of) => {
+            let cols: u32 = jobs.iter().map(|job| count(job.outputs).div_ceil(tile.cols)).sum();
+            let groups = cols.saturating_mul(rows.div_ceil(tile.rows));
+            let enough = match of.split {
+                1 => groups >= MOST_PROCESSORS,
+                WIDE_SPLIT => false,
+                _ => groups >= ENOUGH,
+            };
+            enough || groups.saturating_mul(tile.lanes()) >= FILL
+        }
+    };
+    let mut of_rows = tiles.iter().filter(|tile| tile.rows <= rows);
+    *of_rows.rfind(|tile| fits(tile)).unwrap_or(&tiles[0])
+}
+
 /// Whether a device multiplies a model's rows by cooperative matrices, which read halves by eights and write logits by fours.
 pub(super) fn coop(device: &Device, config: &ModelConfig) -> bool {
     let Ranks { w, a, v, g } = config.ranks;
@@ -161,7 +166,7 @@ mod tests {
     use rwkv_kernels::gpu::device_for_tests;
     use rwkv_kernels::kernels::matmul;
 
-    use super::{Error, Multiply};
+    use super::{Error, Multiplies, Multiply, tile_of};
     use crate::checkpoint::Checkpoint;
     use crate::gpu::batch::job;
     use crate::gpu::{Executor, Job, Setup, count};
@@ -177,6 +182,25 @@ mod tests {
         let mut record = executor.empty();
         let jobs = &mut [Job { tokens, record: &mut record, logits: Logits::All }];
         executor.pass(jobs, Skip::default()).unwrap()
+    }
+
+    #[test]
+    fn tiles_leave_few_processors_idle() {
+        let of = |outputs: &[usize], rows: u32| {
+            let product = |&outputs: &usize| job(64, outputs, 0, (0, 64), (0, outputs), Activation::Identity);
+            let jobs: Vec<_> = outputs.iter().map(product).collect();
+            let tile = tile_of(&matmul::COOP_TILES, Multiplies::class(rows), &jobs);
+            [tile.rows, tile.cols]
+        };
+        let rows = [1, 16, 32, 64, 128, 2048];
+        // Keys of 0.4B, 1.5B and 7.2B.
+        let key = |outputs| rows.map(|rows| of(&[outputs], rows));
+        assert_eq!(key(4096), [[16, 32], [16, 32], [32, 32], [32, 32], [64, 64], [128, 128]]);
+        assert_eq!(key(8192), [[16, 32], [16, 32], [32, 32], [64, 64], [64, 64], [128, 128]]);
+        assert_eq!(key(16384), [[16, 64], [16, 64], [32, 64], [64, 64], [128, 128], [128, 128]]);
+        assert_eq!(of(&[1024; 3], 32), [16, 32], "96 workgroups of 32 x 32");
+        assert_eq!(of(&[1024, 1024, 1024, 64, 64, 32, 128], 32), [32, 32], "with nine of the adapters");
+        assert_eq!(of(&[64], 16), [16, 16], "nothing is enough");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //use activation
 //use blocks
 //use halves
+//subgroups of 32
 enable f16;
 enable wgpu_cooperative_matrix;
 //
@@ -38,8 +39,9 @@ const HALVES: u32 = 2u;
 // after the products takes registers from them.
 override STORES: u32 = 7u;
 override ACTIVATIONS: u32 = 15u;
-// Whether a part is stored by its pieces: see `store_by_pieces`. What is added to should rather be loaded for several at once, and
-// in tall tiles the pieces are many, and what it takes to fetch code is little.
+// Whether a part is stored by its pieces: see `store_by_pieces`. Not where products are added, since what they are added to should be
+// loaded for several pieces at once, nor in parts of 64 rows, which are for so many that what it takes to fetch code is little beside the
+// products.
 override BY_PIECES: bool = SUB_ROWS <= 32u && SUB_COLS <= 32u && (STORES >> ADD & 1u) == 0u;
 
 override LANES: u32 = SUBGROUP * (ROWS / SUB_ROWS) * (COLS / SUB_COLS) * SPLIT;
@@ -524,6 +526,7 @@ fn product(job: Job, at: Place, v: u32) -> vec4<f32> {
     if ACTIVATIONS == 1u << IDENTITY {
         return sum;
     }
+    // Pipelines that products share have this for the largest of them.
     if ACTIVATIONS == 1u << SQUARED_RELU || (BY_PIECES && job.activation == SQUARED_RELU) {
         let positive = max(sum, vec4(0.0));
         return positive * positive;
@@ -616,7 +619,8 @@ fn store_rows(
 }
 
 // Stores a part by its pieces, in a loop whose end the compiler does not know, so that its code is there once: a processor of an
-// H100 keeps some 120 KiB of code, and what the kernels of a layer have beyond that is read anew at each dispatch.
+// H100 keeps some 120 KiB of code, and what the kernels of a layer have beyond that is read anew at each dispatch. (There is a row, so
+// that there are no fewer pieces than a part has: four at most.)
 fn store_by_pieces(job: Job, at: Place, lane: u32, own: u32) {
     let pieces = min(SUB_ROWS / SIDE * (SUB_COLS / SIDE), 4u * params.rows);
     for (var piece = 0u; piece < pieces; piece++) {
@@ -638,14 +642,14 @@ fn store_by_pieces(job: Job, at: Place, lane: u32, own: u32) {
     }
 }
 
-// Of four steps that are loaded ahead, one that is loaded, and the loads of the one that takes its place.
+// Stages and multiplies the step at input k, which `held` has, and loads the fourth after it into its place.
 fn turn(job: Job, blocks: bool, lane: u32, at: Place, k: u32, held: ptr<function, Held>) {
     stage(job, blocks, lane, k, *held);
     *held = fetch(job, blocks, lane, k + 4u * STEP);
     multiply(at);
 }
 
-// One of the last of them, after which nothing is left to load. There may be fewer than four.
+// The same for one of the last four, of which some may not be there.
 fn last_turn(job: Job, blocks: bool, lane: u32, at: Place, k: u32, held: Held) {
     if k < job.inputs {
         stage(job, blocks, lane, k, held);

@@ -62,7 +62,8 @@ pub struct Coop {
 pub const TILES: [Tile; 3] = [portable(32), portable(64), portable(128)];
 
 /// Those of the variant with cooperative matrices. In the small ones, for so few rows that reading the weights is what takes
-/// the time, several subgroups share a part, so that enough of them read. With twice the outputs, rows are read half as often.
+/// the time, several subgroups share a part, so that enough of them read. The wide ones, of two such, read rows half as often: for matrices of
+/// which there are two for each processor.
 pub const COOP_TILES: [Tile; 7] = [
     coop([16, 16], [16, 16], 8, 256, [2, 1]),
     coop([16, 32], [16, 32], 4, 128, [4, 1]),
@@ -225,8 +226,8 @@ impl Kinds {
         })
     }
 
-    /// All, unless the jobs add: then those of the jobs. Where a dispatch is short, its pipeline had better be that of others too: see
-    /// `store_by_pieces` in `matmul_coop.wgsl`.
+    /// All that do not add; where the jobs add, those of the jobs. Where a dispatch is short, its pipeline had better be that of others
+    /// too: see `store_by_pieces` in `matmul_coop.wgsl`.
     #[must_use]
     pub fn shared(jobs: &[Job]) -> Self {
         let own = Self::of(jobs);

@@ -397,7 +397,9 @@ fn what_is_not_compiled_is_not_missed() {
             let case = Case::draw(Call { rows: 70, transposed, coop: true }, &shapes, 4.0, 5);
             let kinds = Kinds::of(&case.jobs);
             assert!(kinds.contains(Kinds::of(&case.jobs[..1])), "{kinds:?}");
-            for (tile, device, kernel) in tiles_for(transposed, &formats, &kinds.overrides()) {
+            let own = tiles_for(transposed, &formats, &kinds.overrides());
+            let shared = tiles_for(transposed, &formats, &Kinds::shared(&case.jobs).overrides());
+            for (tile, device, kernel) in own.into_iter().chain(shared) {
                 if case.suits(tile) {
                     let (want, limits) = case.twin(tile);
                     check(&case.run(device, &kernel, tile), &want, &limits)
