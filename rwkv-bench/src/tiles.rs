@@ -373,9 +373,6 @@ fn measure(device: &Device, of: &Operands, tile: Tile, ring: u32) -> anyhow::Res
     Ok(Measured { error, one: each(&one)?, ring })
 }
 
-/// Rows of the tile for which the engine compiles pipelines for what becomes of a product alone.
-const LONG: u32 = 128;
-
 /// So many pipelines, which differ in a constant on which nothing depends.
 fn compile(
     device: &Device,
@@ -385,17 +382,14 @@ fn compile(
     n: u32,
 ) -> anyhow::Result<Vec<Pipeline>> {
     let kernel = choose(tile.variants(), &device.capabilities()).ok_or_else(|| anyhow!("no variant"))?;
-    let long = tile.rows >= LONG;
-    let kinds = if long { Kinds::of(jobs) } else { Kinds::shared(jobs) };
-    // Of ways to store, or activations, that there are not. That there is one activation alone must be seen.
-    let differs = if long { "STORES" } else { "ACTIVATIONS" };
+    let kinds = tile.kinds(jobs);
+    // Of ways to store, or activations, that there are not. Where there is one activation alone, that must be seen.
+    let differs = if kinds == Some(Kinds::of(jobs)) { "STORES" } else { "ACTIVATIONS" };
     let one = |i: u32| {
         let mut overrides = tile.overrides(of.product.transposed, set([of.format]));
-        if tile.coop.is_some() {
-            overrides.extend(kinds.overrides());
-            let beyond = f64::from(i << 8);
-            overrides.iter_mut().filter(|(name, _)| *name == differs).for_each(|(_, bits)| *bits += beyond);
-        }
+        overrides.extend(kinds.into_iter().flat_map(Kinds::overrides));
+        let beyond = f64::from(i << 8);
+        overrides.iter_mut().filter(|(name, _)| *name == differs).for_each(|(_, bits)| *bits += beyond);
         unchecked(device, kernel, &overrides)
     };
     thread::scope(|scope| {

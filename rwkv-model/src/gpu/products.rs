@@ -32,9 +32,6 @@ const ENOUGH: u32 = PROCESSORS * 3 / 4;
 /// inputs and 16,384 outputs: 46 us in 256 workgroups of 32 x 64, 49 in 512 of 32 x 32; of 2,048 inputs and 8,192 outputs 18.4 and 14.7.
 const WIDE_SPLIT: u32 = 2;
 
-/// Rows of the tile whose products take so long that what pipelines of their own gain is more than what it takes to fetch their code.
-const LONG: u32 = 128;
-
 /// `matmul`, compiled for the tiles, and for what becomes of the products, that plans ask for: a driver takes a second for
 /// some, and no engine asks for all.
 #[derive(Debug)]
@@ -80,8 +77,7 @@ impl Multiplies {
     pub(super) fn tile(&self, rows: u32, jobs: &[matmul::Job], transposed: bool) -> Multiply {
         let tile = tile_of(self.tiles, Self::class(rows), jobs);
         let formats = stored::set(jobs.iter().map(|job| job.format));
-        let kinds = if tile.rows < LONG { matmul::Kinds::shared(jobs) } else { matmul::Kinds::of(jobs) };
-        Multiply { tile, transposed, kinds: tile.coop.map(|_| kinds), formats }
+        Multiply { tile, transposed, kinds: tile.kinds(jobs), formats }
     }
 
     /// The pipeline for products. It is compiled when it is first asked for.

@@ -110,6 +110,13 @@ impl Tile {
         VARIANTS.iter().filter(move |kernel| kernel.features.coop == self.coop.is_some())
     }
 
+    /// What a pipeline for it is compiled for where it multiplies these jobs, if it asks.
+    #[must_use]
+    pub fn kinds(self, jobs: &[Job]) -> Option<Kinds> {
+        let kinds = if self.rows < LONG { Kinds::shared(jobs) } else { Kinds::of(jobs) };
+        self.coop.map(|_| kinds)
+    }
+
     /// The overrides of a pipeline for it, [`transposed`](Dims::transposed) or not, and for matrices in a
     /// [set](stored::set) of formats.
     #[must_use]
@@ -131,6 +138,9 @@ impl Tile {
         all
     }
 }
+
+/// Rows of a tile whose products take so long that what pipelines of their own gain is more than what it takes to fetch their code.
+const LONG: u32 = 128;
 
 /// Words that cooperative matrices read and write at a time.
 const QUAD: usize = 4;

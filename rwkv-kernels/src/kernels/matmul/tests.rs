@@ -1,6 +1,6 @@
 //! `matmul.wgsl` and `matmul_coop.wgsl` against [`rwkv_core::ops::matmul`] in `f64`, and their numerics contract.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::thread;
 
@@ -397,9 +397,9 @@ fn what_is_not_compiled_is_not_missed() {
             let case = Case::draw(Call { rows: 70, transposed, coop: true }, &shapes, 4.0, 5);
             let kinds = Kinds::of(&case.jobs);
             assert!(kinds.contains(Kinds::of(&case.jobs[..1])), "{kinds:?}");
-            let own = tiles_for(transposed, &formats, &kinds.overrides());
-            let shared = tiles_for(transposed, &formats, &Kinds::shared(&case.jobs).overrides());
-            for (tile, device, kernel) in own.into_iter().chain(shared) {
+            let all = BTreeSet::from([kinds, Kinds::shared(&case.jobs)]);
+            let compiled = |kinds: Kinds| tiles_for(transposed, &formats, &kinds.overrides());
+            for (tile, device, kernel) in all.into_iter().flat_map(compiled) {
                 if case.suits(tile) {
                     let (want, limits) = case.twin(tile);
                     check(&case.run(device, &kernel, tile), &want, &limits)
@@ -413,6 +413,13 @@ fn what_is_not_compiled_is_not_missed() {
         Case::draw(Call { rows: 1, transposed: false, coop: true }, &[shape], 1.0, 1).jobs
     };
     let of = |store, activation| Kinds::of(&jobs_of(store, activation));
+    let kernel = COOP_TILES[0].variants().next().unwrap();
+    let is_default = |(name, bits)| kernel.overrides.iter().any(|of| (of.name, of.default) == (name, bits));
+    assert!(
+        Kinds::ALL.overrides().into_iter().all(is_default),
+        "all is what the WGSL says: {:?}",
+        Kinds::ALL
+    );
     let shared = Kinds::shared(&jobs_of(Store::Put, identity));
     assert!(
         kinds
