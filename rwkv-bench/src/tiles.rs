@@ -16,13 +16,13 @@ use rwkv_core::ops::activation::Activation;
 use rwkv_core::ops::matmul::Rows;
 use rwkv_core::quant::{BLOCK, Blocks, Format};
 use rwkv_core::rng::SplitMix64;
-use rwkv_kernels::choose;
 use rwkv_kernels::gpu::{Device, Request};
 use rwkv_kernels::kernels::matmul::{
     COOP_TILES, COOP_TILES_UNSPLIT, Coop, Dims, Job, Kinds, Store, TILES, Tile, lower,
 };
 use rwkv_kernels::kernels::weights::{ELEMENT, elements, len, set};
 use rwkv_kernels::pipeline::Pipeline;
+use rwkv_kernels::{Kernel, choose};
 use wgpu::util::DeviceExt as _;
 
 use crate::gpu::copies;
@@ -140,12 +140,13 @@ pub(crate) fn report(args: &TilesArgs) -> anyhow::Result<()> {
     done
 }
 
-/// Of cooperative matrices, those that are not mostly without rows.
+/// Of cooperative matrices, those that are not mostly without rows, nor go through the weights more than sixteen times if there are larger ones.
 fn tiles(device: &Device, rows: usize) -> Vec<Tile> {
     let coop = device.capabilities().features.coop;
     let all = if coop { [&COOP_TILES_UNSPLIT[..1], &COOP_TILES].concat() } else { TILES.to_vec() };
     let most = rows.next_power_of_two().max(16);
-    all.into_iter().filter(|tile| !coop || tile.rows as usize <= most).collect()
+    let least = all.iter().map(|tile| tile.rows as usize).max().unwrap_or(0).min(rows.div_ceil(16));
+    all.into_iter().filter(|tile| !coop || (least..=most).contains(&(tile.rows as usize))).collect()
 }
 
 fn described(tile: Tile, format: Option<Format>) -> String {
@@ -328,8 +329,7 @@ fn measure(device: &Device, of: &Operands, tile: Tile, ring: u32) -> anyhow::Res
     let params = table(bytemuck::bytes_of(&params), wgpu::BufferUsages::UNIFORM);
     let records = table(bytemuck::cast_slice(&records), wgpu::BufferUsages::STORAGE);
 
-    // Pipelines differ in an override that only the variant with cooperative matrices has.
-    let pipelines = compile(device, of, tile, &jobs, if tile.coop.is_some() { ring } else { 1 })?;
+    let pipelines = compile(device, of, tile, &jobs, ring)?;
     let bind = |pipeline: usize, weights: usize| {
         let all = [&params, &records, &of.weights[weights], &of.x_buffer, &of.y];
         let pipeline = &pipelines[pipeline];
@@ -373,7 +373,7 @@ fn measure(device: &Device, of: &Operands, tile: Tile, ring: u32) -> anyhow::Res
     Ok(Measured { error, one: each(&one)?, ring })
 }
 
-/// So many pipelines, which differ in a constant on which nothing depends.
+/// So many pipelines, of texts that differ.
 fn compile(
     device: &Device,
     of: &Operands,
@@ -382,26 +382,32 @@ fn compile(
     n: u32,
 ) -> anyhow::Result<Vec<Pipeline>> {
     let kernel = choose(tile.variants(), &device.capabilities()).ok_or_else(|| anyhow!("no variant"))?;
-    let kinds = tile.kinds(jobs);
-    // Of ways to store, or activations, that there are not. Where there is one activation alone, that must be seen.
-    let differs = if kinds == Some(Kinds::of(jobs)) { "STORES" } else { "ACTIVATIONS" };
-    let one = |i: u32| {
-        let mut overrides = tile.overrides(of.product.transposed, set([of.format]));
-        overrides.extend(kinds.into_iter().flat_map(Kinds::overrides));
-        let beyond = f64::from(i << 8);
-        overrides.iter_mut().filter(|(name, _)| *name == differs).for_each(|(_, bits)| *bits += beyond);
-        unchecked(device, kernel, &overrides)
+    let mut overrides = tile.overrides(of.product.transposed, set([of.format]));
+    overrides.extend(tile.kinds(jobs).into_iter().flat_map(Kinds::overrides));
+    let one = |i| {
+        let own = with_code_of_its_own(kernel, i).context("no entry point")?;
+        Ok(unchecked(device, &own, &overrides)?)
     };
     thread::scope(|scope| {
         let threads: Vec<_> = (0..n).map(|i| scope.spawn(move || one(i))).collect();
-        threads.into_iter().map(|of| Ok(of.join().map_err(|_| anyhow!("a compiler panicked"))??)).collect()
+        threads.into_iter().map(|of| of.join().map_err(|_| anyhow!("a compiler panicked"))?).collect()
     })
+}
+
+/// The kernel with a number of rows at which it does nothing, of which there are never so many. (A driver keeps one code for texts that
+/// differ in constants alone on which nothing depends.)
+fn with_code_of_its_own(kernel: &Kernel, i: u32) -> Option<Kernel> {
+    let entry = kernel.source.find(&format!("fn {}(", kernel.name))?;
+    let body = entry + kernel.source[entry..].find("{\n")? + 2;
+    let (before, after) = kernel.source.split_at(body);
+    let text = format!("{before}    if params.rows == {}u {{ return; }}\n{after}", u32::MAX - i);
+    Some(Kernel { source: text.leak(), ..*kernel })
 }
 
 #[expect(unsafe_code, reason = "as the engine compiles it, or it is not what is timed")]
 fn unchecked(
     device: &Device,
-    kernel: &rwkv_kernels::Kernel,
+    kernel: &Kernel,
     overrides: &[(&str, f64)],
 ) -> Result<Pipeline, rwkv_kernels::pipeline::Error> {
     // SAFETY: `lower` has admitted the jobs for the buffers that are bound, and made the table of tiles.
