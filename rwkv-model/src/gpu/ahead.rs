@@ -70,7 +70,7 @@ impl Executor {
     ) -> Result<Ahead, Error> {
         self.sound()?;
         let vocab = self.config.vocab;
-        let planner = Planner { device: &self.device };
+        let planner = Planner::new(&self.device);
         let (params, groups) = sample::lower(sample::Dims { rows: 1, vocab, counts: 1 })
             .map_err(|why| Error::Extents { part: "sample", why: why.to_string() })?;
         let mask = planner.table(&sample::mask(masked, vocab));
@@ -78,7 +78,8 @@ impl Executor {
         for (token, count) in counts.iter().filter(|(token, _)| (*token as usize) < vocab) {
             counted[token as usize] = count;
         }
-        let counts = planner.table(&counted);
+        let counts = self.words("counts", vocab as u64)?;
+        self.device.queue().write_buffer(&counts, 0, bytemuck::cast_slice(&counted));
         let [.., sampler_row] = self.scratch.parts_of_one();
         let tables = [&self.scratch.logits, &mask, &counts, &self.scratch.tokens].map(Bound::Whole);
         let buffers: Vec<_> = [sampler_row].into_iter().chain(tables).collect();

@@ -62,7 +62,7 @@ impl Executor {
     /// Something that chooses none of the `masked` tokens.
     pub(crate) fn chooser(&self, masked: &[u32]) -> Result<Chooser, Error> {
         self.sound()?;
-        let mask = Planner { device: &self.device }.table(&sample::mask(masked, self.config.vocab));
+        let mask = Planner::new(&self.device).table(&sample::mask(masked, self.config.vocab));
         let rows = self.scratch.logit_rows as u64;
         let samplers = self.words("samplers", rows * size_of::<SamplerRow>() as u64 / WORD)?;
         let chosen = self.words("chosen", rows)?;
@@ -71,7 +71,7 @@ impl Executor {
         Ok(Chooser { mask, samplers, chosen, counts, free: vec![0], step, idle: Vec::new() })
     }
 
-    fn words(&self, label: &str, words: u64) -> Result<wgpu::Buffer, Error> {
+    pub(super) fn words(&self, label: &str, words: u64) -> Result<wgpu::Buffer, Error> {
         let limits = self.device.device().limits();
         let (bytes, max) = (words * WORD, limits.max_storage_buffer_binding_size.min(limits.max_buffer_size));
         if bytes > max {
@@ -103,7 +103,7 @@ impl Executor {
         let (params, _) = sample::lower(dims).map_err(refused("sample"))?;
         let buffers = [samplers, &self.scratch.logits, mask, counts, chosen].map(Bound::Whole);
         let (pipeline, bytes) = (self.kernels.sample(), vocab as u64 * WORD);
-        Planner { device: &self.device }.step("sample", pipeline, params, &buffers, Grid::LogitRows, bytes)
+        Planner::new(&self.device).step("sample", pipeline, params, &buffers, Grid::LogitRows, bytes)
     }
 
     /// Takes a row for the counts of a sequence that is penalised for what it generates; all are given back by

@@ -51,6 +51,7 @@ pub(super) const HEADS: &str = "heads";
 /// What plans are laid down from.
 pub(super) struct Layers<'a> {
     pub(super) device: &'a Device,
+    pub(super) planner: Planner<'a>,
     pub(super) config: &'a ModelConfig,
     pub(super) kernels: &'a Kernels,
     pub(super) weights: &'a Weights,
@@ -92,8 +93,8 @@ pub(super) struct Stream<'a> {
 }
 
 impl Layers<'_> {
-    pub(super) const fn planner(&self) -> Planner<'_> {
-        Planner { device: self.device }
+    pub(super) const fn planner(&self) -> &Planner<'_> {
+        &self.planner
     }
 
     /// The form for one token of one sequence.

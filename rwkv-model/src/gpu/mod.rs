@@ -646,6 +646,7 @@ impl Executor {
     fn layers<'a>(&'a self, records: &'a Records) -> layer::Layers<'a> {
         layer::Layers {
             device: &self.device,
+            planner: plan::Planner::new(&self.device),
             config: &self.config,
             kernels: &self.kernels,
             weights: &self.weights,

@@ -1,5 +1,7 @@
 //! What a pass does, laid down once: pipelines, bind groups and parameters for every dispatch.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::ops::Range;
 
@@ -159,11 +161,17 @@ pub(super) const PART_BYTES: u64 = 256;
 
 /// Lays steps down.
 pub(super) struct Planner<'a> {
-    pub(super) device: &'a Device,
+    device: &'a Device,
+    /// By their usage and what they hold, buffers that nothing writes.
+    constant: RefCell<BTreeMap<(u32, Vec<u8>), wgpu::Buffer>>,
 }
 
-impl Planner<'_> {
-    /// A step that binds a uniform of its own.
+impl<'a> Planner<'a> {
+    pub(super) fn new(device: &'a Device) -> Self {
+        Self { device, constant: RefCell::default() }
+    }
+
+    /// A step whose parameters never change.
     pub(super) fn step<P: bytemuck::Pod>(
         &self,
         part: &'static str,
@@ -173,11 +181,11 @@ impl Planner<'_> {
         grid: Grid,
         bytes: u64,
     ) -> Result<Step, Error> {
-        let params = self.uniform(params);
+        let params = self.constant(bytemuck::bytes_of(&params), wgpu::BufferUsages::UNIFORM);
         self.step_with(part, pipeline, &params, buffers, grid, bytes)
     }
 
-    /// A step that binds a uniform which others bind too.
+    /// A step with a uniform that may be written.
     pub(super) fn step_with(
         &self,
         part: &'static str,
@@ -192,21 +200,18 @@ impl Planner<'_> {
         Ok(Step { pipeline: pipeline.clone(), group, grid, part, bytes })
     }
 
-    /// A uniform.
-    pub(super) fn uniform<P: bytemuck::Pod>(&self, params: P) -> wgpu::Buffer {
-        self.init("params", bytemuck::bytes_of(&params), wgpu::BufferUsages::UNIFORM)
-    }
-
-    /// A table that kernels read.
+    /// A table that nothing writes.
+    ///
+    /// Layers share what they have in common: a dispatch waits for it before all else, and what the layer before has read may
+    /// still be in a cache, through which the weights of a token pass.
     pub(super) fn table<T: bytemuck::Pod>(&self, elements: &[T]) -> wgpu::Buffer {
-        self.init("table", bytemuck::cast_slice(elements), wgpu::BufferUsages::STORAGE)
+        self.constant(bytemuck::cast_slice(elements), wgpu::BufferUsages::STORAGE)
     }
 
-    fn init(&self, label: &str, contents: &[u8], usage: wgpu::BufferUsages) -> wgpu::Buffer {
-        self.device.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
-            label: Some(label),
-            contents,
-            usage: usage | wgpu::BufferUsages::COPY_DST,
-        })
+    fn constant(&self, contents: &[u8], usage: wgpu::BufferUsages) -> wgpu::Buffer {
+        let mut all = self.constant.borrow_mut();
+        let descriptor = wgpu::util::BufferInitDescriptor { label: Some("constant"), contents, usage };
+        let made = || self.device.device().create_buffer_init(&descriptor);
+        all.entry((usage.bits(), contents.to_vec())).or_insert_with(made).clone()
     }
 }
