@@ -1,17 +1,12 @@
 // One token of a head: from the projections to the operands of the state update, from the state's answer to the output.
-//use columns
-//use weights
 //use sigmoid
 //use expm1
 //use packed
+//use moments
 //
-// The kernel declares N, COLUMNS = N, LANES, LORA_UP, the parameters and bindings used below. Invocation
-// (i, g), i = index % N, has channel i; of the groups g, of N invocations each, the first alone has the operands.
-//
-// With LORA_UP the adapters' second factors are multiplied here, with 16-byte loads: eight invocations, a team, to a
-// row of the head's 64 channels. The groups, of eight teams, are divided among the adapters as `lower` says, in
-// proportion to their ranks, so that all four are summed at once: there must be four groups. Otherwise `up` has the
-// products.
+// The kernel declares N, LANES, the parameters and bindings used below, and the function `product`, which gives what the adapter
+// for one of the operands comes to in a channel of a row. Invocation (i, g), i = index % N, has channel i; of the groups g, of N
+// invocations each, as many as there are make different operands, and the first has the norm.
 //
 // Without NORM the group norm, the bonus and the gate are left to `readout_packed`, for which a row is [3, D]: the state's
 // answers, what the bonus adds to them, and the gate.
@@ -35,8 +30,20 @@ var<workgroup> value: array<f32, N>;
 var<workgroup> removal: array<f32, N>; // kappa before it is normalised
 var<workgroup> rate: array<f32, N>; // eta
 var<workgroup> bonus: array<f32, N>; // r k r_k
+var<workgroup> gate: array<f32, N>;
 
-// The vectors of a channel.
+// The operands that have adapters, in the order of those. With the rate come the key and all that is made of it.
+const DECAY: u32 = 0u;
+const RATE: u32 = 1u;
+const VALUE: u32 = 2u;
+const GATE: u32 = 3u;
+
+// Whether a group makes an operand.
+fn makes(operand: u32, g: u32) -> bool {
+    return g == operand % GROUPS;
+}
+
+// The vectors of a channel, as far as an invocation needs them.
 struct Vectors {
     w0: f32,
     a0: f32,
@@ -48,179 +55,87 @@ struct Vectors {
     bias: f32,
 }
 
-// A token's operands in a channel.
-struct Operands {
+// What is read of a token in a channel, but for what becomes of its low ranks: likewise.
+struct Token {
     receptance: f32,
-    decay: f32,   // w - 1
     key: f32,
     value: f32,
-    removal: f32, // kappa before it is normalised
-    rate: f32,    // eta
-    bonus: f32,   // r k r_k
-    gate: f32,
+    first: f32, // v of the first layer
 }
 
-fn vectors_of(channel: u32) -> Vectors {
+fn vectors_of(head: u32, i: u32, g: u32) -> Vectors {
     let width = params.width;
-    return Vectors(
-        vectors[channel],
-        vectors[width + channel],
-        vectors[2u * width + channel],
-        vectors[3u * width + channel],
-        vectors[4u * width + channel],
-        vectors[5u * width + channel],
-        vectors[6u * width + channel],
-        vectors[7u * width + channel],
-    );
-}
-
-// By scalars, since two invocations must not write components of one vector.
-fn answers(j: u32) -> vec4<f32> {
-    return vec4(answer[4u * j], answer[4u * j + 1u], answer[4u * j + 2u], answer[4u * j + 3u]);
-}
-
-// Ranks of a team that are under way at once.
-const AHEAD: u32 = 8u;
-
-// The adapter of a group, and which of the teams for it a lane is in. A team takes every `teams`th rank.
-struct Adapter {
-    start: u32, // of its ranks
-    rank: u32,
-    team: u32,
-    teams: u32,
-}
-
-// Where the groups for w, a and v end; those for g are the rest.
-fn ends_of_groups() -> vec3<u32> {
-    let w_end = params.groups_w;
-    let a_end = w_end + params.groups_a;
-    return vec3(w_end, a_end, a_end + params.groups_v);
-}
-
-fn adapter_of(g: u32, l: u32) -> Adapter {
-    let team = l / 8u;
-    let ends = ends_of_groups();
-    let a_start = params.rank_w;
-    let v_start = a_start + params.rank_a;
-    let g_start = v_start + params.rank_v;
-    if g < ends.x {
-        return Adapter(0u, params.rank_w, team, 8u * params.groups_w);
+    let channel = head * N + i;
+    var own: Vectors;
+    if makes(DECAY, g) {
+        own.w0 = vectors[channel];
     }
-    if g < ends.y {
-        return Adapter(a_start, params.rank_a, team - 8u * ends.x, 8u * params.groups_a);
+    if makes(RATE, g) {
+        own.a0 = vectors[width + channel];
+        own.k_k = vectors[3u * width + channel];
+        own.k_a = vectors[4u * width + channel];
+        own.r_k = vectors[5u * width + channel];
     }
-    if g < ends.z {
-        return Adapter(v_start, params.rank_v, team - 8u * ends.y, 8u * params.groups_v);
+    if makes(VALUE, g) {
+        own.v0 = vectors[2u * width + channel];
     }
-    return Adapter(g_start, params.rank_g, team - 8u * ends.z, 8u * (GROUPS - ends.z));
+    if g == 0u {
+        own.gain = vectors[6u * width + channel];
+        own.bias = vectors[7u * width + channel];
+    }
+    return own;
 }
 
-// Second factors for eight channels of the head, of AHEAD ranks of a team.
-var<private> factors: array<vec4<u32>, AHEAD>;
-
-// Reads those from rank `first` on. The first of a head do not depend on the token, nor on where it is: a kernel reads
-// them before it knows.
-fn fetch_factors(head: u32, own: Adapter, first: u32, l: u32) {
-    for (var k = 0u; k < AHEAD; k++) {
-        let r = first + k * own.teams;
-        if r < own.rank {
-            factors[k] = weights[(own.start + r) * (params.width / 8u) + head * (N / 8u) + l % 8u];
-        }
-    }
-}
-
-// A part of an adapter's low ranks times its second factor, held until it is summed. For the first row of a segment, the
-// kernel has called `fetch_factors` for the first factors.
-fn lora_up(row: u32, is_first: bool, head: u32, own: Adapter, l: u32) {
-    let low_rank = row * params.inputs + 3u * params.width + own.start;
-    var low = vec4(0.0);
-    var high = vec4(0.0);
-    for (var first = own.team; first < own.rank; first += AHEAD * own.teams) {
-        if !(is_first && first == own.team) {
-            fetch_factors(head, own, first, l);
-        }
-        var x: array<f32, AHEAD>; // zero beyond the last rank
-        for (var k = 0u; k < AHEAD; k++) {
-            let r = first + k * own.teams;
-            if r < own.rank {
-                x[k] = inputs[low_rank + r];
-            }
-        }
-        for (var k = 0u; k < AHEAD; k++) {
-            if first + k * own.teams < own.rank {
-                low += x[k] * low4(factors[k]);
-                high += x[k] * high4(factors[k]);
-            }
-        }
-    }
-    hold_columns(low, high, l);
-}
-
-// The product of an adapter for channel i: what its groups, from `g` to before `end`, have of it.
-fn lora_of(g: u32, end: u32, i: u32) -> f32 {
-    var sum = 0.0;
-    for (var p = g; p < end; p++) {
-        sum += parts[p * N + i];
-    }
-    return sum;
-}
-
-// The operands of a row, which may be the first of its segment. Every invocation must call it; those of the first group
-// alone get them.
-fn operands_of(row: u32, is_first: bool, head: u32, own: Vectors, i: u32, g: u32, l: u32) -> Operands {
-    // All that is read of a token comes before the first barrier.
+// A kernel has this read before the first barrier.
+fn token_of(row: u32, head: u32, i: u32, g: u32) -> Token {
     let width = params.width;
     let channel = head * N + i;
     let at = row * params.inputs + channel;
-    let r = inputs[at];
-    let k = inputs[at + width];
-    var v = inputs[at + 2u * width];
-    var first = v;
-    if params.first_layer == 0u {
-        first = v_first[row * width + channel];
+    var token: Token;
+    if makes(RATE, g) {
+        token.receptance = inputs[at];
+        token.key = inputs[at + width];
     }
-    if LORA_UP {
-        lora_up(row, is_first, head, adapter_of(g, l), l);
-        workgroupBarrier();
-        var part = 0.0;
-        for (var t = 0u; t < 8u; t++) {
-            part += held_column(8u * g + t, i);
+    if makes(VALUE, g) {
+        token.value = inputs[at + 2u * width];
+        if params.first_layer == 0u {
+            token.first = v_first[row * width + channel];
         }
-        parts[l] = part;
-        workgroupBarrier();
-    }
-    var token: Operands;
-    if g == 0u {
-        var lora = vec4(0.0);
-        if LORA_UP {
-            let ends = ends_of_groups();
-            lora = vec4(
-                lora_of(0u, ends.x, i),
-                lora_of(ends.x, ends.y, i),
-                lora_of(ends.y, ends.z, i),
-                lora_of(ends.z, GROUPS, i),
-            );
-        } else {
-            let at = row * 4u * width + channel;
-            lora = vec4(up[at], up[at + width], up[at + 2u * width], up[at + 3u * width]);
-        }
-        let eta = sigmoid(own.a0 + lora.y);
-        if params.first_layer != 0u {
-            v_first[row * width + channel] = v;
-        } else {
-            v += (first - v) * sigmoid(own.v0 + lora.z);
-        }
-        let modulated = k * (1.0 + (eta - 1.0) * own.k_a);
-        token.receptance = r;
-        token.decay = expm1(-params.decay_scale * sigmoid(own.w0 + lora.x));
-        token.key = modulated;
-        token.value = v;
-        token.removal = k * own.k_k;
-        token.rate = eta;
-        token.bonus = r * modulated * own.r_k;
-        token.gate = lora.w;
     }
     return token;
+}
+
+// A product that is given.
+fn given(operand: u32, row: u32, head: u32, i: u32) -> f32 {
+    return up[(row * 4u + operand) * params.width + head * N + i];
+}
+
+// Makes the operands of a row. A barrier must come before they are read.
+fn make_operands(row: u32, head: u32, token: Token, own: Vectors, i: u32, g: u32) {
+    if makes(DECAY, g) {
+        decay[i] = expm1(-params.decay_scale * sigmoid(own.w0 + product(DECAY, row, head, i)));
+    }
+    if makes(RATE, g) {
+        let eta = sigmoid(own.a0 + product(RATE, row, head, i));
+        let k = token.key * (1.0 + (eta - 1.0) * own.k_a);
+        receptance[i] = token.receptance;
+        rate[i] = eta;
+        key[i] = k;
+        removal[i] = token.key * own.k_k;
+        bonus[i] = token.receptance * k * own.r_k;
+    }
+    if makes(VALUE, g) {
+        var v = token.value;
+        if params.first_layer != 0u {
+            v_first[row * params.width + head * N + i] = v;
+        } else {
+            v += (token.first - v) * sigmoid(own.v0 + product(VALUE, row, head, i));
+        }
+        value[i] = v;
+    }
+    if makes(GATE, g) {
+        gate[i] = product(GATE, row, head, i);
+    }
 }
 
 // What the groups have of the state's answer to kappa, of the square of its norm and of the bonus, summed. Every invocation
@@ -241,7 +156,10 @@ fn gathered(q: f32, square: f32, extra: f32, i: u32, g: u32, l: u32) -> vec3<f32
 
 // What the groups' answers y come to: normed, with the bonus, gated, written, if NORM. Every invocation must call it. After it an
 // invocation of another group than the first reads nothing that the first writes before the next barrier.
-fn finish(row: u32, head: u32, own: Vectors, y: f32, bonus: f32, gate: f32, i: u32, g: u32, l: u32) {
+fn finish(row: u32, head: u32, own: Vectors, y: f32, bonus: f32, gate: f32, lanes: Sixteen) {
+    let l = place_of(lanes);
+    let i = l % N;
+    let g = l / N;
     parts[LANES + l] = y;
     workgroupBarrier();
     if g == 0u {
@@ -262,18 +180,9 @@ fn finish(row: u32, head: u32, own: Vectors, y: f32, bonus: f32, gate: f32, i: u
     }
     workgroupBarrier();
     if g == 0u {
-        var sum = vec4(0.0);
-        for (var j = 0u; j < N / 4u; j++) {
-            sum += answers(j);
-        }
-        let mean = dot(sum, vec4(1.0)) / f32(N);
-        sum = vec4(0.0);
-        for (var j = 0u; j < N / 4u; j++) {
-            let centred = answers(j) - mean;
-            sum += centred * centred;
-        }
-        let scale = inverseSqrt(dot(sum, vec4(1.0)) / f32(N) + params.norm_eps);
-        let normed = (answer[i] - mean) * scale * own.gain + own.bias;
+        let of_all = moments(lanes);
+        let scale = inverseSqrt(of_all.y + params.norm_eps);
+        let normed = (answer[i] - of_all.x) * scale * own.gain + own.bias;
         let own_gated = (normed + bonus) * gate;
         if HALVES == 0u {
             out[row * params.width + head * N + i] = bitcast<u32>(own_gated);

@@ -3,9 +3,6 @@
 // `sixteen_subgroup.wgsl` declares the same names. The kernel declares LANES, its invocations; all of them must call what is
 // here.
 
-// Tokens that are staged at a time: as many as a workgroup's memory has room for.
-override STAGE: u32 = 8u;
-
 struct Sixteen {
     @builtin(local_invocation_index) index: u32,
 }

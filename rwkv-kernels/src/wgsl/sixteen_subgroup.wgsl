@@ -3,8 +3,6 @@
 //
 // As in `reduce_subgroup.wgsl` they are full, and nothing is assumed of how invocations fall into them.
 
-override STAGE: u32 = 16u;
-
 struct Sixteen {
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) of_subgroup: u32,

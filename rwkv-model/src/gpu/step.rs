@@ -49,12 +49,11 @@ impl StepKernels {
         if mix_teams.workgroup_bytes() > capabilities.workgroup_bytes || width > 16 * mix_lanes {
             return Ok(None);
         }
-        // At least 256: four adapters at once.
         let heads_lanes = match held {
-            Held::Plain => half(device).max(256),
+            Held::Plain => half(device),
             Held::Resident { .. } => {
                 let fits = time_mix_resident::workgroup_bytes(512) <= capabilities.workgroup_bytes;
-                lanes(if fits { 512 } else { 256 }).max(256)
+                lanes(if fits { 512 } else { 256 })
             }
         };
         let blocks = |of: &[Matrix]| setup.weights.blocks(config.n_layers, of).collect::<Vec<_>>();

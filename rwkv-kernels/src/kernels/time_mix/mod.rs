@@ -122,7 +122,7 @@ pub fn lower(dims: Dims, lora_up: Option<u32>) -> Result<(Params, [u32; 3]), Err
         return Err(Error::Layout(dims));
     }
     common(rows, segments, heads, head_size, ranks, inputs).ok_or(too_much)?;
-    let [groups_w, groups_a, groups_v] = lora_up.map_or(Ok([0; 3]), |lanes| divided(ranks, lanes))?;
+    let [teams_w, teams_a, teams_v] = lora_up.map_or(Ok([0; 3]), |lanes| divided(ranks, lanes))?;
     let u = |n: usize| u32::try_from(n).map_err(|_| too_much);
     #[expect(clippy::cast_possible_truncation, reason = "constants that an f32 holds well enough")]
     let params = Params {
@@ -132,9 +132,9 @@ pub fn lower(dims: Dims, lora_up: Option<u32>) -> Result<(Params, [u32; 3]), Err
         rank_a: u(ranks.a)?,
         rank_v: u(ranks.v)?,
         rank_g: u(ranks.g)?,
-        groups_w,
-        groups_a,
-        groups_v,
+        teams_w,
+        teams_a,
+        teams_v,
         stride: u(stride)?,
         offset: u(offset)?,
         first_layer: (ranks.v == 0).into(),
@@ -167,15 +167,15 @@ pub(super) fn common(
     (head_size == HEAD_SIZE && !elements.contains(&0) && operands <= inputs).then_some(())
 }
 
-/// How many of the groups of [`HEAD_SIZE`] lanes multiply the adapters w, a and v; the rest is for g. Each has one, and
-/// the others go where most ranks wait for a group.
+/// How many of the teams of 16 lanes multiply the adapters w, a and v; the rest is for g. Each has one, and the others go
+/// where most ranks wait for a team.
 pub(super) fn divided(ranks: Ranks, lanes: u32) -> Result<[u32; 3], Error> {
     let (ranks, mut shares) = ([ranks.w, ranks.a, ranks.v, ranks.g], [1; 4]);
-    let groups = lanes as usize / HEAD_SIZE;
-    if groups < shares.len() {
-        return Err(Error::Lanes { got: lanes, want: shares.len() * HEAD_SIZE });
+    let teams = lanes as usize / 16;
+    if teams < shares.len() {
+        return Err(Error::Lanes { got: lanes, want: shares.len() * 16 });
     }
-    for _ in shares.len()..groups {
+    for _ in shares.len()..teams {
         let most = (0..4).max_by_key(|&i| ranks[i].div_ceil(shares[i] as usize)).unwrap_or_default();
         shares[most] += 1;
     }

@@ -9,7 +9,7 @@ use rwkv_core::ops::wkv7;
 use rwkv_core::rng::SplitMix64;
 
 use super::{Dims, Error, HEAD_SIZE as N, Segment, VARIANTS, lower};
-use crate::gpu::{Device, device_for_tests};
+use crate::gpu::{Device, device_for_tests, variants_for_tests};
 use crate::kernels::MAX_GROUPS;
 use crate::kernels::heads::{Heads, NAN, swapped};
 use crate::kernels::intervals::{Interval, below, exact, floats, held};
@@ -228,22 +228,23 @@ fn compiled(lora_up: bool) -> Vec<Compiled> {
     let Some(device) = device_for_tests() else { return Vec::new() };
     let sizes = [64u32, 128, 256, 512].into_iter().filter(|&lanes| {
         let capabilities = device.capabilities();
-        // 48 words a lane, and those of a token
-        lanes <= capabilities.invocations && 52 * lanes + 3000 <= capabilities.workgroup_bytes
+        // 40 words a lane, and those of a token
+        lanes <= capabilities.invocations && 40 * lanes + 3000 <= capabilities.workgroup_bytes
     });
-    // Where products are given, those that read the output may be of cooperative matrices.
-    let with = |(lanes, norm): (u32, bool)| {
-        let halves = if lora_up || lanes == 128 || !norm { None } else { Some(4) };
-        let of = if lora_up { &VARIANTS[0] } else { &time_mix_batch::VARIANTS[0] };
-        let overrides = [("LANES", lanes.into()), packed::halves(halves), readout_packed::norm(norm)];
-        let kernel = device.pipeline(of, &overrides).unwrap();
-        let label = format!("{} {lanes} {halves:?} {norm}", of.label()).leak();
-        Compiled { device, kernel, lanes, lora_up, halves, planes: if norm { 1 } else { 3 }, label }
-    };
     // The norm is left to others of one size.
     let norms =
         |lanes| [(lanes, true), (lanes, false)].into_iter().filter(|(lanes, norm)| *norm || *lanes == 256);
-    sizes.filter(|&lanes| !lora_up || lanes >= 256).flat_map(norms).map(with).collect()
+    let with = |(lanes, norm): (u32, bool)| {
+        // Where products are given, those that read the output may be of cooperative matrices.
+        let halves = if lora_up || lanes == 128 || !norm { None } else { Some(4) };
+        let variants = if lora_up { VARIANTS } else { time_mix_batch::VARIANTS };
+        let overrides = [("LANES", lanes.into()), packed::halves(halves), readout_packed::norm(norm)];
+        variants_for_tests(variants, &overrides).into_iter().map(move |(device, kernel)| {
+            let label = format!("{} {lanes} {halves:?} {norm}", kernel.kernel().label()).leak();
+            Compiled { device, kernel, lanes, lora_up, halves, planes: if norm { 1 } else { 3 }, label }
+        })
+    };
+    sizes.flat_map(norms).flat_map(with).collect()
 }
 
 #[test]
@@ -284,16 +285,16 @@ fn refuses_what_it_cannot_run() {
     assert_eq!((groups, params.width, params.first_layer), ([3, 2, 1], 192, 0), "plain");
     assert_eq!([params.rank_w, params.rank_a, params.rank_v, params.rank_g], [5, 6, 7, 8], "ranks");
     assert_eq!((params.inputs as usize, params.stride as usize, params.offset), (602, 12_298, 10), "layout");
-    let groups = |ranks, lanes| {
+    let teams = |ranks, lanes| {
         let params = lower(Dims { ranks, inputs: 2000, ..plain }, Some(lanes)).unwrap().0;
-        [params.groups_w, params.groups_a, params.groups_v]
+        [params.teams_w, params.teams_a, params.teams_v]
     };
-    let released = Ranks { w: 64, a: 64, v: 32, g: 128 };
-    assert_eq!([groups(released, 512), groups(ranks, 1024)], [[2, 2, 1], [3, 3, 4]], "by rank");
+    let released = Ranks { w: 96, a: 96, v: 64, g: 256 };
+    assert_eq!([teams(released, 512), teams(ranks, 256)], [[6, 6, 4], [3, 3, 4]], "by rank");
     let [long_g, long_w] = [Ranks { w: 1, a: 1, v: 1, g: 1000 }, Ranks { w: 1000, a: 1, v: 1, g: 1 }];
-    assert_eq!([groups(long_g, 512), groups(long_g, 256)], [[1; 3]; 2], "one each");
-    assert_eq!([groups(long_w, 512), groups(long_w, 256)], [[5, 1, 1], [1; 3]], "one is left for g");
-    assert_eq!(lower(plain, Some(192)), Err(Error::Lanes { got: 192, want: 256 }), "lanes");
+    assert_eq!([teams(long_g, 512), teams(long_g, 64)], [[1; 3]; 2], "one each");
+    assert_eq!([teams(long_w, 512), teams(long_w, 64)], [[29, 1, 1], [1; 3]], "one is left for g");
+    assert_eq!(lower(plain, Some(48)), Err(Error::Lanes { got: 48, want: 64 }), "lanes");
     assert!(lower(plain, None).is_ok(), "given");
     let first = lower(Dims { ranks: Ranks { v: 0, ..ranks }, ..plain }, Some(256)).unwrap().0;
     assert_eq!((first.rank_v, first.first_layer), (0, 1), "no value residual in the first layer");

@@ -6,22 +6,20 @@
 // private memory while the segment's tokens pass.
 
 const N: u32 = 64u;
-const COLUMNS: u32 = N;
 const QUADS: u32 = N / 4u;
 
 override LANES: u32 = 64u; // QUADS times the groups of keys, and a multiple of N
-const LORA_UP: bool = false;
 
 struct Params {
     width: u32,       // D
     inputs: u32,      // P
-    rank_w: u32,      // unused, as are the other ranks and groups
+    rank_w: u32,      // unused, as are the other ranks and teams
     rank_a: u32,
     rank_v: u32,
     rank_g: u32,
-    groups_w: u32,
-    groups_a: u32,
-    groups_v: u32,
+    teams_w: u32,
+    teams_a: u32,
+    teams_v: u32,
     stride: u32,      // of a record of the state, a multiple of 4
     offset: u32,      // of the heads in a record, a multiple of 4
     first_layer: u32, // whether there is no value residual
@@ -52,13 +50,14 @@ var<workgroup> parts_of_norm: array<f32, KEY_GROUPS>;
 var<workgroup> parts_of_bonus: array<f32, KEY_GROUPS>;
 
 @compute @workgroup_size(LANES)
-fn time_mix_batch(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) l: u32) {
+fn time_mix_batch(@builtin(workgroup_id) group: vec3<u32>, lanes: Sixteen) {
     let head = group.x;
+    let l = place_of(lanes);
     let segment = segments[group.y];
     let i = l % N; // the channel whose operands it has
     let c = l % QUADS;
     let first = l / QUADS * KEYS;
-    let own = vectors_of(head * N + i);
+    let own = vectors_of(head, i, l / N);
 
     // Four values of each key of the group.
     var s: array<vec4<f32>, QUADS>;
@@ -69,16 +68,7 @@ fn time_mix_batch(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invoca
 
     let end = segment.x + segment.y;
     for (var row = segment.x; row < end; row++) {
-        let token = operands_of(row, false, head, own, i, l / N, l);
-        if l < N {
-            receptance[i] = token.receptance;
-            decay[i] = token.decay;
-            key[i] = token.key;
-            value[i] = token.value;
-            removal[i] = token.removal;
-            rate[i] = token.rate;
-            bonus[i] = token.bonus;
-        }
+        make_operands(row, head, token_of(row, head, i, l / N), own, i, l / N);
         workgroupBarrier();
 
         var q = vec4(0.0);
@@ -132,11 +122,15 @@ fn time_mix_batch(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invoca
                 own_y += answered[p * N + i];
             }
         }
-        finish(row, head, own, own_y, extra * value[i], token.gate, i, l / N, l);
+        finish(row, head, own, own_y, extra * value[i], gate[i], lanes);
     }
     if segment.y == 0u {
         store(s, segment.w, heads);
     }
+}
+
+fn product(operand: u32, row: u32, head: u32, i: u32) -> f32 {
+    return given(operand, row, head, i);
 }
 
 fn store(s: array<vec4<f32>, QUADS>, record: u32, heads: u32) {

@@ -75,8 +75,8 @@ pub enum Rounding {
 /// Bytes of memory that a workgroup of so many lanes takes, at most.
 #[must_use]
 pub const fn workgroup_bytes(lanes: u32) -> u32 {
-    // By lane what the helpers `head` and `columns` hold; by channel the vectors of a token; entries.
-    52 * lanes + 5500
+    // By lane what the helpers `head`, `second_factors` and `sixteen` hold; by channel the vectors of a token; entries.
+    40 * lanes + 5500
 }
 
 /// What a pipeline is specialised for.
@@ -195,7 +195,7 @@ pub fn lower(dims: Dims, lora_up: Option<u32>) -> Result<(Params, [u32; 3]), Err
     if let Some((what, _)) = checks.into_iter().find(|(_, fits)| !fits) {
         return Err(Error::Resident(what));
     }
-    let [groups_w, groups_a, groups_v] = lora_up.map_or(Ok([0; 3]), |lanes| divided(ranks, lanes))?;
+    let [teams_w, teams_a, teams_v] = lora_up.map_or(Ok([0; 3]), |lanes| divided(ranks, lanes))?;
     #[expect(clippy::cast_possible_truncation, reason = "constants that an f32 holds well enough")]
     let params = Params {
         width: u(width)?,
@@ -204,9 +204,9 @@ pub fn lower(dims: Dims, lora_up: Option<u32>) -> Result<(Params, [u32; 3]), Err
         rank_a: u(ranks.a)?,
         rank_v: u(ranks.v)?,
         rank_g: u(ranks.g)?,
-        groups_w,
-        groups_a,
-        groups_v,
+        teams_w,
+        teams_a,
+        teams_v,
         first_layer: (ranks.v == 0).into(),
         base_stride: u(dims.base_stride)?,
         slots: u(dims.slots)?,

@@ -14,7 +14,7 @@ use super::{
     Dims, ENTRY, Error, Format, HEAD_SIZE as N, Rounding, Segment, VARIANTS, lower, overrides, table,
     table_len, workgroup_bytes,
 };
-use crate::gpu::{Device, device_for_tests};
+use crate::gpu::{Device, device_for_tests, variants_for_tests};
 use crate::kernels::heads::{Heads, NAN, Operands, swapped, total};
 use crate::kernels::intervals::{Interval, below, exact, floats, held};
 use crate::kernels::testing::{bits as words, wide};
@@ -496,19 +496,21 @@ fn compiled(held: Held) -> Vec<Compiled> {
     let of_lora = |lanes| {
         // The norm is left to others of the smallest workgroup.
         let all = [(lanes, true, true), (lanes, false, true), (lanes, false, false)];
-        all.into_iter().filter(|(lanes, up, norm)| (!up || *lanes >= 256) && (*norm || *lanes == 64))
+        all.into_iter()
+            .filter(|(lanes, up, norm)| (!up || [64, 512].contains(lanes)) && (*norm || *lanes == 64))
     };
     let with = |(lanes, lora_up, norm): (u32, bool, bool)| {
         // Where products are given, those that read the output may be of cooperative matrices.
         let halves = if lora_up || lanes == 128 || !norm { None } else { Some(4) };
         let overrides = overrides(held.format, held.rounding, held.capacity > 0, lanes, lora_up);
         let overrides = [&overrides[..], &[packed::halves(halves), readout_packed::norm(norm)]].concat();
-        let kernel = device.pipeline(&VARIANTS[0], &overrides).unwrap();
-        let planes = if norm { 1 } else { 3 };
-        let label = format!("{lanes} {lora_up} {halves:?} {norm}");
-        Compiled { device, kernel, lanes, lora_up, halves, planes, label }
+        variants_for_tests(VARIANTS, &overrides).into_iter().map(move |(device, kernel)| {
+            let planes = if norm { 1 } else { 3 };
+            let label = format!("{} {lanes} {lora_up} {halves:?} {norm}", kernel.kernel().label());
+            Compiled { device, kernel, lanes, lora_up, halves, planes, label }
+        })
     };
-    sizes.flat_map(of_lora).map(with).collect()
+    sizes.flat_map(of_lora).flat_map(with).collect()
 }
 
 fn agree(held: Held) {
@@ -602,6 +604,6 @@ fn refuses_what_it_cannot_run() {
     ] {
         assert_eq!(lower(of, Some(256)), Err(Error::Resident(what)), "{of:?}");
     }
-    assert!(matches!(lower(plain, Some(192)), Err(Error::Lanes { .. })), "lanes");
+    assert!(matches!(lower(plain, Some(48)), Err(Error::Lanes { .. })), "lanes");
     assert!(matches!(lower(Dims { segments: 65_536, ..plain }, None), Err(Error::Groups { .. })), "groups");
 }

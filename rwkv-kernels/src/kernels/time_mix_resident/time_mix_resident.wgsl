@@ -1,5 +1,6 @@
 // Twin: rwkv-core/src/ops/time_mix_resident.rs, all that happens in a head, on a state that is written seldom.
 //use head
+//use second_factors
 //use base
 //use segment
 //
@@ -15,7 +16,6 @@
 // A segment of no rows that has a base to write folds what is pending into it.
 
 const N: u32 = 64u;
-const COLUMNS: u32 = N;
 
 override LANES: u32 = 256u;    // N times the groups of keys
 override LORA_UP: bool = true; // whether the adapters' second factors are multiplied here
@@ -34,9 +34,9 @@ struct Params {
     rank_a: u32,
     rank_v: u32,
     rank_g: u32,
-    groups_w: u32,    // groups that multiply each adapter; those of g are the rest
-    groups_a: u32,
-    groups_v: u32,
+    teams_w: u32,     // teams that multiply each adapter; those of g are the rest
+    teams_a: u32,
+    teams_v: u32,
     first_layer: u32, // whether there is no value residual
     base_stride: u32, // of a base
     slots: u32,       // where slots begin, of which each has an entry
@@ -172,17 +172,18 @@ fn fold(base: u32, keep: bool, head: u32, step: u32, i: u32, g: u32, l: u32) {
 }
 
 @compute @workgroup_size(LANES)
-fn time_mix_resident(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) l: u32) {
+fn time_mix_resident(@builtin(workgroup_id) group: vec3<u32>, lanes: Sixteen) {
     let head = group.x;
+    let l = place_of(lanes);
     let i = l % N;
     let g = l / N;
     let keys = N / (LANES / N);
     let width = params.width;
+    let ranks = ranks_of(l);
     if LORA_UP {
-        let adapter = adapter_of(g, l);
-        fetch_factors(head, adapter, adapter.team, l);
+        fetch_factors(head, ranks, ranks.first, l);
     }
-    let own = vectors_of(head * N + i);
+    let own = vectors_of(head, i, g);
     let segment = segment_of(group.y);
     let own_head = head * head_len();
     let entry = params.slots + params.entry + head * N; // in a slot, this head's part of its first vector
@@ -237,24 +238,25 @@ fn time_mix_resident(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_inv
             pending = 0u;
             left = 1.0;
         }
-        let token = operands_of(row, t == 0u, head, own, i, g, l);
-        if g == 0u {
-            receptance[i] = token.receptance;
-            value[i] = token.value;
-            removal[i] = token.removal;
-            bonus[i] = token.bonus;
-            if LAZY {
-                decay[i] = left; // what is left of the base before this token
-                left = fma(left, token.decay, left);
+        let token = token_of(row, head, i, g);
+        if LORA_UP {
+            multiply_factors(row, t == 0u, head, ranks, lanes);
+            workgroupBarrier();
+        }
+        make_operands(row, head, token, own, i, g);
+        if LAZY {
+            workgroupBarrier();
+            if g == 0u {
+                let before = left; // what is left of the base before this token
+                left = fma(left, decay[i], left);
                 let undecayed = 1.0 / left;
                 since[i] = left;
-                key[i] = token.key * undecayed;
-                rate[i] = token.rate * undecayed;
-            } else {
-                decay[i] = token.decay + decay_dither(ROUNDING, segment.step + t, head * N + i);
-                key[i] = token.key;
-                rate[i] = token.rate;
+                decay[i] = before;
+                key[i] *= undecayed;
+                rate[i] *= undecayed;
             }
+        } else if makes(DECAY, g) {
+            decay[i] += decay_dither(ROUNDING, segment.step + t, head * N + i);
         }
         workgroupBarrier();
 
@@ -273,9 +275,9 @@ fn time_mix_resident(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_inv
             square += u * u;
             extra += bonus[at];
         }
-        let sums = gathered(q, square, extra, i, g, l);
-        let unit = 1.0 / max(sqrt(sums.y), params.kappa_eps);
-        q = -(sums.x * unit);
+        let asked = gathered(q, square, extra, i, g, l);
+        let unit = 1.0 / max(sqrt(asked.y), params.kappa_eps);
+        q = -(asked.x * unit);
 
         let v_i = value[i];
         var y = 0.0;
@@ -301,9 +303,16 @@ fn time_mix_resident(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_inv
             }
             pending += 1u;
         }
-        finish(row, head, own, y, sums.z * v_i, token.gate, i, g, l);
+        finish(row, head, own, y, asked.z * v_i, gate[i], lanes);
         if !LAZY {
             settle(to, t + 1u == segment.rows, head, segment.step + t + 1u, i, g, l);
         }
     }
+}
+
+fn product(operand: u32, row: u32, head: u32, i: u32) -> f32 {
+    if LORA_UP {
+        return product_of(operand, i);
+    }
+    return given(operand, row, head, i);
 }

@@ -106,5 +106,5 @@ fn refuses_what_it_cannot_run() {
 #[test]
 fn the_memory_is_what_the_kernel_declares() {
     let bytes = |suffix| VARIANTS.iter().find(|of| of.suffix == suffix).unwrap().workgroup_bytes;
-    assert_eq!(bytes("subgroup") as usize, workgroup_bytes(16, 16), "at the defaults");
+    assert_eq!(bytes("subgroup") as usize, workgroup_bytes(16, 8), "at the defaults");
 }
