@@ -394,9 +394,12 @@ fn compile(
     })
 }
 
-/// The kernel with a number of rows at which it does nothing, of which there are never so many. (A driver keeps one code for texts that
-/// differ in constants alone on which nothing depends.)
+/// The kernel with a number of rows at which it does nothing, of which there are never so many; the first is as it is. (A driver keeps one
+/// code for texts that differ only in constants on which nothing depends.)
 fn with_code_of_its_own(kernel: &Kernel, i: u32) -> Option<Kernel> {
+    if i == 0 {
+        return Some(*kernel);
+    }
     let entry = kernel.source.find(&format!("fn {}(", kernel.name))?;
     let body = entry + kernel.source[entry..].find("{\n")? + 2;
     let (before, after) = kernel.source.split_at(body);
@@ -410,7 +413,8 @@ fn unchecked(
     kernel: &Kernel,
     overrides: &[(&str, f64)],
 ) -> Result<Pipeline, rwkv_kernels::pipeline::Error> {
-    // SAFETY: `lower` has admitted the jobs for the buffers that are bound, and made the table of tiles.
+    // SAFETY: `lower` has admitted the jobs for the buffers that are bound, and made the table of tiles. The text is the crate's, but for
+    // an early return.
     unsafe { Pipeline::new_unchecked(device.device(), kernel, overrides, None) }
 }
 

@@ -300,8 +300,7 @@ mod tests {
     fn subgroups_must_be_large_enough() {
         let of = |variants, subgroup_size| {
             let features = Features { subgroup: true, ..Capabilities::WEBGPU.features };
-            let device =
-                Capabilities { features, subgroup_size, workgroup_bytes: 48 << 10, ..Capabilities::WEBGPU };
+            let device = Capabilities { features, subgroup_size, ..Capabilities::WEBGPU };
             choose(variants, &device).map(|kernel| (kernel.suffix, kernel.subgroup_size))
         };
         assert_eq!(of(mix_in::VARIANTS, 7), Some(("", 0)), "too few");

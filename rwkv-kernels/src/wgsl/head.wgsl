@@ -5,7 +5,7 @@
 //use moments
 //
 // The kernel declares N, LANES, the parameters and bindings used below, and the function `product`, which gives what the adapter
-// for one of the operands comes to in a channel of a row. Invocation (i, g), i = index % N, has channel i; of the groups g, of N
+// for one of the operands comes to in a channel of a row. Invocation (i, g), i = place % N, has channel i; of the groups g, of N
 // invocations each, as many as there are make different operands, and the first has the norm.
 //
 // Without NORM the group norm, the bonus and the gate are left to `readout_packed`, for which a row is [3, D]: the state's
@@ -32,7 +32,8 @@ var<workgroup> rate: array<f32, N>; // eta
 var<workgroup> bonus: array<f32, N>; // r k r_k
 var<workgroup> gate: array<f32, N>;
 
-// The operands that have adapters, in the order of those. With the rate come the key and all that is made of it.
+// The operands that have adapters, in the order of those. With the rate come the receptance, the key and all that is
+// made of them.
 const DECAY: u32 = 0u;
 const RATE: u32 = 1u;
 const VALUE: u32 = 2u;
@@ -55,7 +56,7 @@ struct Vectors {
     bias: f32,
 }
 
-// What is read of a token in a channel, but for what becomes of its low ranks: likewise.
+// What is read of a token in a channel, but for what becomes of its low ranks, as far as an invocation needs it.
 struct Token {
     receptance: f32,
     key: f32,
@@ -86,7 +87,7 @@ fn vectors_of(head: u32, i: u32, g: u32) -> Vectors {
     return own;
 }
 
-// A kernel has this read before the first barrier.
+// A kernel calls it before the first barrier of a row, so that what it reads is under way meanwhile.
 fn token_of(row: u32, head: u32, i: u32, g: u32) -> Token {
     let width = params.width;
     let channel = head * N + i;
@@ -110,7 +111,8 @@ fn given(operand: u32, row: u32, head: u32, i: u32) -> f32 {
     return up[(row * 4u + operand) * params.width + head * N + i];
 }
 
-// Makes the operands of a row. A barrier must come before they are read.
+// Makes the operands of a row. A barrier must come before they are read, and another before those of the next row are made: the
+// first of `finish` is enough.
 fn make_operands(row: u32, head: u32, token: Token, own: Vectors, i: u32, g: u32) {
     if makes(DECAY, g) {
         decay[i] = expm1(-params.decay_scale * sigmoid(own.w0 + product(DECAY, row, head, i)));
@@ -154,8 +156,9 @@ fn gathered(q: f32, square: f32, extra: f32, i: u32, g: u32, l: u32) -> vec3<f32
     return sum;
 }
 
-// What the groups' answers y come to: normed, with the bonus, gated, written, if NORM. Every invocation must call it. After it an
-// invocation of another group than the first reads nothing that the first writes before the next barrier.
+// What the groups' answers y come to: normed, with the bonus, gated, written, if NORM. Every invocation must call it. Of
+// a row's operands nothing is read after its first barrier, since another group may make those of the next row by then. After
+// it an invocation of another group than the first reads nothing that the first writes before the next barrier.
 fn finish(row: u32, head: u32, own: Vectors, y: f32, bonus: f32, gate: f32, lanes: Sixteen) {
     let l = place_of(lanes);
     let i = l % N;

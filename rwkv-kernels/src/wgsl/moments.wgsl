@@ -1,8 +1,8 @@
 // The mean and the variance of a head's 64 answers.
 //use sixteen
 //
-// `moments_subgroup.wgsl` declares the same name. In two passes: a mean of squares keeps nothing of the variance where all
-// are nearly the same. A barrier must come before.
+// `head.wgsl` has the answers, in `answer`; a barrier must come before. `moments_subgroup.wgsl` declares the same name. In two
+// passes: a mean of squares keeps nothing of the variance where all are nearly the same.
 
 // By scalars, since two invocations must not write components of one vector.
 fn answers(j: u32) -> vec4<f32> {

@@ -2,15 +2,14 @@
 //use sixteen
 //use weights
 //
-// The kernel declares N = 64, LANES, the parameters and bindings used below. Eight invocations read a row of the head's
-// channels, by 16 bytes, so that a team of 16 has two rows, its ranks, at once. Teams are divided among the adapters as
+// The kernel declares N = 64, LANES, the parameters and bindings used below. Eight invocations read a row, which is a rank, of
+// the head's channels, by 16 bytes, so that a team of 16 has two at once. Teams are divided among the adapters as
 // `divided` says, in proportion to their ranks, so that all four are multiplied side by side.
 
 override TEAMS: u32 = LANES / 16u;
-override SUMS: u32 = LANES;
 
 // What teams have of the products, four channels to an element: [TEAMS, N / 4].
-var<workgroup> sums: array<vec4<f32>, SUMS>;
+var<workgroup> sums: array<vec4<f32>, LANES>;
 
 // Ranks of an invocation that are under way at once: all that it has of the 832 of 7.2B, with 512 lanes. On an H200, heads of 1.5B
 // and 7.2B take 5.7 and 7.1 us; with eight 5.9 and 7.9, with sixteen, for which there are too few registers in some texts, up to
@@ -22,8 +21,8 @@ var<private> factors: array<vec4<u32>, AHEAD>;
 
 // The ranks of an invocation.
 struct Ranks {
-    start: u32, // of its adapter's
-    end: u32,   // of its adapter's, from `start` on
+    start: u32, // where those of its adapter begin
+    end: u32,   // how many its adapter has
     first: u32, // its first, from `start` on
     apart: u32, // from one of its to the next
 }
@@ -65,7 +64,7 @@ fn fetch_factors(head: u32, own: Ranks, first: u32, place: u32) {
     }
 }
 
-// Multiplies those of a row. For the first row of a segment, the kernel has called `fetch_factors` for the first ranks. Every
+// Multiplies a row's low ranks by them. For the first row of a segment, the kernel has called `fetch_factors` for the first ranks. Every
 // invocation must call it; a barrier must come before `product_of`, and another before it is called again.
 fn multiply_factors(row: u32, is_first: bool, head: u32, own: Ranks, lanes: Sixteen) {
     let place = place_of(lanes);

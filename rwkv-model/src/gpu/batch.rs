@@ -81,7 +81,7 @@ impl Layers<'_> {
         let [gain, bias] = self.norm("ln_out", &self.weights.ln_out)?;
         let buffers = [Bound::Whole(stream.x), Bound::Whole(&s.wanted), gain, bias, Bound::Whole(&s.normed)];
         let norm =
-            self.planner().step("ln_out", &self.kernels.layer_norm, params, &buffers, Grid::LogitRows, 0)?;
+            self.planner.step("ln_out", &self.kernels.layer_norm, params, &buffers, Grid::LogitRows, 0)?;
         Ok(Plan { body, layers, head: vec![norm, self.product(logits, head)?] })
     }
 
@@ -212,7 +212,7 @@ impl Layers<'_> {
         let dims = extents::Dims { rows: self.scratch.rows, width: self.config.width };
         let (params, [each, ..]) = add_planes::lower(dims, ADAPTERS).map_err(refused("sum"))?;
         let buffers = [&self.scratch.up, stream.x].map(Bound::Whole);
-        self.planner().step("sum", &kernels.add_planes, params, &buffers, Grid::EachRow(each), 0)
+        self.planner.step("sum", &kernels.add_planes, params, &buffers, Grid::EachRow(each), 0)
     }
 
     /// How products are stored that other products read, divided by two to such a power if they are halves.
@@ -230,7 +230,7 @@ impl Layers<'_> {
         records: &wgpu::Buffer,
     ) -> Result<Vec<Step>, Error> {
         const { assert!(wkv7_scan::OPERANDS == MIXES, "`mixed` holds the operands") };
-        let (s, layout, planner) = (self.scratch, self.records.layout, self.planner());
+        let (s, layout, planner) = (self.scratch, self.records.layout, &self.planner);
         let ModelConfig { n_heads: heads, width, .. } = *self.config;
         let (rows, each) = (s.rows, Grid::EachRow(count(heads)));
         let (format, _, lazy) = self.kernels.held.parts();
@@ -300,7 +300,7 @@ impl Layers<'_> {
         factors: &wgpu::Buffer,
         records: &wgpu::Buffer,
     ) -> Result<[Step; 2], Error> {
-        let (s, planner, chunk) = (self.scratch, self.planner(), kernels.chunk);
+        let (s, planner, chunk) = (self.scratch, &self.planner, kernels.chunk);
         let wkv7_chunked::Dims { rows, heads, y_stride, .. } = dims;
         let of = wkv7_chunked_factors::Dims { rows, segments: s.logit_rows, heads, chunk, y_stride };
         wkv7_chunked_factors::lower(of).map_err(refused("factors"))?;
@@ -334,9 +334,9 @@ impl Layers<'_> {
         } else {
             (&s.of_rows, Grid::Tiles { cols, rows: tile.rows })
         };
-        let tiles = self.planner().table(&tiles);
+        let tiles = self.planner.table(&tiles);
         let buffers = [&tiles, of.weights, of.x.0, of.y.0].map(Bound::Whole);
-        self.planner().step_with(of.part, &pipeline, params, &buffers, grid, of.weights.size())
+        self.planner.step_with(of.part, &pipeline, params, &buffers, grid, of.weights.size())
     }
 
     /// How a product of so many rows is computed.

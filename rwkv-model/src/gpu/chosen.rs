@@ -71,6 +71,7 @@ impl Executor {
         Ok(Chooser { mask, samplers, chosen, counts, free: vec![0], step, idle: Vec::new() })
     }
 
+    /// A buffer of so many words, which may be copied from and to.
     pub(super) fn words(&self, label: &str, words: u64) -> Result<wgpu::Buffer, Error> {
         let limits = self.device.device().limits();
         let (bytes, max) = (words * WORD, limits.max_storage_buffer_binding_size.min(limits.max_buffer_size));

@@ -93,10 +93,6 @@ pub(super) struct Stream<'a> {
 }
 
 impl Layers<'_> {
-    pub(super) const fn planner(&self) -> &Planner<'_> {
-        &self.planner
-    }
-
     /// The form for one token of one sequence.
     pub(super) fn step(&self) -> Result<Plan, Error> {
         let Some(kernels) = &self.kernels.step else { return Ok(Plan::default()) };
@@ -112,18 +108,12 @@ impl Layers<'_> {
         let dims = mix_in::Dims { width, stride: width, offset: 0 };
         let (params, tiles, groups) =
             mix_in::lower(dims, &stack, kernels.stack_tile(&stack)).map_err(refused("head"))?;
-        let tiles = self.planner().table(&tiles);
+        let tiles = self.planner.table(&tiles);
         let (ln_out, head) = (&self.weights.ln_out, &self.weights.head);
         // The head has no shift: of the state it touches nothing.
         let buffers = [&tiles, &s.no_cursor, &s.x, ln_out, head, &s.normed, &s.logits].map(Bound::Whole);
-        let head = self.planner().step(
-            "head",
-            &kernels.mix_in,
-            params,
-            &buffers,
-            Grid::Fixed(groups),
-            head.size(),
-        )?;
+        let head =
+            self.planner.step("head", &kernels.mix_in, params, &buffers, Grid::Fixed(groups), head.size())?;
         Ok(Plan { body, layers, head: vec![head] })
     }
 
@@ -138,14 +128,14 @@ impl Layers<'_> {
     /// What is left of the mixes of a layer that are left out, of one token or of any rows: states go from the records read
     /// to those written.
     pub(super) fn passed_by(&self, one: bool, shifts: SkipShifts) -> Result<Vec<Mixes>, Error> {
-        let (s, planner, width) = (self.scratch, self.planner(), self.config.width);
+        let (s, planner, width) = (self.scratch, &self.planner, self.config.width);
         // Segments without rows have their states copied. Where there are rows, since each may be pending, all operands are zero,
         // and the adapters' products so negative that every decay is one and the value residual is off: states stay as they are
         // in every form, and pending tokens are folded as ever.
         let rows = if one || s.resident.is_plain() { 1 } else { s.rows };
         const NEVER: f32 = -1e30;
-        let inputs = planner.table(&vec![0.0f32; s.len.inputs / s.rows * rows]);
-        let up = planner.table(&vec![NEVER; ADAPTERS * width * rows]);
+        let inputs = planner.large_table(&vec![0.0f32; s.len.inputs / s.rows * rows]);
+        let up = planner.large_table(&vec![NEVER; ADAPTERS * width * rows]);
         let [cursor, segment, _] = s.parts_of_one();
         let cursors = if one { cursor } else { Bound::Whole(&s.cursors) };
         let carried = if one { cursor } else { Bound::Whole(&s.carried) };
@@ -219,7 +209,7 @@ impl Layers<'_> {
         if stream.planes {
             *stream = Stream { x: stream.next, next: stream.x, planes: false };
         }
-        self.planner().step(part, pipeline, params, &buffers, grid, 0)
+        self.planner.step(part, pipeline, params, &buffers, grid, 0)
     }
 
     /// Carries a shift from the slots read to those written.
@@ -239,7 +229,7 @@ impl Layers<'_> {
         };
         let (params, _) = carry::lower(dims).map_err(refused(part))?;
         let buffers = [pairs, self.records.slots_of(records)];
-        self.planner().step(part, &self.kernels.carry, params, &buffers, grid, 0)
+        self.planner.step(part, &self.kernels.carry, params, &buffers, grid, 0)
     }
 
     fn step_layer(
@@ -248,7 +238,7 @@ impl Layers<'_> {
         weights: &Layer,
         records: &wgpu::Buffer,
     ) -> Result<Mixes, Error> {
-        let (s, planner, layout) = (self.scratch, self.planner(), self.records.layout);
+        let (s, planner, layout) = (self.scratch, &self.planner, self.records.layout);
         let ModelConfig { width, hidden, .. } = *self.config;
         let [cursor, segment, _] = s.parts_of_one();
         let mix = |part, offset, stack: &[mix_in::Stacked], vectors, matrix: &wgpu::Buffer, y| {
@@ -317,7 +307,7 @@ impl Layers<'_> {
         let dims = readout_packed::Dims { rows: s.rows, heads };
         let (params, _) = readout_packed::lower(dims).map_err(refused("readout"))?;
         let buffers = [&s.mixed, &s.up, &weights.heads, &s.readout].map(Bound::Whole);
-        self.planner().step("readout", pipeline, params, &buffers, Grid::EachRow(count(heads)), 0)
+        self.planner.step("readout", pipeline, params, &buffers, Grid::EachRow(count(heads)), 0)
     }
 
     /// Gain and bias of a norm, of which `vectors` begin with them.
@@ -339,7 +329,7 @@ impl Layers<'_> {
         let (tokens, table) = (Bound::Whole(&s.tokens), Bound::Whole(&self.weights.embedding));
         let buffers = [tokens, table, gain, bias, Bound::Whole(&s.x)];
         let pipeline = &self.kernels.embedding;
-        self.planner().step("embedding", pipeline, params, &buffers, grid, 2 * width as u64)
+        self.planner.step("embedding", pipeline, params, &buffers, grid, 2 * width as u64)
     }
 
     pub(super) fn heads(
@@ -348,7 +338,7 @@ impl Layers<'_> {
         weights: &Layer,
         records: &wgpu::Buffer,
     ) -> Result<Vec<Step>, Error> {
-        let (s, layout, planner) = (self.scratch, self.records.layout, self.planner());
+        let (s, layout, planner) = (self.scratch, self.records.layout, &self.planner);
         let ModelConfig { n_heads: heads, head_size, width, .. } = *self.config;
         let (rows, ranks, inputs, offset) = (of.rows, weights.ranks, weights.inputs(width), 0);
         // What is left to be normed takes the place of the rows that were mixed, which were read.

@@ -162,13 +162,16 @@ pub(super) const PART_BYTES: u64 = 256;
 /// Lays steps down.
 pub(super) struct Planner<'a> {
     device: &'a Device,
-    /// By their usage and what they hold, buffers that nothing writes.
-    constant: RefCell<BTreeMap<(u32, Vec<u8>), wgpu::Buffer>>,
+    uniforms: Constants,
+    tables: Constants,
 }
+
+/// Buffers that nothing writes, by what they hold.
+type Constants = RefCell<BTreeMap<Vec<u8>, wgpu::Buffer>>;
 
 impl<'a> Planner<'a> {
     pub(super) fn new(device: &'a Device) -> Self {
-        Self { device, constant: RefCell::default() }
+        Self { device, uniforms: Constants::default(), tables: Constants::default() }
     }
 
     /// A step whose parameters never change.
@@ -181,7 +184,7 @@ impl<'a> Planner<'a> {
         grid: Grid,
         bytes: u64,
     ) -> Result<Step, Error> {
-        let params = self.constant(bytemuck::bytes_of(&params), wgpu::BufferUsages::UNIFORM);
+        let params = self.shared(&self.uniforms, bytemuck::bytes_of(&params), wgpu::BufferUsages::UNIFORM);
         self.step_with(part, pipeline, &params, buffers, grid, bytes)
     }
 
@@ -201,17 +204,28 @@ impl<'a> Planner<'a> {
     }
 
     /// A table that nothing writes.
-    ///
-    /// Layers share what they have in common: a dispatch waits for it before all else, and what the layer before has read may
-    /// still be in a cache, through which the weights of a token pass.
     pub(super) fn table<T: bytemuck::Pod>(&self, elements: &[T]) -> wgpu::Buffer {
+        self.shared(&self.tables, bytemuck::cast_slice(elements), wgpu::BufferUsages::STORAGE)
+    }
+
+    /// The same, where it is too large to be looked for among others.
+    pub(super) fn large_table<T: bytemuck::Pod>(&self, elements: &[T]) -> wgpu::Buffer {
         self.constant(bytemuck::cast_slice(elements), wgpu::BufferUsages::STORAGE)
     }
 
+    /// Layers share what they have in common. A dispatch waits for it before all else; what the layer before has read may still be
+    /// in a cache, while one of its own would have been driven out by a token's weights.
+    fn shared(&self, among: &Constants, contents: &[u8], usage: wgpu::BufferUsages) -> wgpu::Buffer {
+        if let Some(found) = among.borrow().get(contents) {
+            return found.clone();
+        }
+        let made = self.constant(contents, usage);
+        among.borrow_mut().insert(contents.to_vec(), made.clone());
+        made
+    }
+
     fn constant(&self, contents: &[u8], usage: wgpu::BufferUsages) -> wgpu::Buffer {
-        let mut all = self.constant.borrow_mut();
         let descriptor = wgpu::util::BufferInitDescriptor { label: Some("constant"), contents, usage };
-        let made = || self.device.device().create_buffer_init(&descriptor);
-        all.entry((usage.bits(), contents.to_vec())).or_insert_with(made).clone()
+        self.device.device().create_buffer_init(&descriptor)
     }
 }

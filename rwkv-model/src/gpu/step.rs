@@ -123,7 +123,7 @@ fn output_of(
     Ok((compile(device, linear::VARIANTS, &overrides)?, tile))
 }
 
-/// Lanes of kernels that need 32 to 64 bytes of workgroup memory for each, as `time_mix` and `channel_mix_value` do.
+/// Lanes of kernels that need up to 64 bytes of workgroup memory for each, as `time_mix` and `channel_mix_value` do.
 fn half(device: &Device) -> u32 {
     lanes(device)(if device.capabilities().workgroup_bytes >= 32 << 10 { 512 } else { 256 })
 }

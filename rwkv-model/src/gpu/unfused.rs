@@ -380,7 +380,7 @@ impl<'a> Steps<'a> {
         let buffers = [r, lw, k, v, a, b, Bound::Whole(records), y];
         let bytes = self.of.state_bytes();
         let grid = Grid::Fixed(groups);
-        self.steps.push(self.of.planner().step_with(
+        self.steps.push(self.of.planner.step_with(
             "wkv7",
             &kernels.wkv7,
             &own.places,
@@ -505,7 +505,7 @@ impl<'a> Steps<'a> {
             y: len(of.y, 4),
         };
         let (params, tiles, groups) = matmul::lower(dims, &[job]).map_err(refused(of.part))?;
-        let tiles = self.of.planner().table(&tiles);
+        let tiles = self.of.planner.table(&tiles);
         let buffers = [&tiles, weights, x, of.y].map(Bound::Whole);
         let lowered = Ok::<_, matmul::Error>((params, groups));
         self.push(of.part, &pipeline, lowered, &buffers, of.bytes())
@@ -546,7 +546,7 @@ impl<'a> Steps<'a> {
     ) -> Result<(), Error> {
         let (params, groups) = lowered.map_err(refused(part))?;
         let grid = Grid::Fixed(groups);
-        self.steps.push(self.of.planner().step(part, pipeline, params, buffers, grid, bytes)?);
+        self.steps.push(self.of.planner.step(part, pipeline, params, buffers, grid, bytes)?);
         Ok(())
     }
 }

@@ -228,7 +228,7 @@ fn compiled(lora_up: bool) -> Vec<Compiled> {
     let Some(device) = device_for_tests() else { return Vec::new() };
     let sizes = [64u32, 128, 256, 512].into_iter().filter(|&lanes| {
         let capabilities = device.capabilities();
-        // 40 words a lane, and those of a token
+        // 40 bytes a lane, and those of a token
         lanes <= capabilities.invocations && 40 * lanes + 3000 <= capabilities.workgroup_bytes
     });
     // The norm is left to others of one size.

@@ -3,7 +3,7 @@
 //use second_factors
 //
 // One workgroup per head and segment. The state lies in private memory while the segment's tokens pass: invocation
-// (i, g), i = index % N, has value row i of the keys of group g. A segment is read from one record and written to
+// (i, g), i = place % N, has value row i of the keys of group g. A segment is read from one record and written to
 // another, so that what its sequence was before outlives the pass.
 
 const N: u32 = 64u;
@@ -32,7 +32,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read> segments: array<vec4<u32>>;    // first row, rows, record read, record written
 @group(0) @binding(2) var<storage, read> inputs: array<f32>;            // [T, P], r k v, then the low ranks of w a v g
 @group(0) @binding(3) var<storage, read> weights: array<vec4<u32>>;     // [ranks, D], w a v g
-@group(0) @binding(4) var<storage, read> up: array<f32>;                // [T, 4, D], w a v g, for `time_mix_batch`
+@group(0) @binding(4) var<storage, read> up: array<f32>;                // not read: `time_mix_batch` has it
 @group(0) @binding(5) var<storage, read> vectors: array<f32>;           // [8, D], w0 a0 v0 k_k k_a r_k, gain, bias
 @group(0) @binding(6) var<storage, read_write> state: array<f32>;       // records, [H, key N, value N] in each
 @group(0) @binding(7) var<storage, read_write> v_first: array<f32>;     // [T, D]

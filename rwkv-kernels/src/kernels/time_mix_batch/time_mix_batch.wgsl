@@ -2,7 +2,7 @@
 //use head
 //
 // As `time_mix` does it, for many sequences side by side, where the bytes of the states are what takes the time: they are read
-// and written 16 at a time. Invocation (c, g), c = index % QUADS, has the values 4 c to 4 c + 3 of the keys of group g in
+// and written 16 at a time. Invocation (c, g), c = place % QUADS, has the values 4 c to 4 c + 3 of the keys of group g in
 // private memory while the segment's tokens pass.
 
 const N: u32 = 64u;
@@ -54,7 +54,7 @@ fn time_mix_batch(@builtin(workgroup_id) group: vec3<u32>, lanes: Sixteen) {
     let head = group.x;
     let l = place_of(lanes);
     let segment = segments[group.y];
-    let i = l % N; // the channel whose operands it has
+    let i = l % N; // the channel of which it makes operands
     let c = l % QUADS;
     let first = l / QUADS * KEYS;
     let own = vectors_of(head, i, l / N);

@@ -496,8 +496,7 @@ fn compiled(held: Held) -> Vec<Compiled> {
     let of_lora = |lanes| {
         // The norm is left to others of the smallest workgroup.
         let all = [(lanes, true, true), (lanes, false, true), (lanes, false, false)];
-        all.into_iter()
-            .filter(|(lanes, up, norm)| (!up || [64, 512].contains(lanes)) && (*norm || *lanes == 64))
+        all.into_iter().filter(|(lanes, up, norm)| (!up || *lanes != 128) && (*norm || *lanes == 64))
     };
     let with = |(lanes, lora_up, norm): (u32, bool, bool)| {
         // Where products are given, those that read the output may be of cooperative matrices.

@@ -180,11 +180,12 @@ fn time_mix_resident(@builtin(workgroup_id) group: vec3<u32>, lanes: Sixteen) {
     let keys = N / (LANES / N);
     let width = params.width;
     let ranks = ranks_of(l);
+    // As in `time_mix`.
+    let segment = segment_of(group.y);
     if LORA_UP {
         fetch_factors(head, ranks, ranks.first, l);
     }
     let own = vectors_of(head, i, g);
-    let segment = segment_of(group.y);
     let own_head = head * head_len();
     let entry = params.slots + params.entry + head * N; // in a slot, this head's part of its first vector
 
