@@ -167,13 +167,16 @@ pub(super) fn common(
     (head_size == HEAD_SIZE && !elements.contains(&0) && operands <= inputs).then_some(())
 }
 
-/// How many of the teams of 16 lanes multiply the adapters w, a and v; the rest is for g. Each has one, and the others go
-/// where most ranks wait for a team.
+/// Lanes of a team in `second_factors.wgsl`.
+const TEAM: usize = 16;
+
+/// How many of the teams multiply the adapters w, a and v; the rest is for g. Each has one, and the others go where most
+/// ranks wait for a team.
 pub(super) fn divided(ranks: Ranks, lanes: u32) -> Result<[u32; 3], Error> {
     let (ranks, mut shares) = ([ranks.w, ranks.a, ranks.v, ranks.g], [1; 4]);
-    let teams = lanes as usize / 16;
+    let teams = lanes as usize / TEAM;
     if teams < shares.len() {
-        return Err(Error::Lanes { got: lanes, want: shares.len() * 16 });
+        return Err(Error::Lanes { got: lanes, want: shares.len() * TEAM });
     }
     for _ in shares.len()..teams {
         let most = (0..4).max_by_key(|&i| ranks[i].div_ceil(shares[i] as usize)).unwrap_or_default();

@@ -20,7 +20,7 @@
 // what does not wait for each other is side by side there.
 
 override ROWS: u32 = 16u; // of a state, to a workgroup: 8, 16 or 32
-override STAGE: u32 = 8u; // tokens that are staged at a time: as many as a workgroup's memory has room for
+override STAGE: u32 = 8u; // tokens that are staged at a time: as many as WebGPU promises memory for; more are faster
 override EACH_ROWS: u32 = select(2u, 1u, ROWS < 16u); // to a team
 
 const N: u32 = 64u;
