@@ -657,46 +657,63 @@ fn last_turn(job: Job, blocks: bool, lane: u32, at: Place, k: u32, held: Held) {
     }
 }
 
-// The sums of a part.
-fn multiply_all(job: Job, blocks: bool, lane: u32, at: Place) {
+// The sums of a part, with one step loaded ahead, two or four. Each by a function of its own: variables of the others, though nothing
+// uses them, were seen to change the code that is left, from 279 us to 350 (H200, driver 580, 2,048 x 8,192 x 2,048).
+fn multiply_one_ahead(job: Job, blocks: bool, lane: u32, at: Place) {
     var next = fetch(job, blocks, lane, 0u);
     var k = 0u;
+    for (; k + STEP < job.inputs; k += STEP) {
+        stage(job, blocks, lane, k, next);
+        next = fetch(job, blocks, lane, k + STEP);
+        multiply(at);
+    }
+    stage(job, blocks, lane, k, next);
+    multiply(at);
+}
+
+fn multiply_two_ahead(job: Job, blocks: bool, lane: u32, at: Place) {
+    var first = fetch(job, blocks, lane, 0u);
+    var second = fetch(job, blocks, lane, STEP);
+    var k = 0u;
+    for (; k + 2u * STEP < job.inputs; k += 2u * STEP) {
+        stage(job, blocks, lane, k, first);
+        first = fetch(job, blocks, lane, k + 2u * STEP);
+        multiply(at);
+        stage(job, blocks, lane, k + STEP, second);
+        second = fetch(job, blocks, lane, k + 3u * STEP);
+        multiply(at);
+    }
+    stage(job, blocks, lane, k, first);
+    multiply(at);
+    stage(job, blocks, lane, k + STEP, second);
+    multiply(at);
+}
+
+fn multiply_four_ahead(job: Job, blocks: bool, lane: u32, at: Place) {
+    var first = fetch(job, blocks, lane, 0u);
+    var second = fetch(job, blocks, lane, STEP);
+    var third = fetch(job, blocks, lane, 2u * STEP);
+    var fourth = fetch(job, blocks, lane, 3u * STEP);
+    var k = 0u;
+    for (; k + 4u * STEP < job.inputs; k += 4u * STEP) {
+        turn(job, blocks, lane, at, k, &first);
+        turn(job, blocks, lane, at, k + STEP, &second);
+        turn(job, blocks, lane, at, k + 2u * STEP, &third);
+        turn(job, blocks, lane, at, k + 3u * STEP, &fourth);
+    }
+    last_turn(job, blocks, lane, at, k, first);
+    last_turn(job, blocks, lane, at, k + STEP, second);
+    last_turn(job, blocks, lane, at, k + 2u * STEP, third);
+    last_turn(job, blocks, lane, at, k + 3u * STEP, fourth);
+}
+
+fn multiply_all(job: Job, blocks: bool, lane: u32, at: Place) {
     if AHEAD == 1u {
-        for (; k + STEP < job.inputs; k += STEP) {
-            stage(job, blocks, lane, k, next);
-            next = fetch(job, blocks, lane, k + STEP);
-            multiply(at);
-        }
-        stage(job, blocks, lane, k, next);
-        multiply(at);
+        multiply_one_ahead(job, blocks, lane, at);
     } else if AHEAD == 2u {
-        var after = fetch(job, blocks, lane, STEP);
-        for (; k + 2u * STEP < job.inputs; k += 2u * STEP) {
-            stage(job, blocks, lane, k, next);
-            next = fetch(job, blocks, lane, k + 2u * STEP);
-            multiply(at);
-            stage(job, blocks, lane, k + STEP, after);
-            after = fetch(job, blocks, lane, k + 3u * STEP);
-            multiply(at);
-        }
-        stage(job, blocks, lane, k, next);
-        multiply(at);
-        stage(job, blocks, lane, k + STEP, after);
-        multiply(at);
+        multiply_two_ahead(job, blocks, lane, at);
     } else {
-        var second = fetch(job, blocks, lane, STEP);
-        var third = fetch(job, blocks, lane, 2u * STEP);
-        var fourth = fetch(job, blocks, lane, 3u * STEP);
-        for (; k + 4u * STEP < job.inputs; k += 4u * STEP) {
-            turn(job, blocks, lane, at, k, &next);
-            turn(job, blocks, lane, at, k + STEP, &second);
-            turn(job, blocks, lane, at, k + 2u * STEP, &third);
-            turn(job, blocks, lane, at, k + 3u * STEP, &fourth);
-        }
-        last_turn(job, blocks, lane, at, k, next);
-        last_turn(job, blocks, lane, at, k + STEP, second);
-        last_turn(job, blocks, lane, at, k + 2u * STEP, third);
-        last_turn(job, blocks, lane, at, k + 3u * STEP, fourth);
+        multiply_four_ahead(job, blocks, lane, at);
     }
 }
 

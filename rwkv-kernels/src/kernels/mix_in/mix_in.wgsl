@@ -1,5 +1,6 @@
 // Twin: rwkv-core/src/ops/mix_in.rs, norm, token shift and stacked matrices of one token.
 //use own_columns
+//use row_moments
 //use activation
 //
 // A workgroup computes the rows of one tile: rows of one matrix, all of one mix. Each norms and mixes the token again,
@@ -80,25 +81,30 @@ fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
         }
     }
     var fetched = fetch(m, Call(0u, 0u, rows, last), lane);
-    var part = 0.0;
+    var sum = 0.0;
+    var count = 0u;
     for (var j = 0u; j < own; j++) {
-        part += (row[j].x + row[j].y) + (row[j].z + row[j].w);
-    }
-    let mean = workgroup_sum_in(0u, part, lane) / f32(WIDTH);
-    part = 0.0;
-    for (var j = 0u; j < own; j++) {
-        row[j] -= mean;
         if place + j * LANES < width4 {
-            part += dot(row[j], row[j]);
+            sum += (row[j].x + row[j].y) + (row[j].z + row[j].w);
+            count += 4u;
         }
     }
-    let scale = inverseSqrt(workgroup_sum_in(1u, part, lane) / f32(WIDTH) + params.eps);
+    let part = part_of(sum, count, WIDTH, lane);
+    sum = 0.0;
+    for (var j = 0u; j < own; j++) {
+        if place + j * LANES < width4 {
+            let centred = row[j] - part.mean;
+            sum += dot(centred, centred);
+        }
+    }
+    let moments = row_moments(0u, part, sum, WIDTH, lane);
+    let scale = inverseSqrt(moments.y + params.eps);
 
     for (var j = 0u; j < own; j++) {
         let i = place + j * LANES;
         var mixed = vec4(0.0);
         if i < width4 {
-            let normed = row[j] * scale * gain[j] + bias[j];
+            let normed = (row[j] - moments.x) * scale * gain[j] + bias[j];
             if group.x == 0u && after != NONE {
                 // Out of place: other workgroups still read the record before.
                 state[(after * params.stride + params.offset) / 4u + i] = normed;
