@@ -12,14 +12,21 @@ fn workgroup_scan(n: u32, lane: Lane) -> vec2<u32> {
         counts[lane.subgroup] = own;
     }
     workgroupBarrier();
-    var before = subgroupExclusiveAdd(n);
+    // A lane has one subgroup's, and others where those are small.
     var all = 0u;
-    for (var i = 0u; i < lane.subgroups; i++) {
-        if i < lane.subgroup {
-            before += counts[i];
-        }
-        all += counts[i];
+    if lane.of_subgroup < lane.subgroups {
+        all = counts[lane.of_subgroup];
     }
+    var before = select(0u, all, lane.of_subgroup < lane.subgroup);
+    let size = min(lane.subgroup_size, LANES);
+    if lane.subgroups > size {
+        for (var i = lane.of_subgroup + size; i < lane.subgroups; i += size) {
+            all += counts[i];
+            before += select(0u, counts[i], i < lane.subgroup);
+        }
+    }
+    before = subgroupAdd(before) + subgroupExclusiveAdd(n);
+    all = subgroupAdd(all);
     workgroupBarrier(); // before the next scan writes where this one is read
     return vec2(before, all);
 }
