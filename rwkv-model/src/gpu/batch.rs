@@ -167,7 +167,7 @@ impl Layers<'_> {
         stream: &mut Stream<'a>,
     ) -> Result<Mixes, Error> {
         let (s, layout) = (self.scratch, self.records.layout);
-        let rows_of = (Bound::Whole(&s.cursors), Grid::Rows);
+        let rows_of = (Bound::Whole(&s.cursors), Grid::Runs(self.run(rows)));
         let added = |of: Product<'a>, stream: &mut Stream<'a>| {
             stream.planes = products.divided;
             let y = if products.divided { of.y } else { (stream.x, s.len.x) };

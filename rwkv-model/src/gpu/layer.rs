@@ -22,7 +22,7 @@ use rwkv_kernels::kernels::{
 use rwkv_kernels::pipeline::Pipeline;
 use rwkv_state::layout::DeviceLayout;
 
-use super::pipelines::{Held, Kernels};
+use super::pipelines::{CPU_AT_WORK, Held, Kernels, LANES_AT_WORK, PROCESSORS};
 use super::plan::{Bound, Grid, Mixes, Plan, Planner, Step};
 use super::records::Records;
 use super::scratch::Scratch;
@@ -139,7 +139,7 @@ impl Layers<'_> {
         let [cursor, segment, _] = s.parts_of_one();
         let cursors = if one { cursor } else { Bound::Whole(&s.cursors) };
         let carried = if one { cursor } else { Bound::Whole(&s.carried) };
-        let grid = if one { Grid::Fixed([1; 3]) } else { Grid::Rows };
+        let grid = if one { Grid::Fixed([1; 3]) } else { Grid::Runs(1) };
         self.each_layer(|weights, records| {
             let shift = |part, offset, vectors| match shifts {
                 SkipShifts::Refreshed => {
@@ -193,6 +193,7 @@ impl Layers<'_> {
             Some(of) if stream.planes => &of.mix_rows,
             _ => &self.kernels.mix_rows,
         };
+        let run = if let Grid::Runs(rows) = grid { rows } else { 1 };
         let dims = mix_rows::Dims {
             rows: s.rows,
             width: self.config.width,
@@ -201,6 +202,7 @@ impl Layers<'_> {
             stride: self.records.layout.slot_words,
             offset,
             form: *form,
+            run,
         };
         let (params, _) = mix_rows::lower(dims).map_err(refused(part))?;
         let slots = self.records.slots_of(records);
@@ -210,6 +212,13 @@ impl Layers<'_> {
             *stream = Stream { x: stream.next, next: stream.x, planes: false };
         }
         self.planner.step(part, pipeline, params, &buffers, grid, 0)
+    }
+
+    /// Rows to a workgroup of `mix_rows` in a pass of so many: as many as leave work for every processor.
+    pub(super) fn run(&self, rows: u32) -> u32 {
+        let (form, _) = &self.kernels.mix_rows;
+        let gpu = PROCESSORS * LANES_AT_WORK / form.lanes();
+        rows.div_ceil(if self.device.is_gpu() { gpu } else { CPU_AT_WORK })
     }
 
     /// Carries a shift from the slots read to those written.

@@ -30,6 +30,8 @@ pub(super) enum Grid {
     Rows,
     /// So many for each row.
     EachRow(u32),
+    /// One for every so many rows.
+    Runs(u32),
     /// So many for each segment.
     Segments(u32),
     /// So many for every `rows` rows, those for the same columns after each other.
@@ -59,6 +61,7 @@ impl Grid {
             Self::Fixed(groups) => groups,
             Self::Rows => [shape.rows, 1, 1],
             Self::EachRow(x) => [x, shape.rows, 1],
+            Self::Runs(rows) => [shape.rows.div_ceil(rows), 1, 1],
             Self::Segments(x) => [x, shape.segments, 1],
             Self::Tiles { cols, rows } => [shape.rows.div_ceil(rows), cols, 1],
             Self::Chunks { x, rows } => [x, shape.rows / rows + shape.segments, 1],

@@ -143,7 +143,7 @@ impl Scratch {
                 tokens: storage("tokens", rows),
                 one: storage("one", size_of::<One>() / size_of::<u32>()),
                 ahead: storage("ahead", TOGETHER * size_of::<One>() / size_of::<u32>()),
-                cursors: storage("cursors", 2 * rows),
+                cursors: storage("cursors", 2 * (rows + 1)),
                 carried: storage("carried", 2 * rows),
                 segments: storage("segments", time_mix_resident::table_len(rows, rows, resident.capacity)),
                 still: storage("still", if resident.is_plain() { 4 * rows } else { 4 }),

@@ -4,8 +4,8 @@
 //
 // With PLANES each row is summed first: twin rwkv-core/src/ops/add_planes.rs.
 //
-// One workgroup per row, four channels at a time, and whatever it reads is under way before the first of it is used: what a
-// few rows take is mostly waiting. The row before is summed and normed again where it is in the same segment: that
+// One workgroup per run of rows, four channels at a time, and whatever it reads is under way before the first of it is used: what a
+// few rows take is mostly waiting. The row before the first is summed and normed again where it is in the same segment: that
 // costs reads, mostly from a cache, and no pass between the norm and the shift. Both are made by the same
 // operations in the same order, so that a row is the same whether it comes from the pass or, kept, from the one before.
 
@@ -16,8 +16,9 @@ override PLANES: u32 = 0u; // to be added to each row of x
 const MOST: u32 = 8u;
 const MIXES: u32 = 6u; // at most
 
-// In place of a record.
+// In place of a record: there is none, or no row.
 const NONE: u32 = 0xFFFFFFFFu;
+const END: u32 = 0xFFFFFFFEu;
 
 struct Params {
     width: u32,  // a multiple of 4, as are
@@ -25,12 +26,14 @@ struct Params {
     offset: u32, // where in a record the row begins
     mixes: u32,
     eps: f32,
+    run: u32,    // rows of a workgroup
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;       // [T, D]
 @group(0) @binding(2) var<storage, read> planes: array<vec4<f32>>;  // [T, PLANES, D]
-// [T]: the record that holds the row before a segment's first, and the one that is to hold this row.
+// [T]: the record that holds the row before a segment's first, and the one that is to hold this row. Where a run has
+// several rows, one more, END.
 @group(0) @binding(3) var<storage, read> cursors: array<vec2<u32>>;
 @group(0) @binding(4) var<storage, read> vectors: array<vec4<f32>>; // [2 + M, D]: gain, bias, mixes
 // [records, stride]. No record is both read and written in a pass.
@@ -48,11 +51,6 @@ struct Vectors {
     gain: vec4<f32>,
     bias: vec4<f32>,
     mixes: array<vec4<f32>, MIXES>,
-}
-
-struct Moments {
-    mean: f32,
-    scale: f32,
 }
 
 // Row t of x, with its planes.
@@ -74,8 +72,8 @@ fn row_of(t: u32, quads: u32, lane: Lane) -> Row {
     return row;
 }
 
-// Every invocation must call it.
-fn moments(row: Row, quads: u32, lane: Lane) -> Moments {
+// A row, normed. Every invocation must call it.
+fn normed(row: Row, by: array<Vectors, MOST>, quads: u32, lane: Lane) -> Row {
     let n = f32(params.width);
     var part = vec4(0.0);
     for (var e = 0u; e < EACH; e++) {
@@ -91,22 +89,52 @@ fn moments(row: Row, quads: u32, lane: Lane) -> Moments {
         }
     }
     let variance = workgroup_sum_in(1u, (part.x + part.y) + (part.z + part.w), lane) / n;
-    return Moments(mean, inverseSqrt(variance + params.eps));
+    let scale = inverseSqrt(variance + params.eps);
+    var all: Row;
+    for (var e = 0u; e < EACH; e++) {
+        all.held[e] = fma((row.held[e] - mean) * scale, by[e].gain, by[e].bias);
+    }
+    return all;
 }
 
-fn normed(value: vec4<f32>, row: Moments, by: Vectors) -> vec4<f32> {
-    return fma((value - row.mean) * row.scale, by.gain, by.bias);
+// The row that a record holds.
+fn kept_row(record: u32, quads: u32, lane: Lane) -> Row {
+    var row: Row;
+    for (var e = 0u; e < EACH; e++) {
+        let q = lane.index + e * LANES;
+        if q < quads {
+            row.held[e] = state[(record * params.stride + params.offset) / 4u + q];
+        }
+    }
+    return row;
+}
+
+// A row that comes after another of a run.
+struct Next {
+    cursor: vec2<u32>,
+    row: Row,
+}
+
+fn next_row(row: u32, end: u32, quads: u32, lane: Lane) -> Next {
+    var next: Next;
+    next.cursor = vec2(END);
+    if row < end {
+        next.cursor = cursors[row];
+        if next.cursor.x != END {
+            next.row = row_of(row, quads, lane);
+        }
+    }
+    return next;
 }
 
 @compute @workgroup_size(LANES)
-fn mix_rows(@builtin(workgroup_id) row: vec3<u32>, lane: Lane) {
+fn mix_rows(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     let quads = params.width / 4u;
-    let cursor = cursors[row.x];
-    let kept = (cursor.x * params.stride + params.offset) / 4u;
-    let keep = (cursor.y * params.stride + params.offset) / 4u;
-    let inside = cursor.x == NONE; // of a segment, so that the row before is of the pass
+    let first = group.x * params.run;
+    let end = first + params.run;
+    var cursor = cursors[first];
 
-    let own = row_of(row.x, quads, lane);
+    var own = row_of(first, quads, lane);
     var by: array<Vectors, MOST>;
     for (var e = 0u; e < EACH; e++) {
         let q = lane.index + e * LANES;
@@ -120,49 +148,54 @@ fn mix_rows(@builtin(workgroup_id) row: vec3<u32>, lane: Lane) {
             }
         }
     }
-    var other: Row;
+    // The row before, normed: of the pass inside of a segment.
+    let inside = cursor.x == NONE;
+    var before: Row;
     if inside {
-        other = row_of(row.x - 1u, quads, lane);
+        before = row_of(first - 1u, quads, lane);
     } else {
+        before = kept_row(cursor.x, quads, lane);
+    }
+    var next = next_row(first + 1u, end, quads, lane);
+    var now = normed(own, by, quads, lane);
+    if inside {
+        before = normed(before, by, quads, lane);
+    }
+
+    for (var row = first;; row++) {
         for (var e = 0u; e < EACH; e++) {
             let q = lane.index + e * LANES;
             if q < quads {
-                other.held[e] = state[kept + q];
-            }
-        }
-    }
-    let of_own = moments(own, quads, lane);
-    var of_other: Moments;
-    if inside {
-        of_other = moments(other, quads, lane);
-    }
-
-    for (var e = 0u; e < EACH; e++) {
-        let q = lane.index + e * LANES;
-        if q < quads {
-            let now = normed(own.held[e], of_own, by[e]);
-            var before = other.held[e];
-            if inside {
-                before = normed(before, of_other, by[e]);
-            }
-            if cursor.y != NONE {
-                state[keep + q] = now;
-            }
-            if PLANES > 0u {
-                sum[row.x * quads + q] = own.held[e];
-            }
-            for (var m = 0u; m < MIXES; m++) {
-                if m < params.mixes {
-                    let mixed = fma(before - now, by[e].mixes[m], now);
-                    let to = 2u * (row.x * params.mixes + m) * quads;
-                    if HALVES == 0u {
-                        out[to + 2u * q] = bitcast<vec2<u32>>(mixed.xy);
-                        out[to + 2u * q + 1u] = bitcast<vec2<u32>>(mixed.zw);
-                    } else {
-                        out[to + q] = vec2(packed(mixed.xy), packed(mixed.zw));
+                if cursor.y != NONE {
+                    state[(cursor.y * params.stride + params.offset) / 4u + q] = now.held[e];
+                }
+                if PLANES > 0u {
+                    sum[row * quads + q] = own.held[e];
+                }
+                for (var m = 0u; m < MIXES; m++) {
+                    if m < params.mixes {
+                        let mixed = fma(before.held[e] - now.held[e], by[e].mixes[m], now.held[e]);
+                        let to = 2u * (row * params.mixes + m) * quads;
+                        if HALVES == 0u {
+                            out[to + 2u * q] = bitcast<vec2<u32>>(mixed.xy);
+                            out[to + 2u * q + 1u] = bitcast<vec2<u32>>(mixed.zw);
+                        } else {
+                            out[to + q] = vec2(packed(mixed.xy), packed(mixed.zw));
+                        }
                     }
                 }
             }
         }
+        cursor = next.cursor;
+        if cursor.x == END {
+            break;
+        }
+        before = now;
+        if cursor.x != NONE {
+            before = kept_row(cursor.x, quads, lane);
+        }
+        own = next.row;
+        next = next_row(row + 2u, end, quads, lane);
+        now = normed(own, by, quads, lane);
     }
 }

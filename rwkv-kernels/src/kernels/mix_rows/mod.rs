@@ -16,8 +16,9 @@ pub use crate::reflected::mix_rows::{Params, VARIANTS};
 #[cfg(feature = "gpu")]
 mod tests;
 
-/// In a cursor, in place of a record.
+/// In a cursor, in place of a record: there is none, or no row.
 const NONE: u32 = u32::MAX;
+const END: u32 = NONE - 1;
 
 /// Mixes, at most: those of the time mix.
 const MIXES: usize = 6;
@@ -59,6 +60,12 @@ impl Form {
         [("LANES", self.lanes.into()), ("EACH", self.each.into()), ("PLANES", self.planes.into())]
     }
 
+    /// Invocations of a workgroup.
+    #[must_use]
+    pub const fn lanes(self) -> u32 {
+        self.lanes
+    }
+
     /// Channels of a row, at most.
     const fn most(self) -> usize {
         4 * self.lanes as usize * self.each as usize
@@ -85,6 +92,9 @@ pub struct Dims {
     pub offset: usize,
     /// The pipeline's.
     pub form: Form,
+    /// Rows of a workgroup, one after the other. Those after its first do not wait for gain, bias and mixes, and do not norm the row before
+    /// them again.
+    pub run: u32,
 }
 
 /// Why a call cannot be encoded.
@@ -182,7 +192,8 @@ pub enum Error {
 ///
 /// If the kernel cannot run the call, whatever the device: see [`Error`].
 pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
-    let Dims { rows, width, mixes, records, stride, offset, form } = dims;
+    let Dims { rows, width, mixes, records, stride, offset, form, run } = dims;
+    let run = run.max(1);
     for (what, got) in [("width", width), ("record", stride), ("place in a record", offset)] {
         if !got.is_multiple_of(4) || (what == "width" && got == 0) {
             return Err(Error::Quads { what, got });
@@ -197,16 +208,18 @@ pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
     if offset.checked_add(width).is_none_or(|end| end > stride) {
         return Err(Error::Record { width, offset, stride });
     }
-    let groups = super::groups(rows).ok_or(Error::Rows { got: rows, max: MAX_GROUPS })?;
+    let groups = super::groups(rows).ok_or(Error::Rows { got: rows, max: MAX_GROUPS })?.div_ceil(run);
+    let run = run.min(MAX_GROUPS); // so that no index wraps
     let index = |rows: usize, width: usize| indexable(rows, width).ok_or(Error::Index { rows, width });
     let (stride, offset) = (index(records.max(1), stride)?, index(1, offset)?);
     let most = mixes.max(form.planes as usize);
     index((mixes + 2).max(rows.saturating_mul(most)), width)?;
     let (width, mixes) = (index(rows.max(1), width)?, index(1, mixes)?);
-    Ok((Params { width, stride, offset, mixes, eps: f32::of(LN_EPS) }, [groups, 1, 1]))
+    Ok((Params { width, stride, offset, mixes, eps: f32::of(LN_EPS), run }, [groups, 1, 1]))
 }
 
-/// Lowers the segments of a pass to the records that each of its rows reads and writes, `[T]`.
+/// Lowers the segments of a pass to the records that each of its rows reads and writes, `[T + 1]`: the last is the end, which is not
+/// read where a run is of one row.
 ///
 /// # Errors
 ///
@@ -218,7 +231,7 @@ pub fn cursors(segments: &[Segment], records: usize) -> Result<Vec<[u32; 2]>, Er
     let mut cursors = Vec::new();
     for (segment, s) in segments.iter().enumerate() {
         let record = |record: usize| {
-            let found = u32::try_from(record).ok().filter(|&of| record < records && of != NONE);
+            let found = u32::try_from(record).ok().filter(|&of| record < records && of < END);
             found.ok_or(Error::NoRecord { segment, record, records })
         };
         let from = record(s.from)?;
@@ -240,5 +253,6 @@ pub fn cursors(segments: &[Segment], records: usize) -> Result<Vec<[u32; 2]>, Er
         cursors[first][0] = from;
         cursors.iter_mut().rev().zip(to.into_iter().rev()).for_each(|(cursor, to)| cursor[1] = to);
     }
+    cursors.push([END; 2]);
     Ok(cursors)
 }

@@ -6,7 +6,7 @@ use rwkv_core::ops::layer_norm::{LN_EPS, layer_norm};
 use rwkv_core::ops::mix_rows::{self as twin, Kept, Segment};
 use rwkv_core::rng::SplitMix64;
 
-use super::{Dims, Error, Form, MAX_GROUPS, VARIANTS, cursors, lower};
+use super::{Dims, END, Error, Form, MAX_GROUPS, VARIANTS, cursors, lower};
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::layer_norm::tests::{bits, compare, draw_rows, floats, limits};
 use crate::kernels::packed::{self, tests::EXPONENTS};
@@ -53,7 +53,8 @@ impl Case {
         let segments: Vec<_> = lengths.iter().zip(order.chunks_exact(4)).map(&mut segment).collect();
         let rows = lengths.iter().sum();
         let offset = 4 * (rng.next_u64() % 3) as usize;
-        let dims = Dims { rows, width, mixes, records, stride: width + 16, offset, form };
+        let run = 1 + (rng.next_u64() % 5) as u32;
+        let dims = Dims { rows, width, mixes, records, stride: width + 16, offset, form, run };
         let x = draw_rows(rows, width, &mut rng);
         let mut planes = Vec::new();
         // As far from zero as the rows are.
@@ -134,7 +135,7 @@ impl Case {
     fn run(&self, device: &Device, kernel: &Pipeline, halves: Option<u8>) -> After<f32> {
         let (params, groups) = lower(self.dims).unwrap();
         let cursors = cursors(&self.segments, self.dims.records).unwrap();
-        assert_eq!(cursors.len(), self.dims.rows, "one cursor a row");
+        assert_eq!(cursors.len(), self.dims.rows + 1, "one cursor a row, and the end");
         let vectors = [self.gain.as_slice(), &self.bias, &self.mixes].concat();
         let width = self.dims.width;
         let poison = |n: usize| vec![f32::NAN.to_bits(); n * width];
@@ -265,10 +266,13 @@ fn forms_hold_a_row() {
 #[test]
 fn refuses_what_it_cannot_run() {
     let form = form(64, 8, 0);
-    let plain = Dims { rows: 3, width: 192, mixes: 6, records: 5, stride: 400, offset: 200, form };
+    let plain = Dims { rows: 3, width: 192, mixes: 6, records: 5, stride: 400, offset: 200, form, run: 1 };
     let lowered = |dims| lower(dims).map(|(params, groups)| (params.width, params.mixes, groups));
     assert_eq!(lowered(plain), Ok((192, 6, [3, 1, 1])), "plain");
     assert_eq!(lowered(Dims { rows: 0, ..plain }), Ok((192, 6, [0, 1, 1])), "nothing to do");
+    for (run, groups) in [(0, 3), (2, 2), (3, 1), (u32::MAX, 1)] {
+        assert_eq!(lowered(Dims { run, ..plain }), Ok((192, 6, [groups, 1, 1])), "runs of {run}");
+    }
     let quads = |what, got| Err(Error::Quads { what, got });
     assert_eq!(lowered(Dims { width: 190, ..plain }), quads("width", 190), "width");
     assert_eq!(lowered(Dims { width: 0, ..plain }), quads("width", 0), "no channels");
@@ -300,25 +304,26 @@ fn refuses_what_it_cannot_run() {
 #[test]
 fn cursors_name_records_where_segments_begin_and_end() {
     let segment = |rows, from, to| Segment { rows, from, to: vec![to] };
-    let none = u32::MAX;
+    let (none, end) = (u32::MAX, [END; 2]);
     let got = cursors(&[segment(3, 1, 2), segment(1, 1, 0)], 3);
-    assert_eq!(got, Ok(vec![[1, none], [none, none], [none, 2], [1, 0]]), "both read one record");
+    assert_eq!(got, Ok(vec![[1, none], [none, none], [none, 2], [1, 0], end]), "both read one record");
     let last = |to: &[usize]| cursors(&[Segment { rows: 3, from: 0, to: to.to_vec() }], 4);
-    assert_eq!(last(&[3, 1]), Ok(vec![[0, none], [none, 3], [none, 1]]), "the last two");
-    assert_eq!(last(&[]), Ok(vec![[0, none], [none, none], [none, none]]), "none");
+    assert_eq!(last(&[3, 1]), Ok(vec![[0, none], [none, 3], [none, 1], end]), "the last two");
+    assert_eq!(last(&[]), Ok(vec![[0, none], [none, none], [none, none], end]), "none");
     assert_eq!(last(&[1, 2, 3, 1]), Err(Error::Shared { segment: 0, record: 1 }), "one twice");
     let too_many = cursors(&[Segment { rows: 1, from: 0, to: vec![1, 2] }], 4);
     assert_eq!(too_many, Err(Error::Kept { segment: 0, kept: 2, rows: 1 }), "more than there are");
-    assert_eq!(cursors(&[], 0), Ok(Vec::new()), "nothing to do");
+    assert_eq!(cursors(&[], 0), Ok(vec![end]), "nothing to do");
     let records = 3;
     assert_eq!(cursors(&[segment(0, 0, 1)], records), Err(Error::Empty { segment: 0 }), "empty");
     for (from, to) in [(0, 3), (3, 0)] {
         let none = Error::NoRecord { segment: 0, record: 3, records };
         assert_eq!(cursors(&[segment(1, from, to)], records), Err(none), "no such record");
     }
-    let mark = u32::MAX as usize;
-    let none = Error::NoRecord { segment: 0, record: mark, records: usize::MAX };
-    assert_eq!(cursors(&[segment(1, mark, 0)], usize::MAX), Err(none), "the mark of none");
+    for mark in [none, END].map(|mark| mark as usize) {
+        let none = Error::NoRecord { segment: 0, record: mark, records: usize::MAX };
+        assert_eq!(cursors(&[segment(1, mark, 0)], usize::MAX), Err(none), "a mark");
+    }
     let shared = |segment, record| Err(Error::Shared { segment, record });
     assert_eq!(cursors(&[segment(1, 1, 1)], records), shared(0, 1), "in place");
     assert_eq!(cursors(&[segment(1, 0, 1), segment(1, 1, 2)], records), shared(0, 1), "read by the next");
