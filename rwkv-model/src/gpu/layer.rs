@@ -189,9 +189,9 @@ impl Layers<'_> {
         stream: &mut Stream<'a>,
     ) -> Result<Step, Error> {
         let s = self.scratch;
-        let (form, pipeline) = match &self.kernels.divided {
-            Some(of) if stream.planes => &of.mix_rows,
-            _ => &self.kernels.mix_rows,
+        let ((form, pipeline), grid) = match &self.kernels.divided {
+            Some(of) if stream.planes => (&of.mix_rows, Grid::Runs(1)),
+            _ => (&self.kernels.mix_rows, grid),
         };
         let run = if let Grid::Runs(rows) = grid { rows } else { 1 };
         let dims = mix_rows::Dims {

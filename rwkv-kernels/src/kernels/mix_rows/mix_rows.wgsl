@@ -26,7 +26,7 @@ struct Params {
     offset: u32, // where in a record the row begins
     mixes: u32,
     eps: f32,
-    run: u32,    // rows of a workgroup
+    run: u32,    // rows of a workgroup; one with PLANES, which are of few rows, so that the rest need not be in their code
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -118,7 +118,7 @@ struct Next {
 fn next_row(row: u32, end: u32, quads: u32, lane: Lane) -> Next {
     var next: Next;
     next.cursor = vec2(END);
-    if row < end {
+    if PLANES == 0u && row < end {
         next.cursor = cursors[row];
         if next.cursor.x != END {
             next.row = row_of(row, quads, lane);
@@ -187,7 +187,7 @@ fn mix_rows(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
             }
         }
         cursor = next.cursor;
-        if cursor.x == END {
+        if PLANES > 0u || cursor.x == END {
             break;
         }
         before = now;

@@ -92,7 +92,7 @@ pub struct Dims {
     pub offset: usize,
     /// The pipeline's.
     pub form: Form,
-    /// Rows of a workgroup, one after the other. Those after its first do not wait for gain, bias and mixes, and do not norm the row before
+    /// Rows of a workgroup, one after the other; one where planes are added, which is done to few rows. Those after its first do not wait for gain, bias and mixes, and do not norm the row before
     /// them again.
     pub run: u32,
 }
@@ -193,7 +193,7 @@ pub enum Error {
 /// If the kernel cannot run the call, whatever the device: see [`Error`].
 pub fn lower(dims: Dims) -> Result<(Params, [u32; 3]), Error> {
     let Dims { rows, width, mixes, records, stride, offset, form, run } = dims;
-    let run = run.max(1);
+    let run = if form.planes > 0 { 1 } else { run.max(1) };
     for (what, got) in [("width", width), ("record", stride), ("place in a record", offset)] {
         if !got.is_multiple_of(4) || (what == "width" && got == 0) {
             return Err(Error::Quads { what, got });

@@ -273,6 +273,8 @@ fn refuses_what_it_cannot_run() {
     for (run, groups) in [(0, 3), (2, 2), (3, 1), (u32::MAX, 1)] {
         assert_eq!(lowered(Dims { run, ..plain }), Ok((192, 6, [groups, 1, 1])), "runs of {run}");
     }
+    let divided = Form { planes: 2, ..form };
+    assert_eq!(lowered(Dims { run: 2, form: divided, ..plain }), Ok((192, 6, [3, 1, 1])), "with planes");
     let quads = |what, got| Err(Error::Quads { what, got });
     assert_eq!(lowered(Dims { width: 190, ..plain }), quads("width", 190), "width");
     assert_eq!(lowered(Dims { width: 0, ..plain }), quads("width", 0), "no channels");
