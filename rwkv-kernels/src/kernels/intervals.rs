@@ -189,12 +189,12 @@ impl FromIterator<Interval> for Sum {
 /// The mean and the variance of a row as `row_moments.wgsl` and its variant have them, whatever the parts.
 ///
 /// A term of a part's mean passes at most two additions in its four and one for each other four, there or where the parts are
-/// joined; a division for the part and one for the row (2.5 ulp each) and a product come to eleven more. So all means are off by no more
+/// joined, and a square one more, since there is one other four less; a division for the part and one for the row (2.5 ulp each) and a product come to eleven more. So all means are off by no more
 /// than `d = (13 + n / 4) U max |x|`, and what parts of `p` elements differ from the row's mean, `a` exactly, by `2 d`. The squares
 /// then sum to `sum s + p d^2 + p (|a| + 2 d)^2` at most where `sum s + p a^2 = n V` is wanted, and `sum p |a| <= n sqrt V`:
 /// `V` is off by `4 d sqrt V + 5 d^2`, and by the roundings of its own sum, to which come that of what is squared, twice, those
-/// of the square and of a product and a sum.
-pub(super) fn moments(row: &[f32]) -> [Interval; 2] {
+/// of the square, of a product and a sum, and of the division, five.
+pub(super) fn row_moments(row: &[f32]) -> [Interval; 2] {
     let n = row.len() as f64;
     let additions = 2.0 + n / 4.0;
     let mean = row.iter().copied().map(f64::from).sum::<f64>() / n;
@@ -203,7 +203,7 @@ pub(super) fn moments(row: &[f32]) -> [Interval; 2] {
     let d = (additions + 11.0) * U * f64::from(largest);
     let at = |x| Interval { lo: x, hi: x };
     let variance = at(variance).widened(4.0 * d * variance.sqrt() + 5.0 * d * d).max(Interval::ZERO);
-    [at(mean).widened(d), variance.off(additions + 10.0)]
+    [at(mean).widened(d + TINY), variance.off(additions + 10.0)]
 }
 
 /// Fails unless each interval holds its number.

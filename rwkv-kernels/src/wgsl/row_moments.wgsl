@@ -17,7 +17,7 @@ fn part_of(sum: f32, count: u32, all: u32, lane: Lane) -> Part {
 }
 
 // The mean and the variance of the row, where the squares of what an invocation's elements differ from their part's mean
-// sum to `squares`. Every invocation must call it. Of rows in turn, one is in slot 0 and the next in slot 1.
-fn row_moments(slot: u32, part: Part, squares: f32, all: u32, lane: Lane) -> vec2<f32> {
+// sum to `squares`. Every invocation must call it. A barrier must come before the next row or sum.
+fn row_moments(part: Part, squares: f32, all: u32, lane: Lane) -> vec2<f32> {
     return vec2(part.mean, workgroup_sum(squares, lane) / f32(all));
 }

@@ -4,7 +4,8 @@
 //
 // The elements of a subgroup are a part. Of parts P with n elements, a mean m and squares s of what differs from it, the row has the mean
 // M = sum n m / sum n and the squares sum s + n (m - M)^2 (Chan, Golub, LeVeque, "Algorithms for computing the sample
-// variance", 1983). As in `reduce_subgroup.wgsl` subgroups are full, and nothing is assumed of how invocations fall into them.
+// variance", 1983). As in `reduce_subgroup.wgsl` subgroups are full, and nothing is assumed of how invocations fall into them. LANES is
+// eight at least.
 
 struct Part {
     mean: f32,
@@ -23,9 +24,9 @@ struct KeptPart {
 }
 
 // Part i, nothing beyond the last.
-fn kept_part(first: u32, most: u32, i: u32, lane: Lane) -> KeptPart {
+fn kept_part(most: u32, i: u32, lane: Lane) -> KeptPart {
     if i < lane.subgroups {
-        return KeptPart(partials[first + i], partials[first + most + i], partials[first + 2u * most + i]);
+        return KeptPart(partials[i], partials[most + i], partials[2u * most + i]);
     }
     return KeptPart();
 }
@@ -35,27 +36,23 @@ fn squares_about(mean: f32, kept: KeptPart) -> f32 {
     return kept.squares + kept.count * apart * apart;
 }
 
-fn row_moments(slot: u32, part: Part, squares: f32, all: u32, lane: Lane) -> vec2<f32> {
+fn row_moments(part: Part, squares: f32, all: u32, lane: Lane) -> vec2<f32> {
     let of_part = subgroupAdd(squares);
-    if LANES <= 8u {
-        return vec2(part.mean, of_part / f32(all)); // there is one
-    }
     let most = LANES / 8u;
-    let first = 3u * most * slot;
     if lane.of_subgroup == 0u {
-        partials[first + lane.subgroup] = f32(part.count);
-        partials[first + most + lane.subgroup] = part.mean;
-        partials[first + 2u * most + lane.subgroup] = of_part;
+        partials[lane.subgroup] = f32(part.count);
+        partials[most + lane.subgroup] = part.mean;
+        partials[2u * most + lane.subgroup] = of_part;
     }
     workgroupBarrier();
-    let own = kept_part(first, most, lane.of_subgroup, lane);
+    let own = kept_part(most, lane.of_subgroup, lane);
     var sum = own.count * own.mean;
     // Not as loops that are run once as a rule: those took 0.5 us.
     let size = min(lane.subgroup_size, LANES);
     let has_others = lane.subgroups > size;
     if has_others {
         for (var i = lane.of_subgroup + size; i < lane.subgroups; i += size) {
-            let other = kept_part(first, most, i, lane);
+            let other = kept_part(most, i, lane);
             sum += other.count * other.mean;
         }
     }
@@ -63,7 +60,7 @@ fn row_moments(slot: u32, part: Part, squares: f32, all: u32, lane: Lane) -> vec
     sum = squares_about(mean, own);
     if has_others {
         for (var i = lane.of_subgroup + size; i < lane.subgroups; i += size) {
-            sum += squares_about(mean, kept_part(first, most, i, lane));
+            sum += squares_about(mean, kept_part(most, i, lane));
         }
     }
     return vec2(mean, subgroupAdd(sum) / f32(all));

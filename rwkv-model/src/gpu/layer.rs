@@ -22,7 +22,7 @@ use rwkv_kernels::kernels::{
 use rwkv_kernels::pipeline::Pipeline;
 use rwkv_state::layout::DeviceLayout;
 
-use super::pipelines::{CPU_AT_WORK, Held, Kernels, LANES_AT_WORK, PROCESSORS};
+use super::pipelines::{Held, Kernels, LANES_OF_RUNS, PROCESSORS, RUNS_ON_CPU};
 use super::plan::{Bound, Grid, Mixes, Plan, Planner, Step};
 use super::records::Records;
 use super::scratch::Scratch;
@@ -139,7 +139,7 @@ impl Layers<'_> {
         let [cursor, segment, _] = s.parts_of_one();
         let cursors = if one { cursor } else { Bound::Whole(&s.cursors) };
         let carried = if one { cursor } else { Bound::Whole(&s.carried) };
-        let grid = if one { Grid::Fixed([1; 3]) } else { Grid::Runs(1) };
+        let grid = if one { Grid::Fixed([1; 3]) } else { Grid::Rows };
         self.each_layer(|weights, records| {
             let shift = |part, offset, vectors| match shifts {
                 SkipShifts::Refreshed => {
@@ -189,9 +189,9 @@ impl Layers<'_> {
         stream: &mut Stream<'a>,
     ) -> Result<Step, Error> {
         let s = self.scratch;
-        let ((form, pipeline), grid) = match &self.kernels.divided {
-            Some(of) if stream.planes => (&of.mix_rows, Grid::Runs(1)),
-            _ => (&self.kernels.mix_rows, grid),
+        let (form, pipeline) = match &self.kernels.divided {
+            Some(of) if stream.planes => &of.mix_rows,
+            _ => &self.kernels.mix_rows,
         };
         let run = if let Grid::Runs(rows) = grid { rows } else { 1 };
         let dims = mix_rows::Dims {
@@ -205,6 +205,7 @@ impl Layers<'_> {
             run,
         };
         let (params, _) = mix_rows::lower(dims).map_err(refused(part))?;
+        let grid = if run > 1 { Grid::Runs(params.run) } else { grid };
         let slots = self.records.slots_of(records);
         let mut buffers = [stream.x, &s.up, &s.up, vectors, &s.up, stream.next, &s.mixed].map(Bound::Whole);
         (buffers[2], buffers[4]) = (cursors, slots);
@@ -214,11 +215,12 @@ impl Layers<'_> {
         self.planner.step(part, pipeline, params, &buffers, grid, 0)
     }
 
-    /// Rows to a workgroup of `mix_rows` in a pass of so many: as many as leave work for every processor.
-    pub(super) fn run(&self, rows: u32) -> u32 {
+    /// Rows to a workgroup of `mix_rows` in a pass of a class of so many: as many as leave work for every processor where three in
+    /// four of them are there.
+    pub(super) fn run(&self, class: u32) -> u32 {
         let (form, _) = &self.kernels.mix_rows;
-        let gpu = PROCESSORS * LANES_AT_WORK / form.lanes();
-        rows.div_ceil(if self.device.is_gpu() { gpu } else { CPU_AT_WORK })
+        let gpu = PROCESSORS * LANES_OF_RUNS / form.lanes();
+        (class - class / 4).div_ceil(if self.device.is_gpu() { gpu } else { RUNS_ON_CPU }).max(1)
     }
 
     /// Carries a shift from the slots read to those written.

@@ -275,10 +275,10 @@ pub(super) const PROCESSORS: u32 = 132;
 
 /// Invocations of runs of rows that keep each of them busy: a pass of 2,048 rows of 1.5B is mixed in 23.5 us with so many, 25.1 with twice as many and 40
 /// with half (H200).
-pub(super) const LANES_AT_WORK: u32 = 1024;
+pub(super) const LANES_OF_RUNS: u32 = 1024;
 
-/// Workgroups of them that keep a CPU busy.
-pub(super) const CPU_AT_WORK: u32 = 16;
+/// Runs of rows that keep a CPU busy: a few for each of its threads.
+pub(super) const RUNS_ON_CPU: u32 = 16;
 
 /// Rows up to which a head has more lanes than [`Held::batch_lanes`], and how many. On an H100, a step of 1.5B and 32 sequences
 /// takes 2.91 ms with 128, 2.95 with 64 and 3.05 with 256.
@@ -289,7 +289,7 @@ const FEW_LANES: u32 = 128;
 /// inputs are divided. Of 1.5B the output takes 19 us for 20 at 32 rows and 22 for 27 at 128, the value 29 for 40 and 40 for 66.
 pub(super) const FEW: u32 = 256;
 
-/// Lanes of a workgroup that mixes a row. On an H100, a step of 1.5B and 32 sequences takes 2.91 ms, and 3.00 with half as many.
+/// Lanes of a workgroup that mixes rows. On an H100, a step of 1.5B and 32 sequences takes 2.91 ms, and 3.00 with half as many.
 const MIX_LANES: u32 = 512;
 
 /// What the hidden units of the channel mix are divided by before they are rounded to halves, as a power of two: they are
@@ -325,7 +325,8 @@ pub(super) fn compile<'a>(
     // whose extents and whose parameters come from the same `ModelConfig` by way of `lower`, which refuses what does not fit. The
     // tables of a pass (tokens, cursors, segments, wanted rows) are written by the executor alone: tokens are checked
     // against the vocabulary, or are the sampler's, which the embedding holds to it; records are those that `Records`
-    // gave out; rows are counted from the tokens, of which there are no more than the scratch has rows.
+    // gave out; rows are counted from the tokens, of which there are no more than the scratch has rows. The cursors of a pass end with
+    // a mark, so that runs of rows end there, and a dispatch has as many rows to a run as its parameters say.
     #[expect(unsafe_code, reason = "a plan's buffers hold what its parameters say")]
     let pipeline = unsafe { Pipeline::new_unchecked(device.device(), kernel, overrides, device.cache()) };
     Ok(pipeline?)

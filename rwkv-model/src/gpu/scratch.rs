@@ -24,7 +24,7 @@ pub(super) struct Scratch {
     pub(super) one: wgpu::Buffer,
     /// Those of the steps that are submitted together.
     pub(super) ahead: wgpu::Buffer,
-    /// Record read and record written, where there are: `[T]`.
+    /// Record read and record written, where there are, and after the last row of a pass a mark that there are no more: `[T + 1]`.
     pub(super) cursors: wgpu::Buffer,
     /// Where the shifts of mixes that are left out stay what they were: slot read and slot written, where there is one.
     pub(super) carried: wgpu::Buffer,

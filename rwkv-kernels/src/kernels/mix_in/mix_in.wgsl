@@ -102,7 +102,7 @@ fn mix_in(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
             sum += dot(centred, centred);
         }
     }
-    let moments = row_moments(0u, part, sum, WIDTH, lane);
+    let moments = row_moments(part, sum, WIDTH, lane);
     let scale = inverseSqrt(moments.y + params.eps);
 
     for (var j = 0u; j < own; j++) {

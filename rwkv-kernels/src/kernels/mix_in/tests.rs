@@ -11,7 +11,9 @@ use rwkv_core::rng::SplitMix64;
 use super::{Dims, Error, NONE, Stacked, Tile, VARIANTS, lower};
 use crate::gpu::{Device, variants_for_tests};
 use crate::kernels::MAX_GROUPS;
-use crate::kernels::intervals::{FORMATS, Interval, Weights, below, exact, floats, held, moments, of_lanes};
+use crate::kernels::intervals::{
+    FORMATS, Interval, Weights, below, exact, floats, held, of_lanes, row_moments,
+};
 use crate::kernels::testing::{bits as words, wide};
 use crate::kernels::weights::formats;
 use crate::pipeline::Pipeline;
@@ -121,11 +123,11 @@ impl Case {
         [shift, y]
     }
 
-    /// Shift and outputs, by [`moments`] and [`Weights::product`].
+    /// Shift and outputs, by [`row_moments`] and [`Weights::product`].
     fn bounds(&self) -> [Vec<Interval>; 2] {
         let width = self.dims.width;
         let (x, vectors, shift) = (exact(&self.x), exact(&self.vectors), exact(&self.shift()));
-        let [mean, variance] = moments(&self.x);
+        let [mean, variance] = row_moments(&self.x);
         let scale = (variance + Interval::constant(LN_EPS)).inverse_sqrt();
         let channel = |j: usize| (x[j] - mean) * scale * vectors[j] + vectors[width + j];
         let normed: Vec<_> = (0..width).map(channel).collect();

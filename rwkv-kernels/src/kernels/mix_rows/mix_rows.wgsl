@@ -16,8 +16,9 @@ override PLANES: u32 = 0u; // to be added to each row of x
 const MOST: u32 = 8u;
 const MIXES: u32 = 6u; // at most
 
-// In place of a record: there is none, or no row.
+// In place of a record.
 const NONE: u32 = 0xFFFFFFFFu;
+// In place of both records of a row: there is no row.
 const END: u32 = 0xFFFFFFFEu;
 
 struct Params {
@@ -109,22 +110,20 @@ fn kept_row(record: u32, quads: u32, lane: Lane) -> Row {
     return row;
 }
 
-// A row that comes after another of a run.
-struct Next {
-    cursor: vec2<u32>,
-    row: Row,
+// The cursor of a row that comes after another of a run.
+fn next_cursor(row: u32, end: u32) -> vec2<u32> {
+    if PLANES == 0u && row < end {
+        return cursors[row];
+    }
+    return vec2(END);
 }
 
-fn next_row(row: u32, end: u32, quads: u32, lane: Lane) -> Next {
-    var next: Next;
-    next.cursor = vec2(END);
-    if PLANES == 0u && row < end {
-        next.cursor = cursors[row];
-        if next.cursor.x != END {
-            next.row = row_of(row, quads, lane);
-        }
+// That row, if there is one.
+fn next_row(cursor: vec2<u32>, row: u32, quads: u32, lane: Lane) -> Row {
+    if cursor.x != END {
+        return row_of(row, quads, lane);
     }
-    return next;
+    return Row();
 }
 
 @compute @workgroup_size(LANES)
@@ -156,7 +155,8 @@ fn mix_rows(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
     } else {
         before = kept_row(cursor.x, quads, lane);
     }
-    var next = next_row(first + 1u, end, quads, lane);
+    var after = next_cursor(first + 1u, end);
+    var next = next_row(after, first + 1u, quads, lane);
     var now = normed(own, by, quads, lane);
     if inside {
         before = normed(before, by, quads, lane);
@@ -186,7 +186,7 @@ fn mix_rows(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
                 }
             }
         }
-        cursor = next.cursor;
+        cursor = after;
         if PLANES > 0u || cursor.x == END {
             break;
         }
@@ -194,8 +194,9 @@ fn mix_rows(@builtin(workgroup_id) group: vec3<u32>, lane: Lane) {
         if cursor.x != NONE {
             before = kept_row(cursor.x, quads, lane);
         }
-        own = next.row;
-        next = next_row(row + 2u, end, quads, lane);
+        own = next;
+        after = next_cursor(row + 2u, end);
+        next = next_row(after, row + 2u, quads, lane);
         now = normed(own, by, quads, lane);
     }
 }

@@ -16,8 +16,10 @@ pub use crate::reflected::mix_rows::{Params, VARIANTS};
 #[cfg(feature = "gpu")]
 mod tests;
 
-/// In a cursor, in place of a record: there is none, or no row.
+/// In a cursor, in place of a record.
 const NONE: u32 = u32::MAX;
+
+/// In a cursor, in place of both records: there is no row.
 const END: u32 = NONE - 1;
 
 /// Mixes, at most: those of the time mix.
@@ -132,7 +134,7 @@ pub enum Error {
         /// The mixes asked for.
         got: usize,
     },
-    /// One dispatch holds one workgroup per row, and not so many workgroups.
+    /// More rows than one dispatch may have workgroups, be they of one row each or not.
     #[error("mix_rows: {got} rows are more than {max}")]
     Rows {
         /// The rows asked for.
