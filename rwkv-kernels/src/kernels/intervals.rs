@@ -188,9 +188,10 @@ impl FromIterator<Interval> for Sum {
 
 /// The mean and the variance of a row as `row_moments.wgsl` and its variant have them, whatever the parts.
 ///
-/// A term of a part's mean passes at most two additions in its four and one for each other four, there or where the parts are
-/// joined, and a square one more, since there is one other four less; a division for the part and one for the row (2.5 ulp each) and a product come to eleven more. So all means are off by no more
-/// than `d = (13 + n / 4) U max |x|`, and what parts of `p` elements differ from the row's mean, `a` exactly, by `2 d`. The squares
+/// A term of a part's mean passes at most two additions in its four and one for each of the `n / 4 - 1` others, there or where
+/// the parts are joined; a square, which `dot` adds, three in its four: `2 + n / 4` are enough for both. A division for the part
+/// and one for the row (2.5 ulp each) and a product come to eleven more. So all means are off by no more than
+/// `d = (13 + n / 4) U max |x|`, and what parts of `p` elements differ from the row's mean, `a` exactly, by `2 d`. The squares
 /// then sum to `sum s + p d^2 + p (|a| + 2 d)^2` at most where `sum s + p a^2 = n V` is wanted, and `sum p |a| <= n sqrt V`:
 /// `V` is off by `4 d sqrt V + 5 d^2`, and by the roundings of its own sum, to which come that of what is squared, twice, those
 /// of the square, of a product and a sum, and of the division, five.

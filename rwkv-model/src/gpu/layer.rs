@@ -185,7 +185,7 @@ impl Layers<'_> {
         mixes: usize,
         vectors: &wgpu::Buffer,
         records: &wgpu::Buffer,
-        (cursors, grid): (Bound<'_>, Grid),
+        (cursors, mut grid): (Bound<'_>, Grid),
         stream: &mut Stream<'a>,
     ) -> Result<Step, Error> {
         let s = self.scratch;
@@ -193,7 +193,6 @@ impl Layers<'_> {
             Some(of) if stream.planes => &of.mix_rows,
             _ => &self.kernels.mix_rows,
         };
-        let run = if let Grid::Runs(rows) = grid { rows } else { 1 };
         let dims = mix_rows::Dims {
             rows: s.rows,
             width: self.config.width,
@@ -202,10 +201,12 @@ impl Layers<'_> {
             stride: self.records.layout.slot_words,
             offset,
             form: *form,
-            run,
+            run: if let Grid::Runs(rows) = grid { rows } else { 1 },
         };
         let (params, _) = mix_rows::lower(dims).map_err(refused(part))?;
-        let grid = if run > 1 { Grid::Runs(params.run) } else { grid };
+        if let Grid::Runs(rows) = &mut grid {
+            *rows = params.run; // of one where planes are added
+        }
         let slots = self.records.slots_of(records);
         let mut buffers = [stream.x, &s.up, &s.up, vectors, &s.up, stream.next, &s.mixed].map(Bound::Whole);
         (buffers[2], buffers[4]) = (cursors, slots);
@@ -220,7 +221,7 @@ impl Layers<'_> {
     pub(super) fn run(&self, class: u32) -> u32 {
         let (form, _) = &self.kernels.mix_rows;
         let gpu = PROCESSORS * LANES_OF_RUNS / form.lanes();
-        (class - class / 4).div_ceil(if self.device.is_gpu() { gpu } else { RUNS_ON_CPU }).max(1)
+        (class - class / 4).div_ceil(if self.device.is_gpu() { gpu } else { RUNS_ON_CPU })
     }
 
     /// Carries a shift from the slots read to those written.

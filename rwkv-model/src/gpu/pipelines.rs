@@ -273,8 +273,8 @@ pub(super) fn check_chunks(setup: &Setup) -> Result<(), Error> {
 /// Processors of the GPUs that tiles were measured on, an H100 and an H200.
 pub(super) const PROCESSORS: u32 = 132;
 
-/// Invocations of runs of rows that keep each of them busy: a pass of 2,048 rows of 1.5B is mixed in 23.5 us with so many, 25.1 with twice as many and 40
-/// with half (H200).
+/// Invocations of runs of rows that keep each of them busy: 2,048 rows of 1.5B are mixed in 23.5 us with so many, in 25.1 with
+/// twice as many and in 40 with half (H200).
 pub(super) const LANES_OF_RUNS: u32 = 1024;
 
 /// Runs of rows that keep a CPU busy: a few for each of its threads.

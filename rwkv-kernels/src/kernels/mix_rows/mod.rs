@@ -94,8 +94,8 @@ pub struct Dims {
     pub offset: usize,
     /// The pipeline's.
     pub form: Form,
-    /// Rows of a workgroup, one after the other; one where planes are added, which is done to few rows. Those after its first do not wait for gain, bias and mixes, and do not norm the row before
-    /// them again.
+    /// Rows of a workgroup, one after the other; one where planes are added, which is done to few rows. Those after its first
+    /// do not wait for gain, bias and mixes, and do not norm the row before them again.
     pub run: u32,
 }
 
