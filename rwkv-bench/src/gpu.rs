@@ -96,7 +96,7 @@ pub(crate) struct ProfileArgs {
     trace: PathBuf,
 }
 
-/// Tokens of a window.
+/// Tokens of a window, at least.
 const WINDOW: usize = 64;
 
 /// Windows that are timed.
@@ -172,10 +172,11 @@ fn measure(args: &GpuArgs, peer: Option<&Peer<'_>>, path: &Path) -> anyhow::Resu
 
     let bytes = engine.weight_bytes() as f64;
     let fused = decode(&engine)?;
-    let rate = WINDOW as f64 / fused.median;
     println!(
-        "  decode            {rate:8.1} tokens/s, {:.0} GB/s if all weights were read {fused}",
-        bytes * rate / 1e9
+        "  decode            {:8.1} tokens/s, {:.0} GB/s if all weights were read {}",
+        fused.rate(),
+        bytes * fused.rate() / 1e9,
+        fused.times
     );
     for &tokens in &args.prefill {
         let prompt: Vec<u32> = (0..tokens).map(token).collect();
@@ -215,10 +216,11 @@ fn measure(args: &GpuArgs, peer: Option<&Peer<'_>>, path: &Path) -> anyhow::Resu
         reference.verify(&engine)?;
         let unfused = decode(&engine)?;
         println!(
-            "  decode, not fused {:8.1} tokens/s, {} dispatches; fused is {:+.0} % {unfused}",
-            WINDOW as f64 / unfused.median,
+            "  decode, not fused {:8.1} tokens/s, {} dispatches; fused is {:+.0} % {}",
+            unfused.rate(),
             engine.report()?.step_dispatches,
-            100.0 * (unfused.median / fused.median - 1.0)
+            100.0 * (fused.rate() / unfused.rate() - 1.0),
+            unfused.times
         );
     }
     if let Some(peer) = peer {
@@ -256,8 +258,22 @@ impl Reference {
     }
 }
 
-/// Times [`WINDOW`] tokens, generated one after the other.
-fn decode(engine: &Engine) -> anyhow::Result<Times> {
+/// Windows of tokens that are generated one after the other.
+struct Decode {
+    window: usize,
+    times: Times,
+}
+
+impl Decode {
+    /// Tokens a second.
+    fn rate(&self) -> f64 {
+        self.window as f64 / self.times.median
+    }
+}
+
+fn decode(engine: &Engine) -> anyhow::Result<Decode> {
+    // Whole groups of those that come at the same time: of any other number, most windows would end early or late.
+    let window = WINDOW.next_multiple_of(engine.report()?.together);
     let mut session = engine.session();
     session.prefill(&[1])?;
     warm(&mut session)?;
@@ -265,12 +281,12 @@ fn decode(engine: &Engine) -> anyhow::Result<Times> {
     let mut times = Vec::new();
     for _ in 0..WINDOWS {
         let begun = Instant::now();
-        for token in tokens.by_ref().take(WINDOW) {
+        for token in tokens.by_ref().take(window) {
             token?;
         }
         times.push(begun.elapsed().as_secs_f64());
     }
-    Ok(Times::new(times))
+    Ok(Decode { window, times: Times::new(times) })
 }
 
 fn warm(session: &mut Session) -> anyhow::Result<()> {

@@ -476,6 +476,8 @@ pub struct Report {
     pub step_dispatches: usize,
     /// GPU: dispatches of a pass over several rows, in the layers.
     pub batch_dispatches: usize,
+    /// Tokens of one sequence that are generated together, and come at the same time.
+    pub together: usize,
 }
 
 impl Engine {
@@ -581,11 +583,13 @@ impl Engine {
                 kernels: Vec::new(),
                 step_dispatches: 0,
                 batch_dispatches: 0,
+                together: 1,
             }),
             Executor::Gpu(gpu) => {
                 let [step_dispatches, batch_dispatches] = gpu.dispatches()?;
                 let (device, kernels) = (gpu.device().name(), gpu.variants());
-                Ok(Report { device, kernels, step_dispatches, batch_dispatches })
+                let together = gpu.together();
+                Ok(Report { device, kernels, step_dispatches, batch_dispatches, together })
             }
         }
     }

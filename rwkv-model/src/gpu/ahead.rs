@@ -97,8 +97,7 @@ impl Executor {
         // From one at the beginning, so that whoever wants few pays for few.
         ahead.depth = (ahead.depth + 1).min(DEPTH).min(most);
         while ahead.flights.is_empty() || ahead.flights.len() + TOGETHER <= ahead.depth {
-            let steps = if self.in_one_step() { TOGETHER } else { 1 };
-            self.launch(ahead, steps.min((ahead.depth - ahead.flights.len()).max(1)))?;
+            self.launch(ahead, self.together().min((ahead.depth - ahead.flights.len()).max(1)))?;
         }
         let Some(Flight { token, record, submission }) = ahead.flights.pop_front() else {
             return Err(Error::Lost("no step is under way".to_owned()));
@@ -113,6 +112,11 @@ impl Executor {
         token.unmap();
         ahead.idle.push(token);
         Ok(Taken { token: word, record })
+    }
+
+    /// Steps of a submission.
+    pub(crate) const fn together(&self) -> usize {
+        if self.in_one_step() { TOGETHER } else { 1 }
     }
 
     /// Encodes some steps and submits them at once.

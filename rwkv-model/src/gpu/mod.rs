@@ -703,9 +703,6 @@ impl Executor {
                 (left, some) = (later, 2 * some);
             }
         }
-        if let Some(profile) = &mut profile {
-            profile.resolve(encoder);
-        }
         work.profile = profile;
         if let Some(passed_by) = passed_by {
             work.passed_by.insert(key, passed_by);

@@ -89,13 +89,6 @@ impl Recorder {
         self.used += 1;
     }
 
-    /// Makes what was recorded readable, at the end of a pass.
-    pub(super) fn resolve(&self, encoder: &mut wgpu::CommandEncoder) {
-        if self.used > 0 {
-            encoder.resolve_query_set(&self.queries, 0..self.used, &self.resolved, 0);
-        }
-    }
-
     /// Waits for what was submitted, and gives what was recorded.
     pub(super) fn take(&mut self, device: &Device) -> Result<Profile, Error> {
         let bytes = u64::from(self.used) * size_of::<u64>() as u64;
@@ -104,6 +97,8 @@ impl Recorder {
         }
         let staging = staging(device, bytes)?;
         let mut encoder = device.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        // Here and not after each pass, all of which would take 0.08 ms longer, those that are not timed too.
+        encoder.resolve_query_set(&self.queries, 0..self.used, &self.resolved, 0);
         encoder.copy_buffer_to_buffer(&self.resolved, 0, &staging, 0, bytes);
         device.queue().submit([encoder.finish()]);
         let ticks: Vec<u64> = read(device, &staging)?;
