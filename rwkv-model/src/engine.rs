@@ -478,6 +478,9 @@ pub struct Report {
     pub batch_dispatches: usize,
     /// Tokens of one sequence that are generated together, and come at the same time.
     pub together: usize,
+    /// GPU: whether some matrices are in blocks. One token at a time, vectors are multiplied by those in 15 bits and a sign, of the largest
+    /// in each 32.
+    pub blocks: bool,
 }
 
 impl Engine {
@@ -584,12 +587,18 @@ impl Engine {
                 step_dispatches: 0,
                 batch_dispatches: 0,
                 together: 1,
+                blocks: false,
             }),
             Executor::Gpu(gpu) => {
                 let [step_dispatches, batch_dispatches] = gpu.dispatches()?;
-                let (device, kernels) = (gpu.device().name(), gpu.variants());
-                let together = gpu.together();
-                Ok(Report { device, kernels, step_dispatches, batch_dispatches, together })
+                Ok(Report {
+                    device: gpu.device().name(),
+                    kernels: gpu.variants(),
+                    step_dispatches,
+                    batch_dispatches,
+                    together: gpu.together(),
+                    blocks: gpu.blocks(),
+                })
             }
         }
     }

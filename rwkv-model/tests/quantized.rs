@@ -85,7 +85,9 @@ fn reference<R: Real>(weights: &str, tokens: &[u32]) -> Vec<R> {
     model.forward(&mut [segment], Options::default())
 }
 
-/// CPU and GPU agree with loops in f64 as closely as loops in f32 do, and so with each other: in one pass and token by token.
+/// CPU and GPU agree with loops in f64 as closely as loops in f32 do, and so with each other: in one pass and token by token. But token
+/// by token a GPU has 2^15 units to the largest of 32 in a vector, so that it loses up to 2^-16 of that, which is a few times most others;
+/// halves lose up to 2^-12 of each.
 #[test]
 fn logits_are_those_of_plain_loops() {
     let tokens = text(24);
@@ -93,20 +95,21 @@ fn logits_are_those_of_plain_loops() {
         let exact: Vec<f64> = reference(weights, &tokens);
         let plain: Vec<f32> = reference(weights, &tokens);
         let off = plain.iter().zip(&exact).map(|(p, e)| (f64::from(*p) - e).abs()).fold(0.0, f64::max);
-        let check = |what: &str, engine: &Engine, limit: f64| {
+        let check = |what: &str, engine: &Engine, [of_pass, limit]: [f64; 2]| {
             let whole = engine.session().logits_of(&tokens).unwrap();
-            max_abs(&whole, &exact, limit).unwrap_or_else(|e| panic!("{weights}, {what}, one pass: {e}"));
+            max_abs(&whole, &exact, of_pass).unwrap_or_else(|e| panic!("{weights}, {what}, one pass: {e}"));
             let mut session = engine.session();
             let mut steps = Vec::new();
             tokens.iter().for_each(|&token| steps.extend_from_slice(session.step(token).unwrap()));
             max_abs(&steps, &exact, limit).unwrap_or_else(|e| panic!("{weights}, {what}, steps: {e}"));
         };
-        check("CPU", &engine(bundled(), weights, support::on_cpu()), FACTOR * off);
+        check("CPU", &engine(bundled(), weights, support::on_cpu()), [FACTOR * off; 2]);
         let Some(on_gpu) = support::on_gpu() else { return };
         let portable = EngineOptions { portable: true, ..on_gpu.clone() };
-        check("GPU", &engine(bundled(), weights, portable), FACTOR * off);
+        let halves = 2e-3 * magnitude(&exact);
+        check("GPU", &engine(bundled(), weights, portable), [FACTOR * off, halves / 4.0]);
         // Cooperative matrices round what they multiply to halves.
-        check("GPU, all it has", &engine(bundled(), weights, on_gpu), 2e-3 * magnitude(&exact));
+        check("GPU, all it has", &engine(bundled(), weights, on_gpu), [halves; 2]);
     }
 }
 

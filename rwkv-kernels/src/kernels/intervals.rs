@@ -327,7 +327,8 @@ impl Weights {
     }
 
     /// The product of a row of them with a vector as `own_columns.wgsl` has it: of blocks, each of the vector loses a unit,
-    /// which is 2^-21 of the largest in its block or 16 times the smallest float, whichever is more.
+    /// of which the largest in its block has 32,512, or 16 times the smallest float if that is more; and what that is made with, a power
+    /// of two, two quotients and two products, is rounded to 2^-20 of it.
     pub(super) fn product(&self, row: &[Interval], x: &[Interval]) -> Interval {
         let sum: Sum = row.iter().zip(x).map(|(&w, &x)| w * x).collect();
         let sum = sum.by(self.additions(row.len()));
@@ -336,7 +337,8 @@ impl Weights {
             Self::Blocks(_) => {
                 let lost = row.chunks(BLOCK).zip(x.chunks(BLOCK)).map(|(row, x)| {
                     let largest = x.iter().fold(0.0, |largest, x| x.size().max(largest));
-                    (largest / f64::from(1 << 21) + 16.0 * TINY) * row.iter().map(|w| w.size()).sum::<f64>()
+                    (largest * (1.0 / 32512.0 + f64::from(-20).exp2()) + 16.0 * TINY)
+                        * row.iter().map(|w| w.size()).sum::<f64>()
                 });
                 sum.widened(lost.sum())
             }

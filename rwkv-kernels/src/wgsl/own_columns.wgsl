@@ -8,14 +8,14 @@
 // of so many columns, one after the other.
 //
 // Blocks are multiplied as integers, which on an H200 takes a tenth (INT8) to a quarter (INT4) less time than as floats. The vector
-// becomes three balanced digits in base 256: in units, one for each 32, of a power of two of which the largest has 2^21 to
-// 2^22. So each loses a unit at most, 2^-21 of the largest, or half of that where sums round to nearest; sums over a block
-// are exact.
+// becomes two balanced digits in base 256, in units of which the largest of a block has 32,512: 127 times 256. So each loses a unit
+// at most, half of that where sums round to nearest: 2^-16 of the largest, where halves would lose up to 2^-12 of each. Sums over a
+// block are exact.
 
 override ROW_LANES: u32 = 32u; // that share a row: a multiple of eight
 override HELD: u32 = 8u * ROW_LANES;
 var<workgroup> parts: array<f32, LANES>; // of the products of rows
-// A span of the vector, by their bits: for blocks, of four of it the digits and the unit.
+// A span of the vector, by their bits: for blocks, of four of it the digits, nothing, and the unit.
 var<workgroup> held: array<vec4<u32>, HELD>;
 
 struct Batch {
@@ -149,23 +149,28 @@ fn gathered(words: vec4<u32>, shift: u32) -> u32 {
     return x.x | x.y << 8u | x.z << 16u | x.w << 24u;
 }
 
-// The lowest digits of `x`, the middle ones, the highest, and the unit where none is more than `largest`.
+// The units of the largest of a block: the most of which the high digit is 127, and the low one none.
+const LARGEST: f32 = 32512.0;
+
+// The low digits of `x`, the high ones, and the unit, where none is more than `largest`.
 fn digits(x: vec4<f32>, largest: f32) -> vec4<u32> {
-    // The bits of a float are its exponent plus 127 from the 23rd on. A 16th of the unit is not smaller than floats may be.
+    // A power of two makes the largest 2^21 to 2^22, whatever it is, if the smallest of floats are none of it. The bits of a float
+    // are its exponent plus 127 from the 23rd on.
     let exponent = max(bitcast<u32>(largest) >> 23u, 26u);
-    let inverse = bitcast<f32>((275u - exponent) << 23u);
+    let power = bitcast<f32>((275u - exponent) << 23u);
+    let most = max(largest * power, LARGEST); // more than it is where all are so small
     // From 2^23 to 2^24, a float is 2^23 and what its bits are more than 0x4b000000.
-    let units = bitcast<vec4<u32>>(x * inverse + 12582912.0); // 2^23 + 2^22
+    let units = bitcast<vec4<u32>>(x * power * (LARGEST / most) + 12582912.0); // 2^23 + 2^22
     // Without the 2^22, and with 128 more in each digit: with its highest bit flipped, that is the digit.
-    let digit = units - 0x00400000u + 0x00808080u;
+    let digit = units - 0x00400000u + 0x00008080u;
     // What is no number, or infinite, is not in that range: nor is then any product.
     let beyond = units ^ vec4(0x4b000000u);
     let finite = ((beyond.x | beyond.y) | (beyond.z | beyond.w)) < 0x01000000u;
     return vec4(
         gathered(digit, 0u) ^ 0x80808080u,
         gathered(digit, 8u) ^ 0x80808080u,
-        gathered(digit, 16u) ^ 0x80808080u,
-        select(0x7fc00000u, (exponent - 21u) << 23u, finite),
+        0u,
+        select(0x7fc00000u, bitcast<u32>(bitcast<f32>((exponent - 21u) << 23u) * (most / LARGEST)), finite),
     );
 }
 
@@ -197,14 +202,12 @@ fn multiply_blocks(m: Matrix, call: Call, fetched: ptr<function, Batch>, lane: L
     let place = place_of(lane);
     let column = place % ROW_LANES;
     var low: array<u32, 8>;
-    var middle: array<u32, 8>;
     var high: array<u32, 8>;
     var unit = 0.0;
     for (var j = 0u; j < 8u; j++) {
         let x = held[spread(8u * column + j)];
         low[j] = x.x;
-        middle[j] = x.y;
-        high[j] = x.z;
+        high[j] = x.y;
         unit += bitcast<f32>(x.w); // of each the same, or no number
     }
     // In INT4 all is 16 times as much.
@@ -225,14 +228,13 @@ fn multiply_blocks(m: Matrix, call: Call, fetched: ptr<function, Batch>, lane: L
                     steps[4u + j] = batch.elements[2u * k + 1u][j];
                 }
             }
-            var sum = vec3(0);
+            var sum = vec2(0);
             for (var j = 0u; j < 8u; j++) {
-                sum += vec3(dot4I8Packed(steps[j], low[j]), dot4I8Packed(steps[j], middle[j]), dot4I8Packed(steps[j], high[j]));
+                sum += vec2(dot4I8Packed(steps[j], low[j]), dot4I8Packed(steps[j], high[j]));
             }
             let i = min(row_at(now.first, k, place), now.last) * (m.row / 32u) + call.span * ROW_LANES + column;
-            // 32 products of at most 2^7 and 2^6, times 2^8, are within 2^26.
-            let all = f32((sum.z << 8u) + sum.y) * 256.0 + f32(sum.x);
-            sums[k] = all * unit * scale_of(batch.scales[k], scale_shift(m, i));
+            // 32 products of at most 2^7 and 2^15 are within 2^27.
+            sums[k] = f32((sum.y << 8u) + sum.x) * unit * scale_of(batch.scales[k], scale_shift(m, i));
         }
         fold(vec4(sums[0], sums[1], sums[2], sums[3]), vec4(sums[4], sums[5], sums[6], sums[7]), rows_at_once(m), now, lane);
         now.first += teams() * rows_at_once(m);

@@ -345,6 +345,11 @@ impl Executor {
         }
     }
 
+    /// Whether some matrices are in blocks.
+    pub(crate) fn blocks(&self) -> bool {
+        self.setup.weights.blocks(self.config.n_layers, &Matrix::ALL).flatten().next().is_some()
+    }
+
     /// Rows of a pass, at most.
     pub(crate) const fn rows(&self) -> usize {
         self.scratch.rows
