@@ -72,9 +72,18 @@ pub(super) fn indexable(end: usize) -> bool {
 /// If they are not.
 #[must_use]
 pub fn bytes(blocks: &Blocks) -> Vec<u8> {
-    let mut all = blocks.weights().to_vec();
+    let mut all = laid(blocks.weights());
     all.extend(scales(blocks));
     all
+}
+
+/// The weights of blocks, or whole words of them, as kernels read them: of each word the second and the third byte change places. What
+/// a kernel makes into halves at once, the first byte and the third, is then neighbours.
+#[must_use]
+pub fn laid(weights: &[u8]) -> Vec<u8> {
+    let mut laid = weights.to_vec();
+    laid.as_chunks_mut::<4>().0.iter_mut().for_each(|word| word.swap(1, 2));
+    laid
 }
 
 /// The bytes of its scales, which are the end of them.

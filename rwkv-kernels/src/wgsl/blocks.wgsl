@@ -7,6 +7,7 @@
 const F16: u32 = 0u;  // 8 weights an element
 const INT8: u32 = 1u; // 16, in steps
 const INT4: u32 = 2u; // 32: of eight in four bytes, the first four are in the low halves of the bytes
+// Of four weights that lie in a word, or in the halves of its bytes, the second is in the third byte, and the third in the second.
 
 // (naga 30 loses count of overrides where the length of an array has no name and stands before this one.)
 //
@@ -72,7 +73,7 @@ fn bytes(word: u32) -> vec4<f32> {
         (high & 0xffu) ^ 0x4b000080u,
         (high & 0xff00u) ^ 0x47008000u,
     );
-    return bitcast<vec4<f32>>(moved) - vec4(8388736.0, 32896.0, 8388736.0, 32896.0);
+    return (bitcast<vec4<f32>>(moved) - vec4(8388736.0, 32896.0, 8388736.0, 32896.0)).xzyw;
 }
 
 // Of a word of INT4, the first four weights in steps, and the others.
@@ -83,7 +84,7 @@ fn low_halves(word: u32) -> vec4<f32> {
         (word & 0xf0000u) ^ 0x43080000u, // 2^7
         (word >> 12u & 0xf000u) ^ 0x45008000u, // 2^11
     );
-    return bitcast<vec4<f32>>(moved) - vec4(8388616.0, 32776.0, 136.0, 2056.0);
+    return (bitcast<vec4<f32>>(moved) - vec4(8388616.0, 32776.0, 136.0, 2056.0)).xzyw;
 }
 
 fn high_halves(word: u32) -> vec4<f32> {
@@ -93,7 +94,7 @@ fn high_halves(word: u32) -> vec4<f32> {
         (word >> 12u & 0xf00u) ^ 0x47000800u, // 2^15
         (word >> 12u & 0xf0000u) ^ 0x43080000u, // 2^7
     );
-    return bitcast<vec4<f32>>(moved) - vec4(524296.0, 2056.0, 32776.0, 136.0);
+    return (bitcast<vec4<f32>>(moved) - vec4(524296.0, 2056.0, 32776.0, 136.0)).xzyw;
 }
 
 // Eight weights of a row, as they are read: of blocks, with the word of their scale and its shift.

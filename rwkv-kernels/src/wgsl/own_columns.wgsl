@@ -143,10 +143,10 @@ fn hold(m: Matrix, i: u32, x: vec4<f32>, lane: Lane) {
     }
 }
 
-// A byte of each of four words.
+// A byte of each of four words, in the order of weights.
 fn gathered(words: vec4<u32>, shift: u32) -> u32 {
     let x = words >> vec4(shift) & vec4(0xffu);
-    return x.x | x.y << 8u | x.z << 16u | x.w << 24u;
+    return x.x | x.z << 8u | x.y << 16u | x.w << 24u;
 }
 
 // The units of the largest of a block: the most of which the high digit is 127, and the low one none.

@@ -276,8 +276,8 @@ impl Upload<'_> {
                     self.within_halves(piece, &blocks)?;
                     // A block's weights are whole elements, so that the scales follow at once.
                     let weights = part.split_off(..blocks.weights().len()).unwrap_or_default();
-                    copy(weights, blocks.weights());
-                    copy(part, &stored::scales(&blocks));
+                    lay(weights, blocks.weights());
+                    part.copy_from_slice(&stored::scales(&blocks));
                 } else if piece.turned {
                     self.turned(piece, part)?;
                 } else {
@@ -416,15 +416,15 @@ fn write(
     Ok(())
 }
 
-/// Copies bytes, several stretches at a time.
-fn copy(to: WriteOnly<'_, [u8]>, from: &[u8]) {
+/// Writes weights of blocks, several stretches at a time.
+fn lay(to: WriteOnly<'_, [u8]>, from: &[u8]) {
     let (chunks, mut rest) = to.into_chunks::<CHUNK>();
     let (from, last) = from.as_chunks::<CHUNK>();
     let chunks: Vec<_> = chunks.into_iter().collect();
     chunks.into_par_iter().zip(from).for_each(|(to, from)| {
-        WriteOnly::<[u8]>::from(to).copy_from_slice(from);
+        WriteOnly::<[u8]>::from(to).copy_from_slice(&stored::laid(from));
     });
-    rest.copy_from_slice(last);
+    rest.copy_from_slice(&stored::laid(last));
 }
 
 /// Weights as halves, or the first that is beyond them. `first` is the index of the first in its tensor.

@@ -270,11 +270,11 @@ fn stage_w(slot: u32, w: vec4<u32>) {
 // number, of 1024 here or of 64, whose unit is then the step's; what is subtracted is that number and half the steps' range. That is
 // exact; times the scale it is rounded once, as the decoded weight would be.
 
-// Four weights from their steps, the first and the third in a word, and the second and the fourth.
-fn scaled(odd: u32, even: u32, zero: f16, scale: f16) -> vec4<f16> {
-    let a = (vec2<f16>(unpack2x16float(odd)) - zero) * scale;
-    let b = (vec2<f16>(unpack2x16float(even)) - zero) * scale;
-    return vec4(a.x, b.x, a.y, b.y);
+// Four weights from their steps, two in a word: as they lie, see blocks.wgsl, those are neighbours.
+fn scaled(first: u32, last: u32, zero: f16, scale: f16) -> vec4<f16> {
+    let a = (vec2<f16>(unpack2x16float(first)) - zero) * scale;
+    let b = (vec2<f16>(unpack2x16float(last)) - zero) * scale;
+    return vec4(a, b);
 }
 
 // Of a word of INT8.
