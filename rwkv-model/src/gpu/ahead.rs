@@ -10,9 +10,10 @@ use rwkv_core::ops::sample::{Counts, Sampler};
 use rwkv_kernels::kernels::sample;
 use rwkv_kernels::pipeline::Pipeline;
 
-use super::plan::{Bound, Grid, Planner, Shape, Step};
+use super::plan::{Bound, Grid, PART_BYTES, Planner, Shape, Step};
 use super::records::Move;
-use super::{Error, Executor, Record};
+use super::scratch::{PART_WORDS, Seat, Seated};
+use super::{Error, Executor, Pass, Record};
 use crate::skip::{Mask, Skipping};
 
 /// Steps under way at most: those of a submission that runs, and of one that waits.
@@ -43,18 +44,30 @@ pub(crate) struct Ahead {
     /// The last record that was encoded, and the position of the token after it.
     tip: Record,
     position: u64,
-    step: Step,
+    /// What chooses the token, of each of the steps that are submitted together.
+    steps: Vec<Step>,
     flights: VecDeque<Flight>,
+    /// What has come.
+    ready: VecDeque<Taken>,
     depth: usize,
     /// Staging buffers that are not in use.
     idle: Vec<wgpu::Buffer>,
 }
 
+/// Steps that were submitted together.
 #[derive(Debug)]
 struct Flight {
-    token: wgpu::Buffer,
-    record: Record,
+    /// At the beginning of a part each.
+    tokens: wgpu::Buffer,
+    records: Vec<Record>,
     submission: wgpu::SubmissionIndex,
+}
+
+impl Ahead {
+    /// Steps that were encoded, and not handed over yet.
+    fn under_way(&self) -> usize {
+        self.flights.iter().map(|of| of.records.len()).sum::<usize>() + self.ready.len()
+    }
 }
 
 impl Executor {
@@ -80,15 +93,30 @@ impl Executor {
         }
         let counts = self.words("counts", vocab as u64)?;
         self.device.queue().write_buffer(&counts, 0, bytemuck::cast_slice(&counted));
-        let [.., sampler_row] = self.scratch.parts_of_one();
-        let tables = [&self.scratch.logits, &mask, &counts, &self.scratch.tokens].map(Bound::Whole);
-        let buffers: Vec<_> = [sampler_row].into_iter().chain(tables).collect();
         let pipeline: &Pipeline = self.kernels.sample();
-        let step =
-            planner.step("sample", pipeline, params, &buffers, Grid::Fixed(groups), 4 * vocab as u64)?;
-        let (tip, flights, idle) = (from.clone(), VecDeque::new(), Vec::new());
-        let skipping = skipping.cloned();
-        Ok(Ahead { sampler, skipping, tip, position, step, flights, depth: 0, idle })
+        let step = |at| {
+            let seat = self.seat_ahead(at);
+            let Seated { sampler, tokens, .. } = self.scratch.seat(seat);
+            let Seated { logits, .. } = self.scratch.seat(self.scratch.before(seat));
+            let buffers = [sampler, logits, Bound::Whole(&mask), Bound::Whole(&counts), tokens];
+            planner.step("sample", pipeline, params, &buffers, Grid::Fixed(groups), 4 * vocab as u64)
+        };
+        Ok(Ahead {
+            sampler,
+            skipping: skipping.cloned(),
+            tip: from.clone(),
+            position,
+            steps: (0..self.together()).map(step).collect::<Result<_, _>>()?,
+            flights: VecDeque::new(),
+            ready: VecDeque::new(),
+            depth: 0,
+            idle: Vec::new(),
+        })
+    }
+
+    /// Where steps that are submitted together are told what to do.
+    const fn seat_ahead(&self, at: usize) -> Seat {
+        if self.in_one_step() { Seat::Ahead(at) } else { Seat::Rows }
     }
 
     /// The next token that was generated, with the state after it. `most` is how many are wanted at most, this one
@@ -96,27 +124,22 @@ impl Executor {
     pub(crate) fn next(&self, ahead: &mut Ahead, most: usize) -> Result<Taken, Error> {
         // From one at the beginning, so that whoever wants few pays for few.
         ahead.depth = (ahead.depth + 1).min(DEPTH).min(most);
-        while ahead.flights.is_empty() || ahead.flights.len() + TOGETHER <= ahead.depth {
-            self.launch(ahead, self.together().min((ahead.depth - ahead.flights.len()).max(1)))?;
+        while ahead.under_way() == 0 || ahead.under_way() + TOGETHER <= ahead.depth {
+            self.launch(ahead, self.together().min((ahead.depth - ahead.under_way()).max(1)))?;
         }
-        let Some(Flight { token, record, submission }) = ahead.flights.pop_front() else {
-            return Err(Error::Lost("no step is under way".to_owned()));
-        };
-        let wait = wgpu::PollType::Wait { submission_index: Some(submission), timeout: None };
-        self.device.device().poll(wait)?;
-        self.sound()?;
-        let word = {
-            let bytes = token.slice(..).get_mapped_range()?;
-            bytemuck::pod_read_unaligned(&bytes)
-        };
-        token.unmap();
-        ahead.idle.push(token);
-        Ok(Taken { token: word, record })
-    }
-
-    /// Steps of a submission.
-    pub(crate) const fn together(&self) -> usize {
-        if self.in_one_step() { TOGETHER } else { 1 }
+        if ahead.ready.is_empty()
+            && let Some(Flight { tokens, records, submission }) = ahead.flights.pop_front()
+        {
+            let wait = wgpu::PollType::Wait { submission_index: Some(submission), timeout: None };
+            self.device.device().poll(wait)?;
+            self.sound()?;
+            let words: Vec<u32> = bytemuck::pod_collect_to_vec(&tokens.slice(..).get_mapped_range()?);
+            tokens.unmap();
+            ahead.idle.push(tokens);
+            let taken = words.into_iter().step_by(PART_WORDS).zip(records);
+            ahead.ready.extend(taken.map(|(token, record)| Taken { token, record }));
+        }
+        ahead.ready.pop_front().ok_or_else(|| Error::Lost("no step is under way".to_owned()))
     }
 
     /// Encodes some steps and submits them at once.
@@ -135,49 +158,66 @@ impl Executor {
             tables.push(self.scratch.table_of_one(&of, Some(row)));
             moves.push(of);
         }
+        let lost = || Error::Lost("a step without logits".to_owned());
+        let tip = ahead.tip.logits().ok_or_else(lost)?;
+        let skipping = ahead.skipping.as_ref();
+        let masks: Vec<Mask> = (ahead.position..)
+            .take(steps)
+            .map(|position| Mask::next(skipping, self.config.n_layers, position, true, 1).0)
+            .collect();
+        let passes = masks.iter().zip(&ahead.steps).enumerate().map(|(at, (mask, step))| Pass {
+            seat: self.seat_ahead(at),
+            skip: mask.skip(skipping),
+            first: Some(step),
+            last: None,
+        });
+        let passes: Vec<_> = passes.collect();
         let queue = self.device.queue();
-        self.scratch.write_ahead(queue, &tables);
-        let skipping = ahead.skipping.clone();
-        let mask = |position: u64| Mask::next(skipping.as_ref(), self.config.n_layers, position, true, 1).0;
-        if let ([of], false) = (&moves[..], self.in_one_step()) {
-            let skip = mask(ahead.position);
-            self.tell(&work, std::slice::from_ref(of), &[0], skip.skip(skipping.as_ref()))?;
-        }
-        let mut encoder = self.encoder();
-        let (bytes, mut tokens) = ((self.config.vocab * size_of::<f32>()) as u64, Vec::new());
-        // Unknown until all of this is submitted.
-        let mut holds = work.holds.take();
-        for ((at, of), position) in moves.iter().enumerate().zip(ahead.position..) {
-            let Some((from, to)) = of.before.logits().zip(of.after.logits()) else {
-                return Err(Error::Lost("a step without logits".to_owned()));
-            };
-            self.scratch.use_ahead(&mut encoder, at);
-            if holds != Some(from.index()) {
-                let from = work.records.logits_offset(from);
-                encoder.copy_buffer_to_buffer(&work.records.logits, from, &self.scratch.logits, 0, bytes);
+        match (&tables[..], &passes[..]) {
+            ([table], [pass]) if pass.seat == Seat::Rows => {
+                self.scratch.write_one(queue, table);
+                self.tell(&work, &moves, &[0], pass.skip)?;
             }
-            let mask = mask(position);
-            let skip = mask.skip(skipping.as_ref());
-            self.encode(&mut work, &mut encoder, ONE, skip, [Some(&ahead.step), None])?;
-            let into = work.records.logits_offset(to);
-            encoder.copy_buffer_to_buffer(&self.scratch.logits, 0, &work.records.logits, into, bytes);
-            holds = Some(to.index());
-            let token = match ahead.idle.pop() {
-                Some(idle) => idle,
-                None => self.staging(size_of::<u32>() as u64)?,
-            };
-            encoder.copy_buffer_to_buffer(&self.scratch.tokens, 0, &token, 0, token.size());
-            // A failure shows when the range is asked for.
-            encoder.map_buffer_on_submit(&token, wgpu::MapMode::Read, .., |_| ());
-            tokens.push(token);
+            _ => self.scratch.write_ahead(queue, &tables),
         }
+        let tokens =
+            ahead.idle.pop().map_or_else(|| self.staging(self.together() as u64 * PART_BYTES), Ok)?;
+
+        let mut encoder = self.encoder();
+        let row_bytes = (self.config.vocab * size_of::<f32>()) as u64;
+        let row = |seat: Seat| seat.row() as u64 * row_bytes;
+        // Unknown until all of this is submitted.
+        let holds = work.holds.take();
+        let before = self.scratch.before(self.seat_ahead(0));
+        if holds != Some((tip.index(), before.row())) {
+            let from = work.records.logits_offset(tip);
+            let to = row(before);
+            encoder.copy_buffer_to_buffer(&work.records.logits, from, &self.scratch.logits, to, row_bytes);
+        }
+        self.encode(&mut work, &mut encoder, ONE, &passes)?;
+        let mut held = None;
+        for (of, pass) in moves.iter().zip(&passes) {
+            let to = of.after.logits().ok_or_else(lost)?;
+            let (from, into) = (row(pass.seat), work.records.logits_offset(to));
+            encoder.copy_buffer_to_buffer(&self.scratch.logits, from, &work.records.logits, into, row_bytes);
+            held = Some((to.index(), pass.seat.row()));
+        }
+        let (from, bytes) = match self.seat_ahead(0) {
+            Seat::Ahead(_) => (&self.scratch.tokens_ahead, steps as u64 * PART_BYTES),
+            Seat::Rows | Seat::One => (&self.scratch.tokens, size_of::<u32>() as u64),
+        };
+        encoder.copy_buffer_to_buffer(from, 0, &tokens, 0, bytes);
+        // A failure shows when the range is asked for.
+        encoder.map_buffer_on_submit(&tokens, wgpu::MapMode::Read, .., |_| ());
         let submission = queue.submit([encoder.finish()]);
-        work.holds = holds;
-        for (token, Move { after: record, .. }) in tokens.into_iter().zip(moves) {
-            ahead.tip = record.clone();
-            ahead.position += 1;
-            ahead.flights.push_back(Flight { token, record, submission: submission.clone() });
+        work.holds = held;
+        drop(work);
+        let records: Vec<_> = moves.into_iter().map(|of| of.after).collect();
+        ahead.position += records.len() as u64;
+        if let Some(tip) = records.last() {
+            ahead.tip = tip.clone();
         }
+        ahead.flights.push_back(Flight { tokens, records, submission });
         Ok(())
     }
 }

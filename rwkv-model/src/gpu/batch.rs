@@ -16,6 +16,7 @@ use super::pipelines::{
 };
 use super::plan::{Bound, Grid, Mixes, Plan, Step};
 use super::products::Multiply;
+use super::scratch::Seat;
 use super::weights::Layer;
 use super::{Error, count};
 use crate::recipe::Matrix;
@@ -46,7 +47,7 @@ struct Products<'a> {
 impl Layers<'_> {
     /// A form for several rows, in the tiles for so many of them, and of logits. With `skips` mixes may be left out of it.
     pub(super) fn batch(&self, [rows, logits]: [u32; 2], form: Form, skips: bool) -> Result<Plan, Error> {
-        let body = vec![self.embed(Grid::Rows)?];
+        let body = vec![self.embed(Seat::Rows, Grid::Rows)?];
         let (s, width, vocab) = (self.scratch, self.config.width, self.config.vocab);
         let head = Product {
             part: "head",

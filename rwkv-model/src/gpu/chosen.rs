@@ -10,7 +10,8 @@ use rwkv_kernels::kernels::sample::{self, SamplerRow};
 
 use super::layer::refused;
 use super::plan::{Bound, Grid, Planner, Shape, Step};
-use super::{Error, Executor, Record, count};
+use super::scratch::Seat;
+use super::{Error, Executor, Pass, Record, count};
 
 const WORD: u64 = size_of::<u32>() as u64;
 
@@ -170,8 +171,9 @@ impl Executor {
         let queue = self.device.queue();
         queue.write_buffer(&self.scratch.tokens, 0, bytemuck::cast_slice(&tokens));
         queue.write_buffer(&chooser.samplers, 0, bytemuck::cast_slice(&samplers));
-        if let ([one], true) = (&moves[..], shape.rows == 1 && self.in_one_step()) {
-            self.scratch.write_one(queue, one);
+        let seat = self.seat(shape);
+        if let ([one], Seat::One) = (&moves[..], seat) {
+            self.scratch.write_one(queue, &self.scratch.table_of_one(one, None));
         } else {
             self.tell(&work, &moves, &wanted, Skip::default())?;
         }
@@ -181,7 +183,8 @@ impl Executor {
             encoder.copy_buffer_to_buffer(&chooser.chosen, from, &self.scratch.tokens, to, bytes);
         }
         let choose = (!wanted.is_empty()).then_some(&chooser.step);
-        self.encode(&mut work, &mut encoder, shape, Skip::default(), [None, choose])?;
+        let pass = Pass { seat, skip: Skip::default(), first: None, last: choose };
+        self.encode(&mut work, &mut encoder, shape, &[pass])?;
         if choose.is_some() {
             work.holds = None;
             encoder.copy_buffer_to_buffer(&chooser.chosen, 0, &idle, 0, wanted.len() as u64 * WORD);

@@ -25,7 +25,7 @@ use rwkv_state::layout::DeviceLayout;
 use super::pipelines::{Held, Kernels, LANES_OF_RUNS, PROCESSORS, RUNS_ON_CPU};
 use super::plan::{Bound, Grid, Mixes, Plan, Planner, Step};
 use super::records::Records;
-use super::scratch::Scratch;
+use super::scratch::{Scratch, Seat, Seated};
 use super::step::StepKernels;
 use super::weights::{Layer, Weights};
 use super::{Error, count};
@@ -94,10 +94,12 @@ pub(super) struct Stream<'a> {
 
 impl Layers<'_> {
     /// The form for one token of one sequence.
-    pub(super) fn step(&self) -> Result<Plan, Error> {
+    pub(super) fn step(&self, seat: Seat) -> Result<Plan, Error> {
         let Some(kernels) = &self.kernels.step else { return Ok(Plan::default()) };
-        let body = vec![self.embed(Grid::Fixed([1; 3]))?];
-        let layers = self.each_layer(|weights, records| self.step_layer(kernels, weights, records))?;
+        let seated = self.scratch.seat(seat);
+        let body = vec![self.embed(seat, Grid::Fixed([1; 3]))?];
+        let layers =
+            self.each_layer(|weights, records| self.step_layer(kernels, &seated, weights, records))?;
         let (s, width) = (self.scratch, self.config.width);
         let stack = [mix_in::Stacked {
             outputs: self.config.vocab,
@@ -111,7 +113,9 @@ impl Layers<'_> {
         let tiles = self.planner.table(&tiles);
         let (ln_out, head) = (&self.weights.ln_out, &self.weights.head);
         // The head has no shift: of the state it touches nothing.
-        let buffers = [&tiles, &s.no_cursor, &s.x, ln_out, head, &s.normed, &s.logits].map(Bound::Whole);
+        let [tiles, none, x, vectors, matrix, state] =
+            [&tiles, &s.no_cursor, &s.x, ln_out, head, &s.normed].map(Bound::Whole);
+        let buffers = [tiles, none, x, vectors, matrix, state, seated.logits];
         let head =
             self.planner.step("head", &kernels.mix_in, params, &buffers, Grid::Fixed(groups), head.size())?;
         Ok(Plan { body, layers, head: vec![head] })
@@ -127,7 +131,8 @@ impl Layers<'_> {
 
     /// What is left of the mixes of a layer that are left out, of one token or of any rows: states go from the records read
     /// to those written.
-    pub(super) fn passed_by(&self, one: bool, shifts: SkipShifts) -> Result<Vec<Mixes>, Error> {
+    pub(super) fn passed_by(&self, seat: Seat, shifts: SkipShifts) -> Result<Vec<Mixes>, Error> {
+        let one = seat != Seat::Rows;
         let (s, planner, width) = (self.scratch, &self.planner, self.config.width);
         // Segments without rows have their states copied. Where there are rows, since each may be pending, all operands are zero,
         // and the adapters' products so negative that every decay is one and the value residual is off: states stay as they are
@@ -136,9 +141,8 @@ impl Layers<'_> {
         const NEVER: f32 = -1e30;
         let inputs = planner.large_table(&vec![0.0f32; s.len.inputs / s.rows * rows]);
         let up = planner.large_table(&vec![NEVER; ADAPTERS * width * rows]);
-        let [cursor, segment, _] = s.parts_of_one();
-        let cursors = if one { cursor } else { Bound::Whole(&s.cursors) };
-        let carried = if one { cursor } else { Bound::Whole(&s.carried) };
+        let Seated { cursors, segments, .. } = s.seat(seat);
+        let carried = if one { cursors } else { Bound::Whole(&s.carried) };
         let grid = if one { Grid::Fixed([1; 3]) } else { Grid::Rows };
         self.each_layer(|weights, records| {
             let shift = |part, offset, vectors| match shifts {
@@ -152,7 +156,7 @@ impl Layers<'_> {
                 readout: None,
                 lora_up: None,
                 rows,
-                segments: if one { segment } else { Bound::Whole(s.passed_by()) },
+                segments: if one { segments } else { Bound::Whole(s.passed_by()) },
                 inputs: &inputs,
                 up: &up,
                 grid: match one {
@@ -247,20 +251,19 @@ impl Layers<'_> {
     fn step_layer(
         &self,
         kernels: &StepKernels,
+        seated: &Seated<'_>,
         weights: &Layer,
         records: &wgpu::Buffer,
     ) -> Result<Mixes, Error> {
         let (s, planner, layout) = (self.scratch, &self.planner, self.records.layout);
         let ModelConfig { width, hidden, .. } = *self.config;
-        let [cursor, segment, _] = s.parts_of_one();
         let mix = |part, offset, stack: &[mix_in::Stacked], vectors, matrix: &wgpu::Buffer, y| {
             let dims = mix_in::Dims { width, stride: layout.slot_words, offset };
             let tile = kernels.stack_tile(stack);
             let (params, tiles, groups) = mix_in::lower(dims, stack, tile).map_err(refused(part))?;
             let tiles = planner.table(&tiles);
-            let mut buffers = [&tiles, &s.one, &s.x, vectors, matrix, records, y].map(Bound::Whole);
-            buffers[1] = cursor;
-            buffers[5] = self.records.slots_of(records);
+            let [tiles, x, vectors, whole, y] = [&tiles, &s.x, vectors, matrix, y].map(Bound::Whole);
+            let buffers = [tiles, seated.cursors, x, vectors, whole, self.records.slots_of(records), y];
             planner.step(part, &kernels.mix_in, params, &buffers, Grid::Fixed(groups), matrix.size())
         };
         let key = [mix_in::Stacked {
@@ -275,7 +278,7 @@ impl Layers<'_> {
             readout: kernels.readout.as_ref(),
             lora_up: Some(kernels.heads_lanes),
             rows: 1,
-            segments: segment,
+            segments: seated.segments,
             inputs: &s.inputs,
             // Any other buffer that is only read stands in for it.
             up: &s.inputs,
@@ -333,13 +336,13 @@ impl Layers<'_> {
         Ok([section(0..width)?, section(width..2 * width)?])
     }
 
-    pub(super) fn embed(&self, grid: Grid) -> Result<Step, Error> {
+    pub(super) fn embed(&self, seat: Seat, grid: Grid) -> Result<Step, Error> {
         let (s, ModelConfig { vocab, width, .. }) = (self.scratch, *self.config);
         let dims = embedding::Dims { rows: s.rows, vocab, width };
         let (params, _) = embedding::lower(dims).map_err(refused("embedding"))?;
         let [gain, bias] = self.norm("embedding", &self.weights.ln0)?;
-        let (tokens, table) = (Bound::Whole(&s.tokens), Bound::Whole(&self.weights.embedding));
-        let buffers = [tokens, table, gain, bias, Bound::Whole(&s.x)];
+        let Seated { tokens, .. } = s.seat(seat);
+        let buffers = [tokens, Bound::Whole(&self.weights.embedding), gain, bias, Bound::Whole(&s.x)];
         let pipeline = &self.kernels.embedding;
         self.planner.step("embedding", pipeline, params, &buffers, grid, 2 * width as u64)
     }

@@ -58,7 +58,7 @@ use self::products::Multiplies;
 pub use self::profile::{Dispatch, Profile};
 pub(crate) use self::records::Record;
 use self::records::{Move, Place, Records};
-use self::scratch::Scratch;
+use self::scratch::{Scratch, Seat};
 use self::unfused::Unfused;
 use self::weights::Weights;
 use crate::checkpoint::{self, Checkpoint, Progress};
@@ -226,25 +226,58 @@ pub(crate) struct Executor {
 struct Work {
     records: Records,
     /// For one token of one sequence, if the device has the memory for it.
-    step: Option<Plan>,
+    steps: BTreeMap<Seat, Plan>,
     /// For any number, by the rows that they are laid down for, rows of logits, form, and whether mixes may be left out.
     batch: BTreeMap<([u32; 2], Form, bool), Plan>,
     /// One dispatch for each operation, by rows and rows of logits: of one token, and of the last other pass.
     unfused: BTreeMap<[u32; 2], Plan>,
-    /// In place of mixes that are left out: of one token or of any rows, with their shifts frozen or not.
-    passed_by: BTreeMap<[bool; 2], Vec<Mixes>>,
-    /// The logits that are the first row of the scratch, by number.
-    holds: Option<u32>,
+    /// In place of mixes that are left out, with their shifts frozen or not.
+    passed_by: BTreeMap<(Seat, bool), Vec<Mixes>>,
+    /// The logits that are a row of the scratch, by number, and which row.
+    holds: Option<(u32, usize)>,
     /// What kernels were last told of the extents of a pass.
     told: Option<Shape>,
     profile: Option<profile::Recorder>,
 }
 
+/// A plan among those of [`Work`].
+#[derive(Clone, Copy, Debug)]
+enum Laid {
+    Step(Seat),
+    Batch(([u32; 2], Form, bool)),
+    Unfused([u32; 2]),
+}
+
+/// A pass that is to be encoded.
+struct Pass<'a> {
+    seat: Seat,
+    skip: Skip<'a>,
+    /// Dispatches to go before it and after it.
+    first: Option<&'a plan::Step>,
+    last: Option<&'a plan::Step>,
+}
+
+impl Pass<'_> {
+    /// What goes on in place of mixes that are left out.
+    fn passed_by(&self) -> (Seat, bool) {
+        (self.seat, self.skip.shifts == SkipShifts::Frozen)
+    }
+}
+
 impl Work {
+    /// A plan that was laid down.
+    fn plan(&self, laid: Laid) -> &Plan {
+        match laid {
+            Laid::Step(seat) => &self.steps[&seat],
+            Laid::Batch(key) => &self.batch[&key],
+            Laid::Unfused(key) => &self.unfused[&key],
+        }
+    }
+
     /// Forgets plans that are bound to buffers which are no longer used.
     fn laid_anew(&mut self, grown: bool) {
         if grown {
-            self.step = None;
+            self.steps.clear();
             self.batch.clear();
             self.unfused.clear();
             self.passed_by.clear();
@@ -292,7 +325,7 @@ impl Executor {
         let profile = setup.timestamps.then(|| profile::Recorder::new(&device)).flatten();
         let work = Work {
             records,
-            step: None,
+            steps: BTreeMap::new(),
             batch: BTreeMap::new(),
             unfused: BTreeMap::new(),
             passed_by: BTreeMap::new(),
@@ -304,8 +337,9 @@ impl Executor {
             Self { device, config, setup, kernels, weights, scratch, unfused, work: Mutex::new(work) };
         // What would be refused later is refused now.
         let mut work = executor.lock();
-        executor.plan(&mut work, Shape { rows: 1, segments: 1, logits: 1 }, false)?;
-        executor.plan(&mut work, Shape { rows: 2, segments: 1, logits: 1 }, false)?;
+        for rows in [1, 2] {
+            executor.lay(&mut work, Shape { rows, segments: 1, logits: 1 }, Seat::One, false)?;
+        }
         drop(work);
         Ok(executor)
     }
@@ -322,7 +356,7 @@ impl Executor {
         for rows in Multiplies::classes(most).map(|class| class.min(most)) {
             for segments in [1, rows.min(count(self.segments()))] {
                 for skips in [false, skips] {
-                    self.plan(&mut work, Shape { rows, segments, logits: segments }, skips)?;
+                    self.lay(&mut work, Shape { rows, segments, logits: segments }, Seat::One, skips)?;
                 }
             }
         }
@@ -379,8 +413,8 @@ impl Executor {
     pub(crate) fn dispatches(&self) -> Result<[usize; 2], Error> {
         let mut work = self.lock();
         let mut count = |rows| {
-            let plan = self.plan(&mut work, Shape { rows, segments: 1, logits: 1 }, false)?;
-            Ok::<_, Error>(plan.until_head(Skip::default(), None).count() - 1) // less the embedding
+            let laid = self.lay(&mut work, Shape { rows, segments: 1, logits: 1 }, Seat::One, false)?;
+            Ok::<_, Error>(work.plan(laid).until_head(Skip::default(), None).count() - 1) // less the embedding
         };
         Ok([count(1)?, count(2)?])
     }
@@ -418,13 +452,14 @@ impl Executor {
 
         let queue = self.device.queue();
         queue.write_buffer(&self.scratch.tokens, 0, bytemuck::cast_slice(&tokens));
-        if let ([one], true) = (&moves[..], shape.rows == 1 && self.in_one_step()) {
-            self.scratch.write_one(queue, one);
+        let seat = self.seat(shape);
+        if let ([one], Seat::One) = (&moves[..], seat) {
+            self.scratch.write_one(queue, &self.scratch.table_of_one(one, None));
         } else {
             self.tell(&work, &moves, &wanted, skip)?;
         }
         let mut encoder = self.encoder();
-        self.encode(&mut work, &mut encoder, shape, skip, [None; 2])?;
+        self.encode(&mut work, &mut encoder, shape, &[Pass { seat, skip, first: None, last: None }])?;
         // The rows of logits, in the order of jobs: kept in the records, or read.
         let row = (self.config.vocab * size_of::<f32>()) as u64;
         let (mut at, mut all, mut kept) = (0, Vec::new(), Vec::new());
@@ -443,7 +478,7 @@ impl Executor {
                     _ => kept.push((from, into, row)),
                 }
                 if at + rows == 1 {
-                    work.holds = Some(to.index());
+                    work.holds = Some((to.index(), 0));
                 }
             }
             if job.logits == Logits::All {
@@ -545,8 +580,8 @@ impl Executor {
         let mut encoder = self.encoder();
         {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            let plan = self.batch(&mut work, shape, false)?;
-            let steps = plan.until_head(Skip::default(), None);
+            let laid = self.lay_batch(&mut work, shape, false)?;
+            let steps = work.plan(laid).until_head(Skip::default(), None);
             let heads = steps.filter(|step| step.part == layer::HEADS);
             heads.for_each(|step| step.encode(&mut pass, shape));
         }
@@ -584,7 +619,9 @@ impl Executor {
     /// Takes what a pass writes; plans that are bound to buffers which had to grow are laid down anew.
     fn take(&self, work: &mut Work, sequences: &[(&Record, usize, bool)]) -> Result<Vec<Move>, Error> {
         let (moves, grown) = work.records.take(&self.device, sequences)?;
-        let taken = |held: &u32| moves.iter().all(|of| of.after.logits().map(Place::index) != Some(*held));
+        let taken = |(held, _): &(u32, usize)| {
+            moves.iter().all(|of| of.after.logits().map(Place::index) != Some(*held))
+        };
         work.holds = work.holds.filter(taken);
         work.laid_anew(grown);
         Ok(moves)
@@ -619,8 +656,18 @@ impl Executor {
         self.setup.fused && !self.setup.batch_invariant && self.kernels.has_step()
     }
 
-    /// The plan for a pass.
-    fn plan<'w>(&self, work: &'w mut Work, shape: Shape, skips: bool) -> Result<&'w Plan, Error> {
+    /// Where a pass is told what to do that is submitted by itself.
+    const fn seat(&self, shape: Shape) -> Seat {
+        if shape.rows == 1 && self.in_one_step() { Seat::One } else { Seat::Rows }
+    }
+
+    /// Passes over one token that are submitted together, at most.
+    pub(crate) const fn together(&self) -> usize {
+        if self.in_one_step() { self.scratch.together } else { 1 }
+    }
+
+    /// Lays down the plan for a pass, over one token for `seat`.
+    fn lay(&self, work: &mut Work, shape: Shape, seat: Seat, skips: bool) -> Result<Laid, Error> {
         let layers = self.layers(&work.records);
         if let Some(unfused) = &self.unfused {
             let key = [shape.rows, shape.logits.max(1)];
@@ -628,24 +675,33 @@ impl Executor {
                 work.unfused.retain(|[rows, _], _| *rows == 1);
                 work.unfused.insert(key, unfused.plan(&layers, Shape { logits: key[1], ..shape })?);
             }
-            return Ok(&work.unfused[&key]);
+            return Ok(Laid::Unfused(key));
         }
         if shape.rows == 1 && self.in_one_step() {
-            let plan = work.step.take().map_or_else(|| layers.step(), Ok)?;
-            return Ok(work.step.insert(plan));
+            // All at once, so that they share what is theirs alike.
+            let (seat, all) = match seat {
+                Seat::Ahead(_) => (seat, (0..self.together()).map(Seat::Ahead).collect()),
+                Seat::Rows | Seat::One => (Seat::One, vec![Seat::One]),
+            };
+            if all.iter().any(|seat| !work.steps.contains_key(seat)) {
+                for seat in all {
+                    work.steps.insert(seat, layers.step(seat)?);
+                }
+            }
+            return Ok(Laid::Step(seat));
         }
-        self.batch(work, shape, skips)
+        self.lay_batch(work, shape, skips)
     }
 
-    /// The plan for a pass, in the form for several rows; with `skips` mixes may be left out of it.
-    fn batch<'w>(&self, work: &'w mut Work, shape: Shape, skips: bool) -> Result<&'w Plan, Error> {
+    /// Lays down the plan for a pass, in the form for several rows; with `skips` mixes may be left out of it.
+    fn lay_batch(&self, work: &mut Work, shape: Shape, skips: bool) -> Result<Laid, Error> {
         let layers = self.layers(&work.records);
         let class = [shape.rows, shape.logits].map(Multiplies::class);
-        let form = self.kernels.form(&self.config, &self.setup, shape);
-        Ok(match work.batch.entry((class, form, skips)) {
-            Entry::Occupied(laid) => laid.into_mut(),
-            Entry::Vacant(room) => room.insert(layers.batch(class, form, skips)?),
-        })
+        let key = (class, self.kernels.form(&self.config, &self.setup, shape), skips);
+        if let Entry::Vacant(room) = work.batch.entry(key) {
+            room.insert(layers.batch(key.0, key.1, skips)?);
+        }
+        Ok(Laid::Batch(key))
     }
 
     fn layers<'a>(&'a self, records: &'a Records) -> layer::Layers<'a> {
@@ -661,30 +717,35 @@ impl Executor {
         }
     }
 
-    /// Encodes a pass, and dispatches to go before it and after it.
+    /// Encodes passes of one shape, one after the other.
     fn encode(
         &self,
         work: &mut Work,
         encoder: &mut wgpu::CommandEncoder,
         shape: Shape,
-        skip: Skip<'_>,
-        [first, last]: [Option<&plan::Step>; 2],
+        passes: &[Pass<'_>],
     ) -> Result<(), Error> {
-        let key = [shape.rows == 1 && self.in_one_step(), skip.shifts == SkipShifts::Frozen];
-        let passed_by = match work.passed_by.remove(&key) {
-            None if !skip.layers.is_empty() => {
-                Some(self.layers(&work.records).passed_by(key[0], skip.shifts)?)
-            }
-            found => found,
-        };
-        let mut profile = work.profile.take();
         if work.told.replace(shape) != Some(shape) {
             self.scratch.write_shape(self.device.queue(), &self.config, shape);
         }
-        let plan = self.plan(work, shape, !skip.layers.is_empty())?;
-        let head: &[plan::Step] = if shape.logits > 0 { &plan.head } else { &[] };
-        let body = plan.until_head(skip, passed_by.as_deref());
-        let steps: Vec<_> = first.into_iter().chain(body).chain(head).chain(last).collect();
+        let mut laid = Vec::new();
+        for pass in passes {
+            let skips = !pass.skip.layers.is_empty();
+            if let (true, Entry::Vacant(room)) = (skips, work.passed_by.entry(pass.passed_by())) {
+                room.insert(self.layers(&work.records).passed_by(pass.seat, pass.skip.shifts)?);
+            }
+            laid.push(self.lay(work, shape, pass.seat, skips)?);
+        }
+        let mut profile = work.profile.take();
+        let mut steps = Vec::new();
+        for (pass, laid) in passes.iter().zip(laid) {
+            let plan = work.plan(laid);
+            let passed_by = work.passed_by.get(&pass.passed_by());
+            steps.extend(pass.first);
+            steps.extend(plan.until_head(pass.skip, passed_by.map(Vec::as_slice)));
+            steps.extend(if shape.logits > 0 { &plan.head[..] } else { &[] });
+            steps.extend(pass.last);
+        }
         if let Some(profile) = &mut profile {
             profile.encode(
                 &mut encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default()),
@@ -709,9 +770,6 @@ impl Executor {
             }
         }
         work.profile = profile;
-        if let Some(passed_by) = passed_by {
-            work.passed_by.insert(key, passed_by);
-        }
         Ok(())
     }
 

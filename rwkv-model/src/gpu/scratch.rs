@@ -18,12 +18,15 @@ use super::{Error, count};
 #[derive(Debug)]
 pub(super) struct Scratch {
     pub(super) logit_rows: usize,
+    /// Passes that are submitted together, at most: [`Seat::Ahead`].
+    pub(super) together: usize,
     /// `[T]`.
     pub(super) tokens: wgpu::Buffer,
     /// The tables of a pass over one token, in parts, so that the host writes them at once: [`One`].
-    pub(super) one: wgpu::Buffer,
-    /// Those of the steps that are submitted together.
-    pub(super) ahead: wgpu::Buffer,
+    one: wgpu::Buffer,
+    /// Those of the passes that are submitted together, and of each the token, at the beginning of a part.
+    ahead: wgpu::Buffer,
+    pub(super) tokens_ahead: wgpu::Buffer,
     /// Record read and record written, where there are, and after the last row of a pass a mark that there are no more: `[T + 1]`.
     pub(super) cursors: wgpu::Buffer,
     /// Where the shifts of mixes that are left out stay what they were: slot read and slot written, where there is one.
@@ -71,17 +74,55 @@ pub(super) struct Scratch {
     pub(super) len: Lengths,
 }
 
+/// Where a pass is told what to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Seat {
+    /// A pass over any rows.
+    Rows,
+    /// Over one token.
+    One,
+    /// Over one token, the first, second, .. of some passes that are submitted together, and whose tokens and logits stay where they are
+    /// until all are over.
+    Ahead(usize),
+}
+
+impl Seat {
+    /// The row of logits that a pass over one token leaves.
+    pub(super) const fn row(self) -> usize {
+        match self {
+            Self::Rows | Self::One => 0,
+            Self::Ahead(at) => at,
+        }
+    }
+}
+
+/// What kernels find there, or leave.
+pub(super) struct Seated<'a> {
+    /// Record read and record written of each row.
+    pub(super) cursors: Bound<'a>,
+    pub(super) segments: Bound<'a>,
+    /// How the token is chosen: of one.
+    pub(super) sampler: Bound<'a>,
+    pub(super) tokens: Bound<'a>,
+    pub(super) logits: Bound<'a>,
+}
+
 /// The tables of a pass over one token, each where it can be bound.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 pub(super) struct One {
-    pub(super) cursor: [u32; 64],
-    pub(super) segment: [u32; 64],
-    pub(super) sampler: [u32; 64],
+    pub(super) cursor: [u32; PART_WORDS],
+    pub(super) segment: [u32; PART_WORDS],
+    pub(super) sampler: [u32; PART_WORDS],
 }
 
 const _: () = assert!(size_of::<One>() as u64 == 3 * PART_BYTES, "parts");
-const _: () = assert!(time_mix_resident::table_len(1, 1, MAX_CAPACITY) <= 64, "a segment fits");
+
+/// Words of a part.
+pub(super) const PART_WORDS: usize = 64;
+
+const _: () = assert!((PART_WORDS * size_of::<u32>()) as u64 == PART_BYTES, "a part");
+const _: () = assert!(time_mix_resident::table_len(1, 1, MAX_CAPACITY) <= PART_WORDS, "a segment fits");
 
 /// Rows of logits of a pass, at most: 268 MB with a vocabulary of 65,536.
 const MAX_LOGIT_ROWS: usize = 1024;
@@ -118,6 +159,9 @@ impl Scratch {
             let bytes = (longest.max(vocab) * size_of::<f32>()) as u64;
             return Err(Error::TooLarge { what: "a row of a pass".to_owned(), bytes, max });
         }
+        // Each has a row of logits of its own, which begins where it can be bound.
+        let whole_parts = ((vocab * size_of::<f32>()) as u64).is_multiple_of(PART_BYTES);
+        let together = if whole_parts { TOGETHER.min(logit_rows) } else { 1 };
         let len = Lengths {
             mixed: rows * MIXES * width,
             inputs: rows * inputs,
@@ -140,9 +184,11 @@ impl Scratch {
             let uniform = || buffer("params", 4, wgpu::BufferUsages::UNIFORM);
             Self {
                 logit_rows,
+                together,
                 tokens: storage("tokens", rows),
                 one: storage("one", size_of::<One>() / size_of::<u32>()),
-                ahead: storage("ahead", TOGETHER * size_of::<One>() / size_of::<u32>()),
+                ahead: storage("ahead", together * size_of::<One>() / size_of::<u32>()),
+                tokens_ahead: storage("tokens", together * PART_WORDS),
                 cursors: storage("cursors", 2 * (rows + 1)),
                 carried: storage("carried", 2 * rows),
                 segments: storage("segments", time_mix_resident::table_len(rows, rows, resident.capacity)),
@@ -242,7 +288,7 @@ impl Scratch {
 
     /// The tables of a pass over one token of one sequence, and how it is chosen.
     pub(super) fn table_of_one(&self, of: &Move, sampler: Option<SamplerRow>) -> One {
-        let mut one = One { cursor: [0; 64], segment: [0; 64], sampler: [0; 64] };
+        let mut one = One { cursor: [0; PART_WORDS], segment: [0; PART_WORDS], sampler: [0; PART_WORDS] };
         one.cursor[..2].copy_from_slice(&[of.before.slot().index(), of.after.slot().index()]);
         let segment = self.segments_of(&[of]);
         one.segment[..segment.len()].copy_from_slice(&segment);
@@ -254,8 +300,8 @@ impl Scratch {
     }
 
     /// Writes the tables of a pass over one token of one sequence.
-    pub(super) fn write_one(&self, queue: &wgpu::Queue, of: &Move) {
-        queue.write_buffer(&self.one, 0, bytemuck::bytes_of(&self.table_of_one(of, None)));
+    pub(super) fn write_one(&self, queue: &wgpu::Queue, table: &One) {
+        queue.write_buffer(&self.one, 0, bytemuck::bytes_of(table));
     }
 
     /// Writes the tables of passes that are submitted together, each over one token of one sequence.
@@ -263,16 +309,38 @@ impl Scratch {
         queue.write_buffer(&self.ahead, 0, bytemuck::cast_slice(tables));
     }
 
-    /// Lets the next pass have the tables of one of those.
-    pub(super) fn use_ahead(&self, encoder: &mut wgpu::CommandEncoder, at: usize) {
-        let bytes = size_of::<One>() as u64;
-        encoder.copy_buffer_to_buffer(&self.ahead, at as u64 * bytes, &self.one, 0, bytes);
+    /// Where a pass finds what it is told, and leaves what it comes to.
+    pub(super) fn seat(&self, seat: Seat) -> Seated<'_> {
+        let part =
+            |buffer, n: usize| Bound::Part { buffer, offset: n as u64 * PART_BYTES, bytes: PART_BYTES };
+        let (tokens, logits) = (Bound::Whole(&self.tokens), Bound::Whole(&self.logits));
+        let one = [0, 1, 2].map(|n| part(&self.one, n));
+        match seat {
+            Seat::Rows => {
+                let [cursors, segments] = [&self.cursors, &self.segments].map(Bound::Whole);
+                Seated { cursors, segments, sampler: one[2], tokens, logits }
+            }
+            Seat::One => Seated { cursors: one[0], segments: one[1], sampler: one[2], tokens, logits },
+            Seat::Ahead(at) => {
+                let bytes = (self.len.logits / self.logit_rows * size_of::<f32>()) as u64;
+                Seated {
+                    cursors: part(&self.ahead, 3 * at),
+                    segments: part(&self.ahead, 3 * at + 1),
+                    sampler: part(&self.ahead, 3 * at + 2),
+                    tokens: part(&self.tokens_ahead, at),
+                    logits: Bound::Part { buffer: &self.logits, offset: at as u64 * bytes, bytes },
+                }
+            }
+        }
     }
 
-    /// Where the kernels find what [`Self::write_one`] or [`Self::use_ahead`] wrote: cursor, segment, sampler.
-    pub(super) fn parts_of_one(&self) -> [Bound<'_>; 3] {
-        let part = |n| Bound::Part { buffer: &self.one, offset: n * PART_BYTES, bytes: PART_BYTES };
-        [part(0), part(1), part(2)]
+    /// Whose logits a token is chosen from before its pass: of passes that are submitted together, the first finds them where the last
+    /// leaves them.
+    pub(super) fn before(&self, seat: Seat) -> Seat {
+        match seat {
+            Seat::Rows | Seat::One => seat,
+            Seat::Ahead(at) => Seat::Ahead(at.checked_sub(1).unwrap_or(self.together - 1)),
+        }
     }
 
     /// Tells kernels how many rows a pass has.

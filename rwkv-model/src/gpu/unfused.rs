@@ -35,6 +35,7 @@ use super::layer::{Layers, MIX_A, MIX_G, MIX_K, MIX_R, MIX_V, MIX_W, MIXES, refu
 use super::pipelines::{HIDDEN_EXPONENT, Kernels, READOUT_EXPONENT, compile};
 use super::plan::{Bound, Grid, Plan, Shape, Step};
 use super::records::{Move, Record};
+use super::scratch::Seat;
 use super::step::{linear_of, value_of};
 use super::weights::Layer;
 use super::{Error, count};
@@ -144,7 +145,7 @@ impl Unfused {
     /// A pass of just so many rows, and rows of logits.
     pub(super) fn plan(&self, of: &Layers<'_>, shape: Shape) -> Result<Plan, Error> {
         let (rows, logits) = (shape.rows as usize, shape.logits as usize);
-        let mut body = Steps { own: self, of, rows, steps: vec![of.embed(Grid::Rows)?] };
+        let mut body = Steps { own: self, of, rows, steps: vec![of.embed(Seat::Rows, Grid::Rows)?] };
         for (weights, records) in of.weights.layers.iter().zip(&of.records.layers) {
             body.layer(weights, records)?;
         }
