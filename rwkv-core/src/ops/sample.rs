@@ -212,6 +212,12 @@ impl Sampler {
         }
     }
 
+    /// Whether it matters which tokens were generated before.
+    #[must_use]
+    pub fn penalises(&self) -> bool {
+        self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
     /// The tokens that are not masked, in ascending order, with penalised logits; and the best of them.
     fn penalised(
         &self,

@@ -149,11 +149,12 @@ impl Executor {
         // What they write is taken before any is encoded: if there is too little, buffers are replaced.
         let mut moves: Vec<Move> = Vec::new();
         let mut tables = Vec::new();
+        let counted = ahead.sampler.penalises().then_some(0);
         for position in (ahead.position..).take(steps) {
             let before = moves.last().map_or(&ahead.tip, |of| &of.after);
             let of = self.take(&mut work, &[(before, 1, true)])?.remove(0);
             // The sampler's settings were checked when it was handed over.
-            let row = sample::SamplerRow::new(&ahead.sampler, position, Some(0))
+            let row = sample::SamplerRow::new(&ahead.sampler, position, counted)
                 .map_err(|why| Error::Extents { part: "sample", why: why.to_string() })?;
             tables.push(self.scratch.table_of_one(&of, Some(row)));
             moves.push(of);

@@ -121,8 +121,7 @@ impl Running {
 
     /// What was generated before, if it is penalised.
     pub(super) fn counted(&self) -> Option<&Counts> {
-        let Sampler { presence_penalty, frequency_penalty, .. } = self.sampler;
-        (presence_penalty != 0.0 || frequency_penalty != 0.0).then_some(&self.sequence.counts)
+        self.sampler.penalises().then_some(&self.sequence.counts)
     }
 
     /// Tokens of the prompt that no pass was given.
