@@ -36,9 +36,10 @@ use support::{
 
 const FACTOR: f64 = 6.0;
 
-const VOCAB: usize = 52;
+/// Rows of so many logits begin where they can be bound, so that steps are submitted together.
+const VOCAB: usize = 64;
 /// The least that is no token of it.
-const NO_TOKEN: u32 = 52;
+const NO_TOKEN: u32 = 64;
 
 // ---- Engines ----
 
@@ -948,9 +949,24 @@ fn few_dispatches() {
         assert!(report.step_dispatches <= 5 * n_layers, "one token: {report:?}");
         assert!(report.batch_dispatches <= 9 * n_layers, "many: {report:?}");
         assert!(report.step_dispatches.min(report.batch_dispatches) > 0, "some: {report:?}");
+        assert!(report.together > 1, "steps of a submission: {report:?}");
         assert!(!report.device.is_empty() && report.device != "CPU", "{report:?}");
         let distinct: BTreeSet<_> = report.kernels.iter().collect();
         assert!(distinct.len() == report.kernels.len() && !distinct.is_empty(), "each once: {report:?}");
+    }
+    if let Some(options) = on_gpu() {
+        // Rows of 50 logits do not begin where they can be bound.
+        let odd = random_model([2, 2, 64, 96, 50, 8], 7);
+        let engine = engine(safetensors(&exact(odd)), EngineOptions { pass_tokens: 64, ..options });
+        assert_eq!(engine.report().unwrap().together, 1, "one to a submission");
+        let mut session = engine.session();
+        session.prefill(&[3, 1]).unwrap();
+        let mut steps = session.fork();
+        for token in generate(&mut session, penalised(), 9) {
+            assert_eq!(steps.sample(&penalised()).unwrap(), token, "the same choice");
+            steps.accept(token).unwrap();
+        }
+        assert_eq!(shown(&steps), shown(&session), "the same state");
     }
     let report = bundled_cpu().report().unwrap();
     assert_eq!(

@@ -25,7 +25,7 @@ const LAYERS: usize = 6;
 fn model() -> &'static [u8] {
     static MODEL: OnceLock<Vec<u8>> = OnceLock::new();
     MODEL.get_or_init(|| {
-        let tensors = random_model([LAYERS, 2, 64, 96, 50, 6], 11);
+        let tensors = random_model([LAYERS, 2, 64, 96, 64, 6], 11);
         safetensors(&tensors.iter().map(|of| of.to("F16")).collect::<Vec<_>>())
     })
 }

@@ -7,7 +7,7 @@
 const F16: u32 = 0u;  // 8 weights an element
 const INT8: u32 = 1u; // 16, in steps
 const INT4: u32 = 2u; // 32: of eight in four bytes, the first four are in the low halves of the bytes
-// Of four weights that lie in a word, or in the halves of its bytes, the second is in the third byte, and the third in the second.
+// And of four weights in the halves of a word's bytes, the second is in the third byte, and the third in the second.
 
 // (naga 30 loses count of overrides where the length of an array has no name and stands before this one.)
 //
@@ -73,7 +73,7 @@ fn bytes(word: u32) -> vec4<f32> {
         (high & 0xffu) ^ 0x4b000080u,
         (high & 0xff00u) ^ 0x47008000u,
     );
-    return (bitcast<vec4<f32>>(moved) - vec4(8388736.0, 32896.0, 8388736.0, 32896.0)).xzyw;
+    return bitcast<vec4<f32>>(moved) - vec4(8388736.0, 32896.0, 8388736.0, 32896.0);
 }
 
 // Of a word of INT4, the first four weights in steps, and the others.

@@ -136,17 +136,17 @@ fn hold(m: Matrix, i: u32, x: vec4<f32>, lane: Lane) {
         let own = abs(x);
         let largest = largest_of_eight(max(max(own.x, own.y), max(own.z, own.w)), lane);
         if i < HELD {
-            held[spread(i)] = digits(x, largest);
+            held[spread(i)] = digits(select(x, x.xzyw, has(m, INT4)), largest); // as the weights lie
         }
     } else if i < HELD {
         held[spread(i)] = bitcast<vec4<u32>>(x);
     }
 }
 
-// A byte of each of four words, in the order of weights.
+// A byte of each of four words.
 fn gathered(words: vec4<u32>, shift: u32) -> u32 {
     let x = words >> vec4(shift) & vec4(0xffu);
-    return x.x | x.z << 8u | x.y << 16u | x.w << 24u;
+    return x.x | x.y << 8u | x.z << 16u | x.w << 24u;
 }
 
 // The units of the largest of a block: the most of which the high digit is 127, and the low one none.

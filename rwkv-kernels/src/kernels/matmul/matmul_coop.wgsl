@@ -270,25 +270,27 @@ fn stage_w(slot: u32, w: vec4<u32>) {
 // number, of 1024 here or of 64, whose unit is then the step's; what is subtracted is that number and half the steps' range. That is
 // exact; times the scale it is rounded once, as the decoded weight would be.
 
-// Four weights from their steps, two in a word: as they lie, see blocks.wgsl, those are neighbours.
-fn scaled(first: u32, last: u32, zero: f16, scale: f16) -> vec4<f16> {
-    let a = (vec2<f16>(unpack2x16float(first)) - zero) * scale;
-    let b = (vec2<f16>(unpack2x16float(last)) - zero) * scale;
-    return vec4(a, b);
+// Two weights from their steps, in the halves of a word.
+fn scaled(steps: u32, zero: f16, scale: f16) -> vec2<f16> {
+    return (vec2<f16>(unpack2x16float(steps)) - zero) * scale;
 }
 
 // Of a word of INT8.
 fn of_bytes(word: u32, scale: f16) -> vec4<f16> {
-    return scaled((word & 0xff00ffu) ^ 0x64806480u, (word >> 8u & 0xff00ffu) ^ 0x64806480u, 1152.0h, scale);
+    let a = scaled((word & 0xff00ffu) ^ 0x64806480u, 1152.0h, scale);
+    let b = scaled((word >> 8u & 0xff00ffu) ^ 0x64806480u, 1152.0h, scale);
+    return vec4(a.x, b.x, a.y, b.y);
 }
 
-// Of a word of INT4, the first four and the others.
+// Of a word of INT4, the first four and the others: as they lie, see blocks.wgsl, what is made at once is neighbours.
 fn of_low_halves(word: u32, scale: f16) -> vec4<f16> {
-    return scaled((word & 0xf000fu) ^ 0x64086408u, (word >> 8u & 0xf000fu) ^ 0x64086408u, 1032.0h, scale);
+    let a = scaled((word & 0xf000fu) ^ 0x64086408u, 1032.0h, scale);
+    return vec4(a, scaled((word >> 8u & 0xf000fu) ^ 0x64086408u, 1032.0h, scale));
 }
 
 fn of_high_halves(word: u32, scale: f16) -> vec4<f16> {
-    return scaled((word & 0xf000f0u) ^ 0x54805480u, (word >> 8u & 0xf000f0u) ^ 0x54805480u, 72.0h, scale);
+    let a = scaled((word & 0xf000f0u) ^ 0x54805480u, 72.0h, scale);
+    return vec4(a, scaled((word >> 8u & 0xf000f0u) ^ 0x54805480u, 72.0h, scale));
 }
 
 // Where the weights at place `slot` are staged, so many to a place.
