@@ -13,7 +13,7 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use half::f16;
 use rwkv_core::compare::nmse;
-use rwkv_model::engine::Device;
+use rwkv_model::engine::{Device, Report};
 use rwkv_model::gpu::Profile;
 use rwkv_model::{Checkpoint, Engine, EngineOptions, Recipe, Sampler, Session};
 use serde_json::json;
@@ -119,13 +119,14 @@ const LIMIT: f64 = 1e-10;
 /// hundred products follow each other: a hundred times its square.
 const LIMIT_OF_HALVES: f64 = 1e-5;
 
-/// The same where vectors are multiplied by blocks of weights in units of which the largest of 32 has 2^15, so that half of one is lost at
+/// The same where vectors are multiplied by blocks of weights in units of which the largest of 32 has 32,512, so that half of one is lost at
 /// most: of normal numbers, whose largest is 2.3 in the mean, 2.1e-5 of their size in the mean. Again some hundred products.
 const LIMIT_OF_BLOCKS: f64 = 5e-8;
 
 /// What is let pass on an engine's device.
 pub(crate) fn limit(engine: &Engine) -> anyhow::Result<f64> {
-    Ok(match (rounds_to_halves(engine)?, engine.report()?.blocks) {
+    let report = engine.report()?;
+    Ok(match (of_halves(&report), report.blocks) {
         (true, _) => LIMIT_OF_HALVES,
         (false, true) => LIMIT_OF_BLOCKS,
         (false, false) => LIMIT,
@@ -134,7 +135,11 @@ pub(crate) fn limit(engine: &Engine) -> anyhow::Result<f64> {
 
 /// Whether an engine multiplies by cooperative matrices.
 pub(crate) fn rounds_to_halves(engine: &Engine) -> anyhow::Result<bool> {
-    Ok(engine.report()?.kernels.iter().any(|label| label.contains("coop")))
+    Ok(of_halves(&engine.report()?))
+}
+
+fn of_halves(report: &Report) -> bool {
+    report.kernels.iter().any(|label| label.contains("coop"))
 }
 
 /// A token of a text without sense, of a released vocabulary.

@@ -20,7 +20,7 @@ use rwkv_kernels::gpu::{Device, Request};
 use rwkv_kernels::kernels::matmul::{
     COOP_TILES, COOP_TILES_UNSPLIT, Coop, Dims, Job, Kinds, Store, TILES, Tile, lower,
 };
-use rwkv_kernels::kernels::weights::{ELEMENT, elements, len, set};
+use rwkv_kernels::kernels::weights::{ELEMENT, elements, laid, len, set};
 use rwkv_kernels::pipeline::Pipeline;
 use rwkv_kernels::{Kernel, choose};
 use wgpu::util::DeviceExt as _;
@@ -188,7 +188,7 @@ impl Operands {
                 let scales: Vec<u8> = bytemuck::cast_slice(blocks.scales()).to_vec();
                 let mut decoded = vec![0.0f32; drawn.len()];
                 decoded.chunks_exact_mut(columns).enumerate().for_each(|(i, out)| blocks.decode_row(i, out));
-                (blocks.weights().to_vec(), scales, decoded)
+                (laid(format, blocks.weights()).into_owned(), scales, decoded)
             }
         };
         let again =

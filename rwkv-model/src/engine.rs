@@ -476,10 +476,10 @@ pub struct Report {
     pub step_dispatches: usize,
     /// GPU: dispatches of a pass over several rows, in the layers.
     pub batch_dispatches: usize,
-    /// Tokens of one sequence that are generated together, and come at the same time.
+    /// Tokens of one sequence that are generated together, at most, and then come at the same time.
     pub together: usize,
-    /// GPU: whether some matrices are in blocks. One token at a time, vectors are multiplied by those in 15 bits and a sign, of the largest
-    /// in each 32.
+    /// GPU: whether some matrices are in blocks. One token at a time, vectors are multiplied by those with two digits of eight bits, in units
+    /// of which the largest in each 32 has 32,512; but not by the channel mix's value.
     pub blocks: bool,
 }
 

@@ -440,6 +440,11 @@ fn a_vocabulary_that_is_not_round() {
             assert_eq!(of(&session), of(&cpu), "{sampler:?}");
         }
         assert!(matches!(session.step(50_277), Err(Error::Token { token: 50_277, .. })), "none beyond");
+        assert_eq!(
+            engine.report().unwrap().together,
+            1,
+            "rows of so many logits do not begin where they can be bound"
+        );
     }
 }
 
@@ -645,6 +650,20 @@ fn a_generator_dropped_leaves_no_trace() {
                 assert_eq!([first, rest].concat(), whole, "{n} and then {}", 15 - n);
             }
         }
+    }
+}
+
+/// However few rows a pass has, and so few of logits, steps are submitted together.
+#[test]
+fn steps_of_few_rows_go_together() {
+    let Some(options) = on_gpu() else { return };
+    let want = generate(&mut alone(&smalls()[0], &prompt(8, 2)), penalised(), 15);
+    for (pass_tokens, together) in [(1, 1), (2, 2), (3, 3), (4, 3)] {
+        let engine = engine(safetensors(&small_model()), EngineOptions { pass_tokens, ..options.clone() });
+        assert_eq!(engine.report().unwrap().together, together, "passes of {pass_tokens}");
+        let mut session = alone(&engine, &prompt(8, 2));
+        assert_eq!(generate(&mut session, penalised(), 15), want, "passes of {pass_tokens}");
+        the_same(&session, &retold(&engine, &prompt(8, 2), &want), "in the end");
     }
 }
 
@@ -953,20 +972,6 @@ fn few_dispatches() {
         assert!(!report.device.is_empty() && report.device != "CPU", "{report:?}");
         let distinct: BTreeSet<_> = report.kernels.iter().collect();
         assert!(distinct.len() == report.kernels.len() && !distinct.is_empty(), "each once: {report:?}");
-    }
-    if let Some(options) = on_gpu() {
-        // Rows of 50 logits do not begin where they can be bound.
-        let odd = random_model([2, 2, 64, 96, 50, 8], 7);
-        let engine = engine(safetensors(&exact(odd)), EngineOptions { pass_tokens: 64, ..options });
-        assert_eq!(engine.report().unwrap().together, 1, "one to a submission");
-        let mut session = engine.session();
-        session.prefill(&[3, 1]).unwrap();
-        let mut steps = session.fork();
-        for token in generate(&mut session, penalised(), 9) {
-            assert_eq!(steps.sample(&penalised()).unwrap(), token, "the same choice");
-            steps.accept(token).unwrap();
-        }
-        assert_eq!(shown(&steps), shown(&session), "the same state");
     }
     let report = bundled_cpu().report().unwrap();
     assert_eq!(

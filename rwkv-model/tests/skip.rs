@@ -227,9 +227,11 @@ fn what_is_left_out_stands_still() {
 #[test]
 fn generates_what_it_steps() {
     for options in devices() {
-        for batch_invariant in [true, false] {
-            let skip = Some(Skipping::new(Middle { first_tokens: Some(20) }));
-            let options = EngineOptions { skip, batch_invariant, ..options.clone() };
+        let ways = ways(Middle { first_tokens: Some(20) });
+        for (batch_invariant, skip) in
+            [true, false].into_iter().flat_map(|of| ways.iter().map(move |way| (of, way)))
+        {
+            let options = EngineOptions { skip: Some(skip.clone()), batch_invariant, ..options.clone() };
             let engine = engine(model().to_vec(), options);
             let mut session = engine.session();
             session.prefill(&tokens(8, 8)).unwrap();

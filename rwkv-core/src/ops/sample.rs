@@ -571,6 +571,7 @@ mod tests {
         let penalised = |presence_penalty, frequency_penalty| {
             let sampler = Sampler { presence_penalty, frequency_penalty, ..Sampler::greedy() };
             let (best, candidates) = sampler.penalised(&[], &[4.0, 4.5, 2.0], &counts).unwrap();
+            assert_eq!(sampler.penalises(), presence_penalty != 0.0 || frequency_penalty != 0.0, "either");
             assert_eq!(
                 sampler.sample(&[4.0, 4.5, 2.0], &counts, 0),
                 Ok(best.token),

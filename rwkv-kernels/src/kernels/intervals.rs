@@ -327,8 +327,8 @@ impl Weights {
     }
 
     /// The product of a row of them with a vector as `own_columns.wgsl` has it: of blocks, each of the vector loses a unit,
-    /// of which the largest in its block has 32,512, or 16 times the smallest float if that is more; and what that is made with, a power
-    /// of two, two quotients and two products, is rounded to 2^-20 of it.
+    /// of which the largest in its block has 32,512, or 16 times the smallest float if that is more. What that is made with, powers of two,
+    /// two quotients and two products, is off by twice 5 ulp and by 2: less than 2^-19 of it.
     pub(super) fn product(&self, row: &[Interval], x: &[Interval]) -> Interval {
         let sum: Sum = row.iter().zip(x).map(|(&w, &x)| w * x).collect();
         let sum = sum.by(self.additions(row.len()));
@@ -337,7 +337,7 @@ impl Weights {
             Self::Blocks(_) => {
                 let lost = row.chunks(BLOCK).zip(x.chunks(BLOCK)).map(|(row, x)| {
                     let largest = x.iter().fold(0.0, |largest, x| x.size().max(largest));
-                    (largest * (1.0 / 32512.0 + f64::from(-20).exp2()) + 16.0 * TINY)
+                    (largest * (1.0 / 32512.0 + f64::from(-19).exp2()) + 16.0 * TINY)
                         * row.iter().map(|w| w.size()).sum::<f64>()
                 });
                 sum.widened(lost.sum())

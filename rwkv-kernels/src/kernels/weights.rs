@@ -2,6 +2,8 @@
 //!
 //! A matrix is told by its [`Format`], `None` for halves, and begins at an element of 16 bytes.
 
+use std::borrow::Cow;
+
 use rwkv_core::quant::{BLOCK, Blocks, Format};
 
 /// Bytes of an element.
@@ -72,7 +74,7 @@ pub(super) fn indexable(end: usize) -> bool {
 /// If they are not.
 #[must_use]
 pub fn bytes(blocks: &Blocks) -> Vec<u8> {
-    let mut all = laid(blocks.format(), blocks.weights());
+    let mut all = laid(blocks.format(), blocks.weights()).into_owned();
     all.extend(scales(blocks));
     all
 }
@@ -81,12 +83,15 @@ pub fn bytes(blocks: &Blocks) -> Vec<u8> {
 /// What a kernel makes into halves at once, of the first byte and of the third, is then neighbours. (Int8 in this order is slower by a
 /// fiftieth of a prompt, on an H200 by driver 580, for two instructions fewer of nine.)
 #[must_use]
-pub fn laid(format: Format, weights: &[u8]) -> Vec<u8> {
-    let mut laid = weights.to_vec();
-    if format == Format::Int4 {
-        laid.as_chunks_mut::<4>().0.iter_mut().for_each(|word| word.swap(1, 2));
+pub fn laid(format: Format, weights: &[u8]) -> Cow<'_, [u8]> {
+    match format {
+        Format::Int8 => Cow::Borrowed(weights),
+        Format::Int4 => {
+            let mut laid = weights.to_vec();
+            laid.as_chunks_mut::<4>().0.iter_mut().for_each(|word| word.swap(1, 2));
+            Cow::Owned(laid)
+        }
     }
-    laid
 }
 
 /// The bytes of its scales, which are the end of them.

@@ -7,7 +7,8 @@
 const F16: u32 = 0u;  // 8 weights an element
 const INT8: u32 = 1u; // 16, in steps
 const INT4: u32 = 2u; // 32: of eight in four bytes, the first four are in the low halves of the bytes
-// And of four weights in the halves of a word's bytes, the second is in the third byte, and the third in the second.
+// And of four weights in the halves of a word's bytes, the second is in the third byte, and the third in the second: `laid` of
+// kernels/weights.rs.
 
 // (naga 30 loses count of overrides where the length of an array has no name and stands before this one.)
 //

@@ -15,13 +15,13 @@ fn folded(lane: Lane) -> u32 {
 }
 
 // The largest of eight lanes from a multiple of eight on. Every invocation of the workgroup must call it.
-fn largest_of_eight(x: f32, lane: Lane) -> f32 {
-    partials[lane.index] = x;
+fn largest_of_eight(x: u32, lane: Lane) -> u32 {
+    partials[lane.index] = bitcast<f32>(x);
     workgroupBarrier();
     let first = lane.index / 8u * 8u;
     var largest = x;
     for (var i = first; i < first + 8u; i++) {
-        largest = max(largest, partials[i]);
+        largest = max(largest, bitcast<u32>(partials[i]));
     }
     workgroupBarrier();
     return largest;

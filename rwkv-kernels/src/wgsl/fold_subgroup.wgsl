@@ -19,7 +19,7 @@ fn folded(lane: Lane) -> u32 {
 }
 
 // The largest of eight lanes from a multiple of eight on. Every invocation of the workgroup must call it.
-fn largest_of_eight(x: f32, lane: Lane) -> f32 {
+fn largest_of_eight(x: u32, lane: Lane) -> u32 {
     var largest = x;
     for (var apart = 1u; apart < 8u; apart *= 2u) {
         largest = max(largest, subgroupShuffleXor(largest, apart));

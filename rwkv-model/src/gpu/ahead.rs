@@ -10,9 +10,9 @@ use rwkv_core::ops::sample::{Counts, Sampler};
 use rwkv_kernels::kernels::sample;
 use rwkv_kernels::pipeline::Pipeline;
 
-use super::plan::{Bound, Grid, PART_BYTES, Planner, Shape, Step};
+use super::plan::{Bound, Grid, PART_BYTES, PART_WORDS, Planner, Shape, Step};
 use super::records::Move;
-use super::scratch::{PART_WORDS, Seat, Seated};
+use super::scratch::{Seat, Seated};
 use super::{Error, Executor, Pass, Record};
 use crate::skip::{Mask, Skipping};
 
@@ -45,7 +45,7 @@ pub(crate) struct Ahead {
     tip: Record,
     position: u64,
     /// What chooses the token, of each of the steps that are submitted together.
-    steps: Vec<Step>,
+    choosers: Vec<Step>,
     flights: VecDeque<Flight>,
     /// What has come.
     ready: VecDeque<Taken>,
@@ -87,14 +87,17 @@ impl Executor {
         let (params, groups) = sample::lower(sample::Dims { rows: 1, vocab, counts: 1 })
             .map_err(|why| Error::Extents { part: "sample", why: why.to_string() })?;
         let mask = planner.table(&sample::mask(masked, vocab));
-        let mut counted = vec![0u32; vocab];
-        for (token, count) in counts.iter().filter(|(token, _)| (*token as usize) < vocab) {
-            counted[token as usize] = count;
-        }
+        let generated = counts;
         let counts = self.words("counts", vocab as u64)?;
-        self.device.queue().write_buffer(&counts, 0, bytemuck::cast_slice(&counted));
+        if sampler.penalises() {
+            let mut counted = vec![0u32; vocab];
+            for (token, count) in generated.iter().filter(|(token, _)| (*token as usize) < vocab) {
+                counted[token as usize] = count;
+            }
+            self.device.queue().write_buffer(&counts, 0, bytemuck::cast_slice(&counted));
+        }
         let pipeline: &Pipeline = self.kernels.sample();
-        let step = |at| {
+        let chooser = |at| {
             let seat = self.seat_ahead(at);
             let Seated { sampler, tokens, .. } = self.scratch.seat(seat);
             let Seated { logits, .. } = self.scratch.seat(self.scratch.before(seat));
@@ -106,7 +109,7 @@ impl Executor {
             skipping: skipping.cloned(),
             tip: from.clone(),
             position,
-            steps: (0..self.together()).map(step).collect::<Result<_, _>>()?,
+            choosers: (0..self.together()).map(chooser).collect::<Result<_, _>>()?,
             flights: VecDeque::new(),
             ready: VecDeque::new(),
             depth: 0,
@@ -115,7 +118,7 @@ impl Executor {
     }
 
     /// Where steps that are submitted together are told what to do.
-    const fn seat_ahead(&self, at: usize) -> Seat {
+    pub(super) const fn seat_ahead(&self, at: usize) -> Seat {
         if self.in_one_step() { Seat::Ahead(at) } else { Seat::Rows }
     }
 
@@ -149,6 +152,7 @@ impl Executor {
         // What they write is taken before any is encoded: if there is too little, buffers are replaced.
         let mut moves: Vec<Move> = Vec::new();
         let mut tables = Vec::new();
+        // Where counts do not matter, the sampler does not wait for them.
         let counted = ahead.sampler.penalises().then_some(0);
         for position in (ahead.position..).take(steps) {
             let before = moves.last().map_or(&ahead.tip, |of| &of.after);
@@ -166,20 +170,21 @@ impl Executor {
             .take(steps)
             .map(|position| Mask::next(skipping, self.config.n_layers, position, true, 1).0)
             .collect();
-        let passes = masks.iter().zip(&ahead.steps).enumerate().map(|(at, (mask, step))| Pass {
+        let passes = masks.iter().zip(&ahead.choosers).enumerate().map(|(at, (mask, chooser))| Pass {
             seat: self.seat_ahead(at),
             skip: mask.skip(skipping),
-            first: Some(step),
+            first: Some(chooser),
             last: None,
         });
         let passes: Vec<_> = passes.collect();
         let queue = self.device.queue();
-        match (&tables[..], &passes[..]) {
-            ([table], [pass]) if pass.seat == Seat::Rows => {
+        match (self.seat_ahead(0), &tables[..], &passes[..]) {
+            (Seat::Ahead(_), ..) => self.scratch.write_ahead(queue, &tables),
+            (_, [table], [pass]) => {
                 self.scratch.write_one(queue, table);
                 self.tell(&work, &moves, &[0], pass.skip)?;
             }
-            _ => self.scratch.write_ahead(queue, &tables),
+            _ => return Err(Error::Lost("steps that have no tables of their own".to_owned())),
         }
         let tokens =
             ahead.idle.pop().map_or_else(|| self.staging(self.together() as u64 * PART_BYTES), Ok)?;

@@ -196,6 +196,11 @@ impl Setup {
     const fn norm_apart(&self) -> bool {
         self.fused && !self.fused_norm
     }
+
+    /// Whether some matrices are in blocks.
+    fn has_blocks(&self, config: &ModelConfig) -> bool {
+        self.weights.blocks(config.n_layers, &Matrix::ALL).any(|of| of.is_some())
+    }
 }
 
 /// A sequence's share of a pass.
@@ -225,7 +230,7 @@ pub(crate) struct Executor {
 #[derive(Debug)]
 struct Work {
     records: Records,
-    /// For one token of one sequence, if the device has the memory for it.
+    /// For one token of one sequence, if the device has the memory for it, by where it is told what to do.
     steps: BTreeMap<Seat, Plan>,
     /// For any number, by the rows that they are laid down for, rows of logits, form, and whether mixes may be left out.
     batch: BTreeMap<([u32; 2], Form, bool), Plan>,
@@ -258,8 +263,8 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// What goes on in place of mixes that are left out.
-    fn passed_by(&self) -> (Seat, bool) {
+    /// Where in [`Work::passed_by`] what goes on in place of mixes that are left out is.
+    fn replaced(&self) -> (Seat, bool) {
         (self.seat, self.skip.shifts == SkipShifts::Frozen)
     }
 }
@@ -298,7 +303,7 @@ impl Executor {
         }
         checkpoint.check(&setup.weights).map_err(Error::Checkpoint)?;
         setup.weights = setup.weights.over(checkpoint.recipe(), config.n_layers);
-        if !setup.fused && setup.weights.blocks(config.n_layers, &Matrix::ALL).any(|of| of.is_some()) {
+        if !setup.fused && setup.has_blocks(&config) {
             return Err(Error::Weights(setup.weights));
         }
         pipelines::check_chunks(&setup)?;
@@ -338,7 +343,10 @@ impl Executor {
         // What would be refused later is refused now.
         let mut work = executor.lock();
         for rows in [1, 2] {
-            executor.lay(&mut work, Shape { rows, segments: 1, logits: 1 }, Seat::One, false)?;
+            let shape = Shape { rows, segments: 1, logits: 1 };
+            for seat in [executor.seat(shape), executor.seat_ahead(0)] {
+                executor.lay(&mut work, shape, seat, false)?;
+            }
         }
         drop(work);
         Ok(executor)
@@ -356,7 +364,8 @@ impl Executor {
         for rows in Multiplies::classes(most).map(|class| class.min(most)) {
             for segments in [1, rows.min(count(self.segments()))] {
                 for skips in [false, skips] {
-                    self.lay(&mut work, Shape { rows, segments, logits: segments }, Seat::One, skips)?;
+                    let shape = Shape { rows, segments, logits: segments };
+                    self.lay(&mut work, shape, self.seat(shape), skips)?;
                 }
             }
         }
@@ -381,7 +390,7 @@ impl Executor {
 
     /// Whether some matrices are in blocks.
     pub(crate) fn blocks(&self) -> bool {
-        self.setup.weights.blocks(self.config.n_layers, &Matrix::ALL).flatten().next().is_some()
+        self.setup.has_blocks(&self.config)
     }
 
     /// Rows of a pass, at most.
@@ -413,7 +422,8 @@ impl Executor {
     pub(crate) fn dispatches(&self) -> Result<[usize; 2], Error> {
         let mut work = self.lock();
         let mut count = |rows| {
-            let laid = self.lay(&mut work, Shape { rows, segments: 1, logits: 1 }, Seat::One, false)?;
+            let shape = Shape { rows, segments: 1, logits: 1 };
+            let laid = self.lay(&mut work, shape, self.seat(shape), false)?;
             Ok::<_, Error>(work.plan(laid).until_head(Skip::default(), None).count() - 1) // less the embedding
         };
         Ok([count(1)?, count(2)?])
@@ -666,7 +676,7 @@ impl Executor {
         if self.in_one_step() { self.scratch.together } else { 1 }
     }
 
-    /// Lays down the plan for a pass, over one token for `seat`.
+    /// Lays down the plan for a pass. Its seat matters where one token has a form of its own.
     fn lay(&self, work: &mut Work, shape: Shape, seat: Seat, skips: bool) -> Result<Laid, Error> {
         let layers = self.layers(&work.records);
         if let Some(unfused) = &self.unfused {
@@ -731,7 +741,7 @@ impl Executor {
         let mut laid = Vec::new();
         for pass in passes {
             let skips = !pass.skip.layers.is_empty();
-            if let (true, Entry::Vacant(room)) = (skips, work.passed_by.entry(pass.passed_by())) {
+            if let (true, Entry::Vacant(room)) = (skips, work.passed_by.entry(pass.replaced())) {
                 room.insert(self.layers(&work.records).passed_by(pass.seat, pass.skip.shifts)?);
             }
             laid.push(self.lay(work, shape, pass.seat, skips)?);
@@ -740,7 +750,7 @@ impl Executor {
         let mut steps = Vec::new();
         for (pass, laid) in passes.iter().zip(laid) {
             let plan = work.plan(laid);
-            let passed_by = work.passed_by.get(&pass.passed_by());
+            let passed_by = work.passed_by.get(&pass.replaced());
             steps.extend(pass.first);
             steps.extend(plan.until_head(pass.skip, passed_by.map(Vec::as_slice)));
             steps.extend(if shape.logits > 0 { &plan.head[..] } else { &[] });

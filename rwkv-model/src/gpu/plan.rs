@@ -160,7 +160,10 @@ impl<'a> Bound<'a> {
 }
 
 /// Where a part of a buffer begins, where any device binds it: a multiple of so many bytes.
-pub(super) const PART_BYTES: u64 = 256;
+pub(super) const PART_BYTES: u64 = (PART_WORDS * size_of::<u32>()) as u64;
+
+/// Words of that.
+pub(super) const PART_WORDS: usize = 64;
 
 /// Lays steps down.
 pub(super) struct Planner<'a> {

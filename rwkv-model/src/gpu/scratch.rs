@@ -10,7 +10,7 @@ use rwkv_state::resident::MAX_CAPACITY;
 
 use super::ahead::TOGETHER;
 use super::layer::{ADAPTERS, MIXES};
-use super::plan::{Bound, PART_BYTES, Shape};
+use super::plan::{Bound, PART_BYTES, PART_WORDS, Shape};
 use super::records::Move;
 use super::{Error, count};
 
@@ -117,11 +117,6 @@ pub(super) struct One {
 }
 
 const _: () = assert!(size_of::<One>() as u64 == 3 * PART_BYTES, "parts");
-
-/// Words of a part.
-pub(super) const PART_WORDS: usize = 64;
-
-const _: () = assert!((PART_WORDS * size_of::<u32>()) as u64 == PART_BYTES, "a part");
 const _: () = assert!(time_mix_resident::table_len(1, 1, MAX_CAPACITY) <= PART_WORDS, "a segment fits");
 
 /// Rows of logits of a pass, at most: 268 MB with a vocabulary of 65,536.

@@ -276,7 +276,7 @@ impl Upload<'_> {
                     self.within_halves(piece, &blocks)?;
                     // A block's weights are whole elements, so that the scales follow at once.
                     let weights = part.split_off(..blocks.weights().len()).unwrap_or_default();
-                    lay(weights, &blocks);
+                    write_blocks(weights, &blocks);
                     part.copy_from_slice(&stored::scales(&blocks));
                 } else if piece.turned {
                     self.turned(piece, part)?;
@@ -417,15 +417,14 @@ fn write(
 }
 
 /// Writes the weights of blocks, several stretches at a time.
-fn lay(to: WriteOnly<'_, [u8]>, blocks: &Blocks) {
+fn write_blocks(to: WriteOnly<'_, [u8]>, blocks: &Blocks) {
     let (chunks, mut rest) = to.into_chunks::<CHUNK>();
     let (from, last) = blocks.weights().as_chunks::<CHUNK>();
-    let laid = |part: &[u8]| stored::laid(blocks.format(), part);
     let chunks: Vec<_> = chunks.into_iter().collect();
     chunks.into_par_iter().zip(from).for_each(|(to, from)| {
-        WriteOnly::<[u8]>::from(to).copy_from_slice(&laid(from));
+        WriteOnly::<[u8]>::from(to).copy_from_slice(&stored::laid(blocks.format(), from));
     });
-    rest.copy_from_slice(&laid(last));
+    rest.copy_from_slice(&stored::laid(blocks.format(), last));
 }
 
 /// Weights as halves, or the first that is beyond them. `first` is the index of the first in its tensor.

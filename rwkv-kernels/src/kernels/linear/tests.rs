@@ -22,7 +22,7 @@ struct Case {
 }
 
 impl Case {
-    /// Rows of any scale, added to what is a thousand times larger or smaller, or to nothing.
+    /// Rows of any scale, some of the smallest and largest, added to what is a thousand times larger or smaller than most, or to nothing.
     fn draw(dims: Dims, seed: u64) -> Self {
         let Dims { rows, inputs, outputs, accumulate, format } = dims;
         let mut rng = SplitMix64::new(seed);
@@ -31,7 +31,15 @@ impl Case {
             let scale = rng.uniform(-10.0, 10.0).exp2();
             (0..len).map(|_| scale * rng.normal()).collect::<Vec<_>>()
         };
-        let (x, y) = (scaled(rows * inputs), scaled(rows * outputs));
+        let (mut x, y) = (scaled(rows * inputs), scaled(rows * outputs));
+        if rng.next_u64().is_multiple_of(4) {
+            let extreme =
+                [0.0, 1e-45, 1e-39, 2f32.powi(-112), 2f32.powi(-104), 2f32.powi(-98), 2f32.powi(100)];
+            let scale = extreme[(rng.next_u64() % 7) as usize];
+            x.iter_mut().for_each(|x| *x = scale * rng.normal());
+            // The largest of a block, of both signs.
+            x.chunks_mut(32).for_each(|block| block[..2].copy_from_slice(&[6.0 * scale, -6.0 * scale]));
+        }
         Self { dims, weights, x, y: if accumulate { y } else { vec![f32::NAN; rows * outputs] } }
     }
 
