@@ -437,3 +437,27 @@ fn read(device: &Device, from: &wgpu::Buffer) -> anyhow::Result<Vec<f32>> {
     let bytes = to.slice(..).get_mapped_range()?;
     Ok(bytemuck::pod_collect_to_vec(&bytes))
 }
+
+#[cfg(test)]
+mod tests {
+    use rwkv_kernels::gpu::device_for_tests;
+
+    use super::*;
+
+    /// What is uploaded is what is compared with, in every format and both ways round.
+    #[test]
+    fn products_are_right() {
+        let Some(device) = device_for_tests() else { return };
+        for (format, transposed) in [None, Some(Format::Int8), Some(Format::Int4)]
+            .into_iter()
+            .flat_map(|of| [(of, false), (of, true)])
+        {
+            let product = Product { name: "any", inputs: 128, outputs: 192, transposed, parts: 2 };
+            let operands = Operands::new(device, product, format, 5).unwrap();
+            for tile in tiles(device, 5) {
+                let measured = measure(device, &operands, tile, 1);
+                assert!(measured.is_ok(), "{format:?}, {transposed}, {tile:?}: {:?}", measured.err());
+            }
+        }
+    }
+}
