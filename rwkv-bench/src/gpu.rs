@@ -284,6 +284,7 @@ impl Decode {
     }
 }
 
+/// Times [`WINDOWS`] of them.
 fn decode(engine: &Engine) -> anyhow::Result<Decode> {
     // Whole groups of those that come at the same time: of any other number, most windows would end early or late.
     let window = WINDOW.next_multiple_of(engine.report()?.together);

@@ -448,15 +448,14 @@ mod tests {
     #[test]
     fn products_are_right() {
         let Some(device) = device_for_tests() else { return };
-        for (format, transposed) in [None, Some(Format::Int8), Some(Format::Int4)]
-            .into_iter()
-            .flat_map(|of| [(of, false), (of, true)])
-        {
-            let product = Product { name: "any", inputs: 128, outputs: 192, transposed, parts: 2 };
-            let operands = Operands::new(device, product, format, 5).unwrap();
-            for tile in tiles(device, 5) {
-                let measured = measure(device, &operands, tile, 1);
-                assert!(measured.is_ok(), "{format:?}, {transposed}, {tile:?}: {:?}", measured.err());
+        for format in [None, Some(Format::Int8), Some(Format::Int4)] {
+            for transposed in [false, true] {
+                let product = Product { name: "any", inputs: 128, outputs: 192, transposed, parts: 2 };
+                let operands = Operands::new(device, product, format, 5).unwrap();
+                for tile in tiles(device, 5) {
+                    let measured = measure(device, &operands, tile, 1);
+                    assert!(measured.is_ok(), "{format:?}, {transposed}, {tile:?}: {:?}", measured.err());
+                }
             }
         }
     }

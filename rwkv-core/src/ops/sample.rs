@@ -571,7 +571,6 @@ mod tests {
         let penalised = |presence_penalty, frequency_penalty| {
             let sampler = Sampler { presence_penalty, frequency_penalty, ..Sampler::greedy() };
             let (best, candidates) = sampler.penalised(&[], &[4.0, 4.5, 2.0], &counts).unwrap();
-            assert_eq!(sampler.penalises(), presence_penalty != 0.0 || frequency_penalty != 0.0, "either");
             assert_eq!(
                 sampler.sample(&[4.0, 4.5, 2.0], &counts, 0),
                 Ok(best.token),
@@ -579,6 +578,11 @@ mod tests {
             );
             (best.token, candidates.iter().map(|c| c.logit).collect::<Vec<_>>())
         };
+        let penalises = |presence_penalty, frequency_penalty| {
+            Sampler { presence_penalty, frequency_penalty, ..Sampler::greedy() }.penalises()
+        };
+        let any = [(0.0, 0.0), (1.0, 0.0), (0.0, 0.5), (-1.0, 0.0)].map(|(p, f)| penalises(p, f));
+        assert_eq!(any, [false, true, true, true], "by either, and by negative ones");
         assert_eq!(penalised(0.0, 0.0), (1, vec![4.0, 4.5, 2.0]), "none");
         assert_eq!(penalised(1.0, 0.0), (1, vec![3.0, 3.5, 2.0]), "once each");
         assert_eq!(penalised(0.0, 0.5), (0, vec![3.5, 3.0, 2.0]), "for each time");

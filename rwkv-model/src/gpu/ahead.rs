@@ -87,21 +87,16 @@ impl Executor {
         let (params, groups) = sample::lower(sample::Dims { rows: 1, vocab, counts: 1 })
             .map_err(|why| Error::Extents { part: "sample", why: why.to_string() })?;
         let mask = planner.table(&sample::mask(masked, vocab));
-        let generated = counts;
-        let counts = self.words("counts", vocab as u64)?;
+        let row = self.words("counts", vocab as u64)?;
         if sampler.penalises() {
-            let mut counted = vec![0u32; vocab];
-            for (token, count) in generated.iter().filter(|(token, _)| (*token as usize) < vocab) {
-                counted[token as usize] = count;
-            }
-            self.device.queue().write_buffer(&counts, 0, bytemuck::cast_slice(&counted));
+            self.device.queue().write_buffer(&row, 0, bytemuck::cast_slice(&self.counted(counts)));
         }
         let pipeline: &Pipeline = self.kernels.sample();
         let chooser = |at| {
             let seat = self.seat_ahead(at);
             let Seated { sampler, tokens, .. } = self.scratch.seat(seat);
             let Seated { logits, .. } = self.scratch.seat(self.scratch.before(seat));
-            let buffers = [sampler, logits, Bound::Whole(&mask), Bound::Whole(&counts), tokens];
+            let buffers = [sampler, logits, Bound::Whole(&mask), Bound::Whole(&row), tokens];
             planner.step("sample", pipeline, params, &buffers, Grid::Fixed(groups), 4 * vocab as u64)
         };
         Ok(Ahead {
@@ -178,11 +173,12 @@ impl Executor {
         });
         let passes: Vec<_> = passes.collect();
         let queue = self.device.queue();
-        match (self.seat_ahead(0), &tables[..], &passes[..]) {
+        let seat = self.seat_ahead(0);
+        match (seat, &tables[..], &passes[..]) {
             (Seat::Ahead(_), ..) => self.scratch.write_ahead(queue, &tables),
             (_, [table], [pass]) => {
                 self.scratch.write_one(queue, table);
-                self.tell(&work, &moves, &[0], pass.skip)?;
+                self.tell(&work, seat, &moves, &[0], pass.skip)?;
             }
             _ => return Err(Error::Lost("steps that have no tables of their own".to_owned())),
         }
@@ -194,7 +190,7 @@ impl Executor {
         let row = |seat: Seat| seat.row() as u64 * row_bytes;
         // Unknown until all of this is submitted.
         let holds = work.holds.take();
-        let before = self.scratch.before(self.seat_ahead(0));
+        let before = self.scratch.before(seat);
         if holds != Some((tip.index(), before.row())) {
             let from = work.records.logits_offset(tip);
             let to = row(before);
@@ -208,7 +204,7 @@ impl Executor {
             encoder.copy_buffer_to_buffer(&self.scratch.logits, from, &work.records.logits, into, row_bytes);
             held = Some((to.index(), pass.seat.row()));
         }
-        let (from, bytes) = match self.seat_ahead(0) {
+        let (from, bytes) = match seat {
             Seat::Ahead(_) => (&self.scratch.tokens_ahead, steps as u64 * PART_BYTES),
             Seat::Rows | Seat::One => (&self.scratch.tokens, size_of::<u32>() as u64),
         };

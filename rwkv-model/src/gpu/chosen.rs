@@ -10,7 +10,6 @@ use rwkv_kernels::kernels::sample::{self, SamplerRow};
 
 use super::layer::refused;
 use super::plan::{Bound, Grid, Planner, Shape, Step};
-use super::scratch::Seat;
 use super::{Error, Executor, Pass, Record, count};
 
 const WORD: u64 = size_of::<u32>() as u64;
@@ -124,13 +123,21 @@ impl Executor {
             (chooser.counts, chooser.step) = (counts, step);
             chooser.free.extend((from..to).rev());
         }
-        let mut counted = vec![0u32; vocab];
-        for (token, count) in counts.iter().filter(|(token, _)| (*token as usize) < vocab) {
-            counted[token as usize] = count;
-        }
         let row = chooser.free.pop().unwrap_or_default();
+        let counted = self.counted(counts);
         queue.write_buffer(&chooser.counts, u64::from(row) * row_bytes, bytemuck::cast_slice(&counted));
         Ok(row)
+    }
+
+    /// A row of counts as the sampler reads it, `[V]`.
+    pub(super) fn counted(&self, counts: &Counts) -> Vec<u32> {
+        let mut counted = vec![0; self.config.vocab];
+        for (token, count) in counts.iter() {
+            if let Some(of) = counted.get_mut(token as usize) {
+                *of = count;
+            }
+        }
+        counted
     }
 
     /// Runs sequences side by side and has the next tokens of some chosen, without waiting for them. There are no more
@@ -172,11 +179,7 @@ impl Executor {
         queue.write_buffer(&self.scratch.tokens, 0, bytemuck::cast_slice(&tokens));
         queue.write_buffer(&chooser.samplers, 0, bytemuck::cast_slice(&samplers));
         let seat = self.seat(shape);
-        if let ([one], Seat::One) = (&moves[..], seat) {
-            self.scratch.write_one(queue, &self.scratch.table_of_one(one, None));
-        } else {
-            self.tell(&work, &moves, &wanted, Skip::default())?;
-        }
+        self.tell(&work, seat, &moves, &wanted, Skip::default())?;
         let mut encoder = self.encoder();
         for (from, to, n) in copies {
             let [from, to, bytes] = [from, to, n].map(|words| u64::from(words) * WORD);

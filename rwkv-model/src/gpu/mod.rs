@@ -342,11 +342,8 @@ impl Executor {
             Self { device, config, setup, kernels, weights, scratch, unfused, work: Mutex::new(work) };
         // What would be refused later is refused now.
         let mut work = executor.lock();
-        for rows in [1, 2] {
-            let shape = Shape { rows, segments: 1, logits: 1 };
-            for seat in [executor.seat(shape), executor.seat_ahead(0)] {
-                executor.lay(&mut work, shape, seat, false)?;
-            }
+        for (rows, seat) in [(1, Seat::One), (1, Seat::Ahead(0)), (2, Seat::Rows)] {
+            executor.lay(&mut work, Shape { rows, segments: 1, logits: 1 }, seat, false)?;
         }
         drop(work);
         Ok(executor)
@@ -463,11 +460,7 @@ impl Executor {
         let queue = self.device.queue();
         queue.write_buffer(&self.scratch.tokens, 0, bytemuck::cast_slice(&tokens));
         let seat = self.seat(shape);
-        if let ([one], Seat::One) = (&moves[..], seat) {
-            self.scratch.write_one(queue, &self.scratch.table_of_one(one, None));
-        } else {
-            self.tell(&work, &moves, &wanted, skip)?;
-        }
+        self.tell(&work, seat, &moves, &wanted, skip)?;
         let mut encoder = self.encoder();
         self.encode(&mut work, &mut encoder, shape, &[Pass { seat, skip, first: None, last: None }])?;
         // The rows of logits, in the order of jobs: kept in the records, or read.
@@ -637,9 +630,20 @@ impl Executor {
         Ok(moves)
     }
 
-    /// Writes the tables of a pass, but for one token in a form of its own.
-    fn tell(&self, work: &Work, moves: &[Move], wanted: &[u32], skip: Skip<'_>) -> Result<(), Error> {
+    /// Writes the tables of a pass that is submitted by itself.
+    fn tell(
+        &self,
+        work: &Work,
+        seat: Seat,
+        moves: &[Move],
+        wanted: &[u32],
+        skip: Skip<'_>,
+    ) -> Result<(), Error> {
         let queue = self.device.queue();
+        if let (Seat::One, [of]) = (seat, moves) {
+            self.scratch.write_one(queue, &self.scratch.table_of_one(of, None));
+            return Ok(());
+        }
         if !skip.layers.is_empty() {
             self.scratch.write_still(queue, moves);
             if skip.shifts == SkipShifts::Frozen {
